@@ -280,7 +280,7 @@ export const structs = {
       size,
       rank: ["u32", "in", "the rank that exported it"],
       ...options,
-      bytes: ["u8[128]", "in", "opaque"],
+      bytes: ["u8[128]", "out", "opaque: deepep_buffer_export writes it and the rest, deepep_buffer_import reads it"],
     },
   },
   deepep_buffer_info: {
