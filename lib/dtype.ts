@@ -34,7 +34,16 @@ const arrays = {
 } as const;
 
 /** The typed array that holds a dtype's elements in JS: raw bits for bf16 and e4m3. */
-export type TypedArrayOf<D extends DType> = InstanceType<(typeof arrays)[D]>;
+export type TypedArrayOf<D extends DType> = {
+  u8: Uint8Array;
+  i8: Int8Array;
+  i32: Int32Array;
+  i64: BigInt64Array;
+  f32: Float32Array;
+  bf16: Uint16Array;
+  f8e4m3: Uint8Array;
+  bool: Uint8Array;
+}[D];
 
 /** Channels that share an FP8 scale. */
 export const FP8_BLOCK = 128;
