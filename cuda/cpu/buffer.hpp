@@ -1,0 +1,225 @@
+// A rank's buffer: its symmetric memory and its peers', its communication stream, its slots, and what went wrong.
+//
+// In: options, peers' handles, operations. Out: every operation runs in order on one serial communication stream, between the
+// caller's stream and event, and ends in a completion and a status. The operations themselves are declared in operations.hpp;
+// this file knows nothing of rows. Life: create, import every peer, connect, operate, destroy.
+//
+// Locking. The API layer holds Buffer::mutex during every function of operations.hpp: they call take_slot, enqueue and read
+// slots without locking. Work that runs on the communication stream does not hold it, and locks it where it touches slots.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "../abi/deepep.h"
+#include "../common/failure.hpp"
+#include "../common/regions.hpp"
+#include "memory.hpp"
+#include "shared_memory.hpp"
+#include "stream.hpp"
+
+namespace deepep {
+
+class Buffer;
+
+// The fields that the args of every enqueued operation share.
+struct StreamFields {
+  uint64_t stream = 0;
+  uint64_t previous_event = 0;
+  uint64_t event = 0;
+  uint64_t done_id = 0;
+  uint32_t flags = 0;
+  uint32_t timeout_ms = 0;
+  int32_t num_sms = 0;
+};
+
+template <class Args>
+StreamFields stream_fields(const Args& args) {
+  return {args.stream, args.previous_event, args.event, args.done_id, args.flags, args.timeout_ms, args.num_sms};
+}
+
+// One result's worth of memory. Guarded by Buffer::mutex.
+struct Slot {
+  bool held = false;
+  uint64_t dispatch_epoch = 0;        // of the dispatch that filled it last; written by the operations
+  uint64_t combine_epoch = 0;         // of the last combine that used its expert-output region; 0 after a recovery
+  std::shared_ptr<void> state;        // the operations' record; empty when a slot was just taken
+  int32_t holder_op = 0;              // who holds it, for messages
+  uint64_t holder_epoch = 0;
+  std::shared_ptr<Record> reusable;   // the next holder's operation waits for it: deepep_slot_release's stream
+};
+
+// One enqueued operation; lives until it has ended. Only the communication stream touches it.
+struct Operation {
+  Buffer& buffer;
+  int32_t op = 0;
+  uint64_t epoch = 0;        // its number; 0 for operations that are not collective
+  uint64_t timeout_ns = 0;   // of each wait
+  uint32_t flags = 0;
+  uint64_t done_id = 0;
+  uint64_t counts_id = 0;    // not yet queued; 0 afterwards
+  uint64_t generation = 0;   // recoveries before it was enqueued
+  int32_t phase = 0;
+  Failure failure;           // code != 0 when it failed; a message is made where it is empty
+  // Every rank found this failure alike, or it was announced, before any data moved: the buffer stays good. Without it
+  // TIMEOUT, PEER_LOST, ABORTED, SYSTEM and INTERNAL make the buffer need recovery; the other codes never do.
+  bool agreed = false;
+
+  // The host counts are filled: queues counts_id now. Otherwise it is queued when the operation ends, with its status.
+  void counts_ready();
+};
+
+// What deepep_buffer_info counts. num_dispatches, num_combines and num_failures are kept by the buffer, the others by the
+// operations.
+struct Counters {
+  std::atomic<uint64_t> num_dispatches{0};
+  std::atomic<uint64_t> num_combines{0};
+  std::atomic<uint64_t> rows_sent{0};
+  std::atomic<uint64_t> bytes_sent{0};
+  std::atomic<uint64_t> rows_pulled{0};
+  std::atomic<uint64_t> num_failures{0};
+};
+
+// At the start of a phase: sets op.phase and does what deepep_inject asked for. False when the operation has failed thereby
+// (a stall that outlasted its own deadline): op.failure is filled, the operation ends as after a wait that failed.
+bool inject(Operation& op, int32_t phase);
+
+class Buffer : public std::enable_shared_from_this<Buffer> {
+ public:
+  // Life cycle; called by the API layer.
+  static std::shared_ptr<Buffer> create(uint64_t device, deepep_buffer_create_args& args);
+  static void size(uint64_t device, deepep_buffer_create_args& args);
+  void export_handle(deepep_peer_handle& handle);
+  void import_peer(const deepep_peer_handle& handle);
+  void connect();
+  void destroy();
+  void info(deepep_buffer_info& out);
+  void recover(uint64_t epoch, uint64_t masked_ranks);
+  void mask(uint32_t peer, bool masked);
+  ~Buffer();
+
+  // Facts. They do not change.
+  Options options;
+  Regions regions;
+  uint32_t rank = 0;
+  uint32_t first_expert = 0;
+  uint32_t num_local_experts = 0;
+  bool mask_on_timeout = false;
+  uint64_t timeout_ns = 0;
+
+  // Rank r's symmetric memory as mapped here: regions' offsets count from it. Page-aligned. Valid once connected.
+  uint8_t* symmetric(uint32_t r) const { return peers_[r]->data(); }
+  // False once rank r's buffer was destroyed or its process has ended. A system call: ask every few milliseconds, and look at
+  // the awaited word once more after a false, since a peer may finish its part and go.
+  bool peer_alive(uint32_t r) const { return peers_[r]->alive(); }
+
+  // Ranks left out, as the running operation sees them: changed by deepep_mask in stream order, and at once by mask_now.
+  std::atomic<uint64_t> masked{0};
+  // MASK_ON_TIMEOUT: leaves `peer` out from now on. Called by the operation that gave it up.
+  void mask_now(uint32_t peer);
+  // A failure half-way: calls answer NEEDS_RECOVERY until recover(), or until the rank to blame is masked.
+  std::atomic<bool> failed{false};
+  // Flags and aborts of an epoch <= base_epoch are from before a recovery and mean nothing.
+  std::atomic<uint64_t> base_epoch{0};
+  Counters counters;
+  // Nanoseconds waited for each rank, i64 [num_ranks]; kind 0 = dispatch, 1 = combine. Written by the communication stream.
+  int64_t* wait_ns(int kind) { return wait_ns_ + static_cast<size_t>(kind) * options.num_ranks; }
+
+  std::mutex mutex;
+  std::vector<Slot> slots;  // under mutex
+  uint64_t epoch = 0;       // under mutex: collective calls enqueued so far
+
+  // Runs `work` in order on the communication stream: first waits for previous_event, or for the present work of `stream`,
+  // and for the earlier readers of slots that this call took; then works; then completes the record that `event` names,
+  // queues the ids, and unless ASYNC_FINISH `stream` waits for all that. Failures are kept for deepep_get_status.
+  //   collective    takes the next epoch. A receive half passes false and the epoch of its send half.
+  //   counts_id     queued by Operation::counts_ready, or at the end.
+  //   borrowed_slot is given back when the operation has ended, even when `work` was skipped.
+  // Returns the operation's epoch. Rejects with NEEDS_RECOVERY, CLOSED or INVALID_ARGUMENT, and has then enqueued nothing; an
+  // operation that finds the buffer failed when its turn comes ends with NEEDS_RECOVERY without running `work`.
+  // The caller holds `mutex`.
+  uint64_t enqueue(int32_t op, const StreamFields& fields, bool collective, std::function<void(Operation&)> work,
+                   uint64_t counts_id = 0, uint64_t epoch_of_send = 0, int32_t borrowed_slot = -1);
+
+  // Takes slot `wanted`, or with -1 any free one, for the operation enqueued next; its state is empty then. Rejects with
+  // NO_FREE_SLOT, naming the holders, or INVALID_ARGUMENT. Given back by itself when the API call is rejected after it.
+  // The caller holds `mutex`.
+  int32_t take_slot(int32_t wanted);
+  // A slot that is held; rejects otherwise. The caller holds `mutex`.
+  Slot& held_slot(int32_t slot);
+  // Frees a slot; the next holder's operation waits for `reusable` if there is one. The caller holds `mutex`.
+  void give_slot(int32_t slot, std::shared_ptr<Record> reusable = nullptr);
+  // After a rejected call: gives back what take_slot took since the last enqueue. The caller holds `mutex`.
+  void give_back_taken();
+
+  // Queues a completion now; id 0 is none.
+  void complete(uint64_t id, int32_t code);
+  // Keeps a failure for deepep_get_status under up to two ids.
+  void keep_status(uint64_t id_0, uint64_t id_1, std::shared_ptr<const Status> status);
+  // The failure with this id, or the latest for 0; nullptr when there is none.
+  std::shared_ptr<const Status> status(uint64_t id);
+
+  // Injections, for inject() and deepep_inject.
+  void set_injection(const deepep_inject_args& args);
+  bool take_injection(int32_t op, int32_t phase, deepep_inject_args& out);
+
+  // Streams and events made from this buffer.
+  uint64_t create_stream();
+  uint64_t create_event();
+  void forget_stream(uint64_t id);
+  void forget_event(uint64_t id);
+  const std::shared_ptr<Stream>& comm() const { return comm_; }
+  // Rejects an id other than 0 when the buffer has no completion queue.
+  void check_id(uint64_t id, const char* name) const;
+  void check_usable() const;
+
+  MemoryPool memory;
+
+ private:
+  Buffer() = default;
+  void run(Operation& op, const std::function<void(Operation&)>& work);
+  void finish(Operation& op, const std::shared_ptr<Record>& record, int32_t borrowed_slot);
+  bool keeps_buffer_good(const Operation& op) const;
+
+  struct Kept {
+    uint64_t ids[2] = {};
+    std::shared_ptr<const Status> status;
+  };
+
+  uint64_t id_ = 0;
+  uint64_t queue_ = 0;
+  int64_t* wait_ns_ = nullptr;
+  std::vector<std::shared_ptr<SharedMemory>> peers_;  // by rank; fixed once connected
+  std::atomic<bool> connected_{false};
+  std::atomic<bool> closed_{false};
+  std::shared_ptr<Stream> comm_;
+
+  // Under mutex.
+  std::vector<int32_t> taken_slots_;
+  uint64_t masked_next_ = 0;         // what `masked` will be when the work enqueued so far has ended
+  uint64_t generation_ = 0;          // recoveries so far
+  uint64_t num_pending_ = 0;         // operations enqueued and not ended
+  int32_t failed_peer_ = -1;
+  std::vector<std::shared_ptr<Stream>> streams_;
+  std::vector<uint64_t> events_;
+  uint32_t streams_made_ = 0;
+
+  // Operations of this generation or an earlier one end with NEEDS_RECOVERY; -1 = none. Communication stream only.
+  int64_t failed_generation_ = -1;
+
+  std::mutex status_mutex_;
+  std::array<Kept, 64> kept_;
+  uint64_t num_kept_ = 0;
+
+  std::mutex inject_mutex_;
+  std::atomic<uint32_t> num_injections_{0};
+  std::vector<deepep_inject_args> injections_;
+};
+
+}  // namespace deepep

@@ -1,0 +1,28 @@
+// Completion queues: what native threads hand to the event loop.
+//
+// In: (id, status) from any thread. Out: deepep_completion entries, taken off by deepep_queue_drain, and optionally one call
+// of a callback on a notifier thread. The queues live in cells that are never freed, so a drain of an empty queue is three
+// loads and no lock, and a drain or a push that comes after the destroy finds a cell of another generation instead of freed
+// memory.
+#pragma once
+
+#include <cstdint>
+
+#include "../abi/deepep.h"
+
+namespace deepep {
+
+// Makes a queue; the handle is never 0. Rejects with OUT_OF_MEMORY when there are too many.
+uint64_t queue_create();
+// Rejects unless `queue` is alive.
+void queue_check(uint64_t queue);
+// Takes up to `capacity` entries off. Answers how many, or minus a DEEPEP_ERROR_* code.
+int32_t queue_drain(uint64_t queue, deepep_completion* out, uint32_t capacity) noexcept;
+// Appends an entry. A queue that was destroyed swallows it. From any thread; blocks on nothing but the other pushes.
+void queue_push(uint64_t queue, uint64_t id, int32_t status);
+// The notifier: DEEPEP_WAKE_*.
+void queue_wake(uint64_t queue, uint32_t action, uint64_t callback);
+// Drops what is queued. A notifier that still runs ends without another call of the callback.
+void queue_destroy(uint64_t queue);
+
+}  // namespace deepep

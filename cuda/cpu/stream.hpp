@@ -1,0 +1,115 @@
+// Streams and events of the CPU backend: a stream is a thread with a queue, an event a box for the latest record.
+//
+// In: tasks, in the order in which they were pushed. Out: they run one after another on the stream's own thread. A Record
+// marks a point of a stream; waiting for one blocks only the stream that waits. As in CUDA, a wait refers to the record that
+// was the event's latest when the wait was enqueued. Records complete always, because streams drain before they end, and a
+// wait can only name a record that was enqueued before it: so waits between streams cannot form a ring.
+#pragma once
+
+#include <atomic>
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "../common/failure.hpp"
+
+namespace deepep {
+
+// The record of an operation that failed, with its number.
+struct Status {
+  Failure failure;
+  uint64_t epoch = 0;
+};
+
+// A point in a stream: pending, then done for good, with the status of the operation that ended there.
+class Record {
+ public:
+  using Watcher = std::function<void(const Record&)>;
+
+  // Cheap; pairs with the release in complete().
+  bool done() const { return done_.load(std::memory_order_acquire); }
+  // Why the operation failed, or nullptr. Valid once done.
+  const std::shared_ptr<const Status>& failure() const { return failure_; }
+  int32_t status() const { return failure_ ? failure_->failure.code : 0; }
+
+  // Ends the record, once: wakes those who wait and calls the watchers on this thread.
+  void complete(std::shared_ptr<const Status> failure = nullptr);
+  // Blocks until complete() is called by the stream that the record was enqueued to.
+  void wait();
+  // The same with a limit; false when it passed first.
+  bool wait_for(uint64_t timeout_ns);
+  // Calls `watcher` once: now when the record is done, else from complete(). It must neither throw nor block.
+  void watch(Watcher watcher);
+
+ private:
+  std::atomic<bool> done_{false};
+  std::shared_ptr<const Status> failure_;
+  std::mutex mutex_;
+  std::condition_variable ended_;
+  std::vector<Watcher> watchers_;
+};
+
+// A thread with a queue.
+class Stream : public std::enable_shared_from_this<Stream> {
+ public:
+  using Task = std::function<void()>;
+
+  // Starts the thread; `name` is cut to 15 characters. Throws Rejected(SYSTEM) when no thread can be had.
+  static std::shared_ptr<Stream> start(const std::string& name);
+
+  // Enqueues a task; false when the stream was closed. Never blocks on tasks. What a task throws is swallowed.
+  bool push(Task task);
+  // Makes later tasks wait for `record`. Does not wake the thread: nothing can depend on a wait that no task follows.
+  bool push_wait(std::shared_ptr<Record> record);
+  // A record of the present work; nullptr when there is none (it counts as done).
+  std::shared_ptr<Record> record();
+  // Enqueues the completion of a record; false when the stream was closed. Completes it at once when the stream is idle.
+  bool push_record(const std::shared_ptr<Record>& record);
+
+  // No more tasks are taken; the thread ends after those it has.
+  void close();
+  // Blocks until the thread of a closed stream has run its last task.
+  void join();
+  bool closed();
+
+  uint64_t id = 0;                 // handle in the registry
+  std::weak_ptr<void> owner;       // the Buffer it was made from
+  bool owned_by_buffer = false;    // the communication stream: deepep_stream_destroy refuses it
+
+ private:
+  struct Entry {
+    Task task;
+    std::shared_ptr<Record> wait;
+  };
+  void run();
+  bool idle_locked() const { return entries_.empty() && !running_; }
+
+  std::mutex mutex_;
+  std::condition_variable wake_;   // run() sleeps here; push() and close() wake it
+  std::condition_variable ended_;  // join() sleeps here; the end of run() wakes it
+  std::deque<Entry> entries_;
+  bool running_ = false;
+  bool asleep_ = false;
+  bool closed_ = false;
+  bool has_ended_ = false;
+};
+
+// What deepep_event_create makes: the latest record, or nullptr before the first (it counts as done).
+struct Event {
+  std::weak_ptr<void> owner;
+  uint64_t id = 0;
+
+  std::shared_ptr<Record> latest();
+  void set(std::shared_ptr<Record> record);
+
+ private:
+  std::mutex mutex_;
+  std::shared_ptr<Record> latest_;
+};
+
+}  // namespace deepep
