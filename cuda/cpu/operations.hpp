@@ -14,13 +14,13 @@ namespace deepep {
 
 void get_dispatch_layout(Buffer& buffer, deepep_dispatch_layout_args& args);
 void dispatch(Buffer& buffer, deepep_dispatch_args& args);
-void combine(Buffer& buffer, deepep_combine_args& args);
+void combine(Buffer& buffer, const deepep_combine_args& args);
 void low_latency_dispatch(Buffer& buffer, deepep_low_latency_dispatch_args& args);
-void low_latency_dispatch_receive(Buffer& buffer, deepep_receive_args& args);
-void low_latency_combine(Buffer& buffer, deepep_low_latency_combine_args& args);
-void low_latency_combine_receive(Buffer& buffer, deepep_receive_args& args);
+void low_latency_dispatch_receive(Buffer& buffer, const deepep_receive_args& args);
+void low_latency_combine(Buffer& buffer, const deepep_low_latency_combine_args& args);
+void low_latency_combine_receive(Buffer& buffer, const deepep_receive_args& args);
 void expert_output(Buffer& buffer, deepep_expert_output_args& args);
-void barrier(Buffer& buffer, deepep_barrier_args& args);
+void barrier(Buffer& buffer, const deepep_barrier_args& args);
 
 // Handles are published in the registry under Kind::handle (registry.hpp) and keep a weak_ptr to their buffer.
 void handle_create(Buffer& buffer, deepep_handle_create_args& args);
