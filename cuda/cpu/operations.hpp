@@ -12,7 +12,7 @@
 
 namespace deepep {
 
-void get_dispatch_layout(Buffer& buffer, deepep_dispatch_layout_args& args);
+void get_dispatch_layout(Buffer& buffer, const deepep_dispatch_layout_args& args);
 void dispatch(Buffer& buffer, deepep_dispatch_args& args);
 void combine(Buffer& buffer, const deepep_combine_args& args);
 void low_latency_dispatch(Buffer& buffer, deepep_low_latency_dispatch_args& args);

@@ -54,6 +54,9 @@ class Record {
   std::vector<Watcher> watchers_;
 };
 
+// Starts a detached thread with all signals blocked; `name` is cut to 15 characters. Rejects with SYSTEM.
+void start_thread(const std::string& name, std::function<void()> body);
+
 // A thread with a queue.
 class Stream : public std::enable_shared_from_this<Stream> {
  public:
@@ -87,7 +90,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
     std::shared_ptr<Record> wait;
   };
   void run();
-  bool idle_locked() const { return entries_.empty() && !running_; }
+  bool idle_locked();
 
   std::mutex mutex_;
   std::condition_variable wake_;   // run() sleeps here; push() and close() wake it

@@ -1,0 +1,242 @@
+// Completion queues: see queue.hpp.
+//
+// A cell's `handle` says which queue lives in it and `num_ready` whether a drain has anything to do; both are read without the
+// lock. The notifier is a thread that sleeps until it is armed and something is ready; it calls the callback with no lock held.
+
+#include "queue.hpp"
+
+#include <atomic>
+#include <condition_variable>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "../common/failure.hpp"
+#include "registry.hpp"
+#include "stream.hpp"
+
+namespace deepep {
+namespace {
+
+using Callback = void (*)(uint32_t kind);
+
+// The thread that calls back. Shared with that thread, which may outlive the queue.
+struct Notifier {
+  std::mutex mutex;
+  std::condition_variable wake;   // the thread sleeps here; arm, ready and stop wake it
+  std::condition_variable ended;  // JOIN sleeps here; the thread's end wakes it
+  Callback callback = nullptr;
+  bool armed = false;
+  bool ready = false;
+  bool stop = false;
+  bool silent = false;  // end without the last call
+  bool has_ended = false;
+};
+
+struct Cell {
+  std::atomic<uint64_t> handle{0};     // of the queue that lives here; 0 = free
+  std::atomic<uint32_t> num_ready{0};  // entries; stored under the mutex
+  std::mutex mutex;
+  uint64_t generation = 0;
+  std::deque<deepep_completion> entries;
+  std::shared_ptr<Notifier> notifier;
+};
+
+// Cells come in chunks that stay where they are, so that a handle leads to its cell without a lock.
+constexpr uint64_t kChunk = 64;
+constexpr uint64_t kMaxChunks = 1024;
+constexpr uint32_t kIndexBits = 24;
+
+struct Cells {
+  std::mutex mutex;
+  std::atomic<Cell*> chunks[kMaxChunks] = {};
+  uint64_t num_cells = 0;
+  std::vector<uint32_t> free;
+};
+
+Cells& cells() {
+  static Cells* const leaked = new Cells;
+  return *leaked;
+}
+
+// nullptr when the handle cannot be one of a queue. Pairs with the release in queue_create.
+Cell* cell_of(uint64_t queue) {
+  const uint64_t index = queue & ((uint64_t{1} << kIndexBits) - 1);
+  if (queue >> 56 != static_cast<uint64_t>(Kind::queue) || index >= kChunk * kMaxChunks) return nullptr;
+  Cell* const chunk = cells().chunks[index / kChunk].load(std::memory_order_acquire);
+  return chunk ? &chunk[index % kChunk] : nullptr;
+}
+
+// The cell of a queue that lives; the caller looks again once it has locked it.
+Cell& living_cell(uint64_t queue) {
+  Cell* const cell = cell_of(queue);
+  const auto shown = static_cast<unsigned long long>(queue);
+  if (!cell) {
+    const uint64_t kind = queue >> 56;
+    if (kind >= 1 && kind <= static_cast<uint64_t>(Kind::handle) && kind != static_cast<uint64_t>(Kind::queue)) {
+      reject(DEEPEP_ERROR_INVALID_ARGUMENT, "queue 0x%llx is a %s, not a queue", shown, kind_name(static_cast<Kind>(kind)));
+    }
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "queue 0x%llx is no queue of this library", shown);
+  }
+  if (cell->handle.load(std::memory_order_acquire) == queue) return *cell;
+  const std::lock_guard lock(cell->mutex);
+  const uint64_t generation = queue << 8 >> (8 + kIndexBits);
+  if (generation == 0 || generation > cell->generation) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "queue 0x%llx is no queue of this library", shown);
+  }
+  reject(DEEPEP_ERROR_CLOSED, "queue 0x%llx was destroyed", shown);
+}
+
+void notifier_run(const std::shared_ptr<Notifier>& self) {
+  std::unique_lock lock(self->mutex);
+  for (;;) {
+    // Pairs with queue_push (ready), ARM (armed), STOP and queue_destroy (stop).
+    self->wake.wait(lock, [&] { return self->stop || (self->armed && self->ready); });
+    const bool last = self->stop;
+    self->armed = false;
+    if (!(last && self->silent)) {
+      lock.unlock();
+      self->callback(last ? 1 : 0);
+      lock.lock();
+    }
+    if (last) break;
+  }
+  self->has_ended = true;
+  self->ended.notify_all();
+}
+
+void start_notifier(Cell& cell, uint64_t callback) {
+  if (cell.notifier) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the notifier was started already");
+  if (callback == 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "callback is 0");
+  auto notifier = std::make_shared<Notifier>();
+  notifier->callback = reinterpret_cast<Callback>(callback);
+  notifier->ready = !cell.entries.empty();
+  start_thread("ep-notify", [notifier] { notifier_run(notifier); });
+  cell.notifier = std::move(notifier);
+}
+
+// Sets one of the notifier's conditions, and wakes it if it has something to do.
+void tell(const std::shared_ptr<Notifier>& notifier, bool Notifier::*what) {
+  bool wake;
+  {
+    const std::lock_guard lock(notifier->mutex);
+    notifier.get()->*what = true;
+    wake = notifier->stop || (notifier->armed && notifier->ready);
+  }
+  if (wake) notifier->wake.notify_one();
+}
+
+std::shared_ptr<Notifier> notifier_of(const Cell& cell) {
+  if (!cell.notifier) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the notifier was not started");
+  return cell.notifier;
+}
+
+void join_notifier(uint64_t queue, const std::shared_ptr<Notifier>& notifier) {
+  {
+    std::unique_lock lock(notifier->mutex);
+    if (!notifier->stop) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the notifier was not told to STOP");
+    notifier->ended.wait(lock, [&] { return notifier->has_ended; });  // Pairs with the end of notifier_run.
+  }
+  Cell& cell = living_cell(queue);
+  const std::lock_guard lock(cell.mutex);
+  if (cell.notifier == notifier) cell.notifier = nullptr;
+}
+
+}  // namespace
+
+uint64_t queue_create() {
+  Cells& all = cells();
+  const std::lock_guard lock(all.mutex);
+  if (all.free.empty()) {
+    const uint64_t chunk = all.num_cells / kChunk;
+    if (chunk == kMaxChunks) {
+      reject(DEEPEP_ERROR_OUT_OF_MEMORY, "%llu queues exist already", static_cast<unsigned long long>(all.num_cells));
+    }
+    all.free.reserve(all.num_cells + kChunk);  // so that queue_destroy never allocates
+    all.chunks[chunk].store(new Cell[kChunk], std::memory_order_release);
+    for (uint64_t i = kChunk; i-- > 0;) all.free.push_back(static_cast<uint32_t>(all.num_cells + i));
+    all.num_cells += kChunk;
+  }
+  const uint32_t index = all.free.back();
+  all.free.pop_back();
+  Cell& cell = all.chunks[index / kChunk].load(std::memory_order_relaxed)[index % kChunk];
+  const std::lock_guard cell_lock(cell.mutex);
+  cell.generation += 1;
+  const uint64_t generation = cell.generation & 0xFFFFFFFF;
+  const uint64_t handle = static_cast<uint64_t>(Kind::queue) << 56 | generation << kIndexBits | index;
+  cell.handle.store(handle, std::memory_order_release);
+  return handle;
+}
+
+void queue_check(uint64_t queue) { living_cell(queue); }
+
+int32_t queue_drain(uint64_t queue, deepep_completion* out, uint32_t capacity) noexcept {
+  Cell* const cell = cell_of(queue);
+  if (!cell) return -DEEPEP_ERROR_INVALID_ARGUMENT;
+  if (cell->handle.load(std::memory_order_relaxed) != queue) return -DEEPEP_ERROR_CLOSED;
+  if (cell->num_ready.load(std::memory_order_relaxed) == 0) return 0;
+  if (!out) return -DEEPEP_ERROR_INVALID_ARGUMENT;
+  // The mutex pairs with queue_push: what was done before the push is seen by the caller.
+  const std::lock_guard lock(cell->mutex);
+  if (cell->handle.load(std::memory_order_relaxed) != queue) return -DEEPEP_ERROR_CLOSED;
+  uint32_t taken = 0;
+  while (taken < capacity && taken < INT32_MAX && !cell->entries.empty()) {
+    out[taken++] = cell->entries.front();
+    cell->entries.pop_front();
+  }
+  cell->num_ready.store(static_cast<uint32_t>(cell->entries.size()), std::memory_order_relaxed);
+  if (cell->notifier && cell->entries.empty()) {
+    const std::lock_guard notifier_lock(cell->notifier->mutex);
+    cell->notifier->ready = false;
+  }
+  return static_cast<int32_t>(taken);
+}
+
+void queue_push(uint64_t queue, uint64_t id, int32_t status) {
+  Cell* const cell = cell_of(queue);
+  if (!cell) return;
+  const std::lock_guard lock(cell->mutex);
+  if (cell->handle.load(std::memory_order_relaxed) != queue) return;
+  cell->entries.push_back({id, status, 0});
+  cell->num_ready.store(static_cast<uint32_t>(cell->entries.size()), std::memory_order_relaxed);
+  if (cell->notifier) tell(cell->notifier, &Notifier::ready);
+}
+
+void queue_wake(uint64_t queue, uint32_t action, uint64_t callback) {
+  Cell& cell = living_cell(queue);
+  std::unique_lock lock(cell.mutex);
+  switch (action) {
+    case DEEPEP_WAKE_START: return start_notifier(cell, callback);
+    case DEEPEP_WAKE_ARM: return tell(notifier_of(cell), &Notifier::armed);
+    case DEEPEP_WAKE_STOP: return tell(notifier_of(cell), &Notifier::stop);
+    case DEEPEP_WAKE_JOIN: {
+      const auto notifier = notifier_of(cell);
+      lock.unlock();
+      return join_notifier(queue, notifier);
+    }
+  }
+  reject(DEEPEP_ERROR_INVALID_ARGUMENT, "action is %u, at most %u", action, DEEPEP_WAKE_JOIN);
+}
+
+void queue_destroy(uint64_t queue) {
+  Cell& cell = living_cell(queue);
+  std::shared_ptr<Notifier> notifier;
+  {
+    const std::lock_guard lock(cell.mutex);
+    uint64_t expected = queue;
+    if (!cell.handle.compare_exchange_strong(expected, 0)) reject(DEEPEP_ERROR_CLOSED, "the queue was destroyed meanwhile");
+    cell.entries.clear();
+    cell.num_ready.store(0, std::memory_order_relaxed);
+    notifier.swap(cell.notifier);
+  }
+  if (notifier) {
+    tell(notifier, &Notifier::silent);
+    tell(notifier, &Notifier::stop);
+  }
+  Cells& all = cells();
+  const std::lock_guard lock(all.mutex);
+  all.free.push_back(static_cast<uint32_t>(queue & ((uint64_t{1} << kIndexBits) - 1)));
+}
+
+}  // namespace deepep

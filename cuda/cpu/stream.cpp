@@ -1,0 +1,197 @@
+// Streams and events: see stream.hpp.
+//
+// Threads are detached and own their stream, so a process may exit at any moment, and a stream may be closed by a caller who
+// does not wait. Whoever needs the end waits for it in join().
+
+#include "stream.hpp"
+
+#include <pthread.h>
+#include <signal.h>
+
+#include <chrono>
+#include <system_error>
+#include <thread>
+#include <utility>
+
+#include "../abi/deepep.h"
+
+namespace deepep {
+namespace {
+
+// The runtime's signals (timers of a profiler, child exits) are none of our threads' business.
+class SignalsBlocked {
+ public:
+  SignalsBlocked() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before_);
+  }
+  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+
+ private:
+  sigset_t before_;
+};
+
+}  // namespace
+
+void start_thread(const std::string& name, std::function<void()> body) {
+  const SignalsBlocked blocked;
+  try {
+    std::thread([name = name.substr(0, 15), body = std::move(body)] {
+      pthread_setname_np(pthread_self(), name.c_str());
+      body();
+    }).detach();
+  } catch (const std::system_error& e) {
+    reject(DEEPEP_ERROR_SYSTEM, "no thread could be started (%s)", e.what());
+  }
+}
+
+void Record::complete(std::shared_ptr<const Status> failure) {
+  std::vector<Watcher> watchers;
+  {
+    const std::lock_guard lock(mutex_);
+    failure_ = std::move(failure);
+    done_.store(true, std::memory_order_release);
+    watchers.swap(watchers_);
+  }
+  ended_.notify_all();
+  for (const Watcher& watcher : watchers) watcher(*this);
+}
+
+void Record::wait() {
+  if (done()) return;
+  std::unique_lock lock(mutex_);
+  // Pairs with the store in complete(); always comes, since the stream that holds the record drains.
+  ended_.wait(lock, [this] { return done(); });
+}
+
+bool Record::wait_for(uint64_t timeout_ns) {
+  if (done()) return true;
+  std::unique_lock lock(mutex_);
+  return ended_.wait_for(lock, std::chrono::nanoseconds(timeout_ns), [this] { return done(); });
+}
+
+void Record::watch(Watcher watcher) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (!done()) {
+      watchers_.push_back(std::move(watcher));
+      return;
+    }
+  }
+  watcher(*this);
+}
+
+bool Stream::idle_locked() {
+  // Waits that were enqueued quietly and have been fulfilled since hold nobody up.
+  while (!running_ && !entries_.empty() && !entries_.front().task && entries_.front().wait->done()) entries_.pop_front();
+  return entries_.empty() && !running_;
+}
+
+std::shared_ptr<Stream> Stream::start(const std::string& name) {
+  auto stream = std::make_shared<Stream>();
+  start_thread(name, [stream] { stream->run(); });
+  return stream;
+}
+
+void Stream::run() {
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    while (entries_.empty() && !closed_) {
+      asleep_ = true;
+      wake_.wait(lock);  // Pairs with push() and close().
+      asleep_ = false;
+    }
+    if (entries_.empty()) break;
+    Entry entry = std::move(entries_.front());
+    entries_.pop_front();
+    running_ = true;
+    lock.unlock();
+    if (entry.wait) entry.wait->wait();
+    try {
+      if (entry.task) entry.task();
+    } catch (...) {
+      // Tasks report their failures themselves; one that could not must not end the process.
+    }
+    entry = {};  // What the task held may be large: not under the lock.
+    lock.lock();
+    running_ = false;
+  }
+  has_ended_ = true;
+  // Under the lock: join()'s caller may drop the last other reference as soon as it can see has_ended_.
+  ended_.notify_all();
+}
+
+bool Stream::push(Task task) {
+  bool wake;
+  {
+    const std::lock_guard lock(mutex_);
+    if (closed_) return false;
+    entries_.push_back({std::move(task), nullptr});
+    wake = std::exchange(asleep_, false);
+  }
+  if (wake) wake_.notify_one();
+  return true;
+}
+
+bool Stream::push_wait(std::shared_ptr<Record> record) {
+  if (!record || record->done()) return !closed();
+  const std::lock_guard lock(mutex_);
+  if (closed_) return false;
+  entries_.push_back({nullptr, std::move(record)});
+  return true;
+}
+
+bool Stream::push_record(const std::shared_ptr<Record>& record) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (closed_) return false;
+    if (!idle_locked()) {
+      entries_.push_back({[record] { record->complete(); }, nullptr});
+      // A sleeping thread has only waits before it, which woke nobody.
+      if (std::exchange(asleep_, false)) wake_.notify_one();
+      return true;
+    }
+  }
+  record->complete();
+  return true;
+}
+
+std::shared_ptr<Record> Stream::record() {
+  {
+    const std::lock_guard lock(mutex_);
+    if (closed_ || idle_locked()) return nullptr;
+  }
+  auto record = std::make_shared<Record>();
+  return push_record(record) ? record : nullptr;
+}
+
+void Stream::close() {
+  {
+    const std::lock_guard lock(mutex_);
+    closed_ = true;
+  }
+  wake_.notify_all();
+}
+
+void Stream::join() {
+  std::unique_lock lock(mutex_);
+  ended_.wait(lock, [this] { return has_ended_; });  // Pairs with the end of run().
+}
+
+bool Stream::closed() {
+  const std::lock_guard lock(mutex_);
+  return closed_;
+}
+
+std::shared_ptr<Record> Event::latest() {
+  const std::lock_guard lock(mutex_);
+  return latest_;
+}
+
+void Event::set(std::shared_ptr<Record> record) {
+  const std::lock_guard lock(mutex_);
+  latest_.swap(record);
+}
+
+}  // namespace deepep
