@@ -56,8 +56,8 @@ const preamble = `
  *     drain the queue, and for a status other than DEEPEP_OK ask deepep_get_status for the record.
  *   - Tensors are row-major and dense where no stride is given. Shapes are written dtype [rows, columns]. Payload rows
  *     are 16-byte aligned.
- *   - No call ends the process (but deepep_inject, asked to), prints, or lets a C++ exception out. Every wait for a peer
- *     has a deadline.
+ *   - No call ends the process (but deepep_inject, asked to), prints, or lets a C++ exception out. Every wait
+ *     for a peer has a deadline.
  *
  * Life of a buffer (a rank is one buffer; the ranks may share a process or not)
  *   1. deepep_abi_version() must be DEEPEP_ABI_VERSION. deepep_queue_create, then deepep_buffer_create on every rank.

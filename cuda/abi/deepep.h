@@ -21,8 +21,8 @@
  *     drain the queue, and for a status other than DEEPEP_OK ask deepep_get_status for the record.
  *   - Tensors are row-major and dense where no stride is given. Shapes are written dtype [rows, columns]. Payload rows
  *     are 16-byte aligned.
- *   - No call ends the process (but deepep_inject, asked to), prints, or lets a C++ exception out. Every wait for a peer
- *     has a deadline.
+ *   - No call ends the process (but deepep_inject, asked to), prints, or lets a C++ exception out. Every wait
+ *     for a peer has a deadline.
  *
  * Life of a buffer (a rank is one buffer; the ranks may share a process or not)
  *   1. deepep_abi_version() must be DEEPEP_ABI_VERSION. deepep_queue_create, then deepep_buffer_create on every rank.
@@ -1276,8 +1276,8 @@ DEEPEP_API int32_t deepep_host_write(uint64_t address, const void* src, uint64_t
 /* Makes a completion queue. */
 DEEPEP_API int32_t deepep_queue_create(uint64_t zero, deepep_queue_create_args* args, deepep_error* error);
 
-/* Takes up to `capacity` deepep_completion entries off the queue; returns how many. Never blocks; a few nanoseconds
- * when empty. */
+/* Takes up to `capacity` deepep_completion entries off the queue; returns how many, or minus a DEEPEP_ERROR_* code
+ * when `queue` is none. Never blocks; a few nanoseconds when empty. */
 DEEPEP_API int32_t deepep_queue_drain(uint64_t queue, void* out, uint32_t capacity);
 
 /* Optional wake-up by callback. */

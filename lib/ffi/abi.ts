@@ -138,7 +138,10 @@ export const constants = {
   INJECT: {
     DELAY: [0, "sleep delay_us when `op` enters `phase`"],
     EXIT: [1, "end the process at once, as kill -9 would, when `op` enters `phase`"],
-    STALL: [2, "never finish `phase`: the rank goes silent for this operation until the deadline of its own has passed"],
+    STALL: [
+      2,
+      "never finish `phase`: the rank goes silent for this operation until the deadline of its own has passed",
+    ],
   },
 } as const satisfies Record<string, Record<string, readonly [number, string]>>;
 
@@ -184,11 +187,19 @@ const reserved = ["u32", "in", "0"] as const satisfies Field;
 const options = {
   num_ranks: ["u32", "in", "ranks in the group, 1 … DEEPEP_MAX_RANKS"],
   hidden: ["u32", "in", "channels a token; hidden * 2 must be a multiple of 16"],
-  num_experts: ["u32", "in", "experts in all; they need not divide by the ranks: the first num_experts % num_ranks ranks own one more"],
+  num_experts: [
+    "u32",
+    "in",
+    "experts in all; they need not divide by the ranks: the first num_experts % num_ranks ranks own one more",
+  ],
   num_topk: ["u32", "in", "largest number of experts a token, 1 … 32"],
   max_tokens_per_rank: ["u32", "in", "largest num_tokens of normal mode, 0 … 65536"],
   max_low_latency_tokens_per_rank: ["u32", "in", "largest num_tokens of low-latency mode; 0 = no low-latency mode"],
-  max_recv_tokens: ["u32", "in", "rows a slot holds in normal mode (either layout); 0 = max_tokens_per_rank * num_ranks"],
+  max_recv_tokens: [
+    "u32",
+    "in",
+    "rows a slot holds in normal mode (either layout); 0 = max_tokens_per_rank * num_ranks",
+  ],
   num_slots: ["u32", "in", "results that can be held at once, 1 … 8; 0 = 2"],
   max_row_bytes: ["u32", "in", "largest payload row; 0 = hidden * 2"],
   max_scale_bytes: ["u32", "in", "largest scale row; 0 = 4 bytes per 128 channels, rounded up"],
@@ -297,7 +308,11 @@ export const structs = {
       masked_ranks: ["u64", "out", "bit r is set when rank r is masked"],
       epoch: ["u64", "out", "collective calls enqueued so far"],
       comm_stream: ["u64", "out", "the communication stream"],
-      wait_ns: ["u64", "out", "host address of i64 [2, num_ranks]: nanoseconds waited for each peer in dispatch and combine"],
+      wait_ns: [
+        "u64",
+        "out",
+        "host address of i64 [2, num_ranks]: nanoseconds waited for each peer in dispatch and combine",
+      ],
       num_dispatches: ["u64", "out", "dispatches that ended, either mode"],
       num_combines: ["u64", "out", "combines that ended, either mode"],
       rows_sent: ["u64", "out", "rows pushed to all ranks, this one included"],
@@ -417,11 +432,19 @@ export const structs = {
       layout: ["u32", "in", "DEEPEP_LAYOUT_*"],
       handle: ["u64", "in", "handle that keeps the routing; CACHED: that has it"],
       slot: ["i32", "out", "in: a free slot, or -1 for any; out: the slot taken, held until deepep_slot_release"],
-      expert_alignment: ["u32", "in", "1 … 65536: num_recv_tokens_per_expert are rounded up to it; expert layout: groups too"],
+      expert_alignment: [
+        "u32",
+        "in",
+        "1 … 65536: num_recv_tokens_per_expert are rounded up to it; expert layout: groups too",
+      ],
       ...routing,
       topk_weights: ["u64", "in", "f32 [num_tokens, num_topk]; 0 = none"],
       is_token_in_rank: ["u64", "in", "without topk_idx: u8 [num_tokens, num_ranks] (rank layout only)"],
-      num_tokens_per_expert: ["u64", "in", "without topk_idx, optional: i32 [num_experts], only summed into the per-expert counts"],
+      num_tokens_per_expert: [
+        "u64",
+        "in",
+        "without topk_idx, optional: i32 [num_experts], only summed into the per-expert counts",
+      ],
       ...payload,
       expert_stats: ["u64", "in", "i32 [num_local_experts]: entries received are added to it; 0 = none"],
       counts_id: ["u64", "in", "completion to queue as soon as host_counts is filled; 0 = none"],
@@ -436,9 +459,17 @@ export const structs = {
         "out",
         "rank layout: same type as topk_idx, [rows, num_topk]: local expert index, -1 where the entry is another rank's",
       ],
-      recv_topk_weights: ["u64", "out", "f32: rank layout [rows, num_topk], 0 where the entry is another rank's; expert layout [rows]"],
+      recv_topk_weights: [
+        "u64",
+        "out",
+        "f32: rank layout [rows, num_topk], 0 where the entry is another rank's; expert layout [rows]",
+      ],
       recv_src_idx: ["u64", "out", "i32 [rows]: source rank * max_tokens_per_rank + token; -1 in padding"],
-      recv_num_rows: ["u64", "out", "device i32 [2]: rank-layout tokens received; rows in use in this layout, padding included"],
+      recv_num_rows: [
+        "u64",
+        "out",
+        "device i32 [2]: rank-layout tokens received; rows in use in this layout, padding included",
+      ],
       recv_num_tokens_per_expert: ["u64", "out", "device i32 [num_local_experts], rounded up to expert_alignment"],
       recv_num_tokens_per_rank: ["u64", "out", "device i32 [num_ranks]: tokens from each source rank"],
       host_counts: [
@@ -454,9 +485,17 @@ export const structs = {
       size,
       hidden: ["u32", "in", "bf16 channels of a row, at most the buffer's; hidden * 2 must be a multiple of 16"],
       handle: ["u64", "in", "handle of the dispatch"],
-      slot: ["i32", "in", "slot whose expert-output region is used: the dispatch's, or -1 for any free one during the call"],
+      slot: [
+        "i32",
+        "in",
+        "slot whose expert-output region is used: the dispatch's, or -1 for any free one during the call",
+      ],
       reserved,
-      x: ["u64", "in", "bf16 [rows, hidden] expert outputs in the layout of the dispatch; 0 = already in the slot's region"],
+      x: [
+        "u64",
+        "in",
+        "bf16 [rows, hidden] expert outputs in the layout of the dispatch; 0 = already in the slot's region",
+      ],
       x_stride: ["u64", "in", "bytes from a row to the next; a multiple of 16"],
       topk_weights: ["u64", "in", "f32, shaped as recv_topk_weights: brought back and summed; 0 = none"],
       weights: [
@@ -490,7 +529,11 @@ export const structs = {
       recv_scales_elem_stride: ["u64", "out", "bytes"],
       recv_count: ["u64", "out", "i32 [num_local_experts]: rows of each expert"],
       recv_src_info: ["u64", "out", "i32 [num_local_experts, max_rows]: token index at the source rank"],
-      recv_layout_range: ["u64", "out", "i64 [num_local_experts, num_ranks]: begin << 32 | count of each source rank's rows"],
+      recv_layout_range: [
+        "u64",
+        "out",
+        "i64 [num_local_experts, num_ranks]: begin << 32 | count of each source rank's rows",
+      ],
     },
   },
   deepep_low_latency_combine_args: {
@@ -521,7 +564,11 @@ export const structs = {
     fields: {
       size,
       slot: ["i32", "in", "a held slot"],
-      address: ["u64", "out", "bf16 rows: [max_recv_tokens, hidden], or [num_local_experts, max_rows, hidden] in low-latency mode"],
+      address: [
+        "u64",
+        "out",
+        "bf16 rows: [max_recv_tokens, hidden], or [num_local_experts, max_rows, hidden] in low-latency mode",
+      ],
       bytes: ["u64", "out", "size of the region"],
       ...stream,
       reserved: ["u32", "in", "0"],
@@ -565,7 +612,8 @@ export const functions = {
   deepep_host_read: {
     args: [["address", "u64"], ["dst", "buf"], ["bytes", "u64"]],
     ret: "i32",
-    doc: "Copies from memory of the library that the host can read (host_counts, wait_ns, MEMORY_HOST) to the caller's. At once.",
+    doc:
+      "Copies from memory of the library that the host can read (host_counts, wait_ns, MEMORY_HOST) to the caller's. At once.",
   },
   deepep_host_write: {
     args: [["address", "u64"], ["src", "buf"], ["bytes", "u64"]],
@@ -576,9 +624,14 @@ export const functions = {
   deepep_queue_drain: {
     args: [["queue", "u64"], ["out", "buf"], ["capacity", "u32"]],
     ret: "i32",
-    doc: "Takes up to `capacity` deepep_completion entries off the queue; returns how many. Never blocks; a few nanoseconds when empty.",
+    doc:
+      "Takes up to `capacity` deepep_completion entries off the queue; returns how many, or minus a DEEPEP_ERROR_* code when `queue` is none. Never blocks; a few nanoseconds when empty.",
   },
-  deepep_queue_wake: { args: self("queue", "deepep_queue_wake_args"), ret: "i32", doc: "Optional wake-up by callback." },
+  deepep_queue_wake: {
+    args: self("queue", "deepep_queue_wake_args"),
+    ret: "i32",
+    doc: "Optional wake-up by callback.",
+  },
   deepep_queue_destroy: {
     args: [["queue", "u64"], ["error", "deepep_error"]],
     ret: "i32",
@@ -587,12 +640,14 @@ export const functions = {
   deepep_buffer_size: {
     args: self("device", "deepep_buffer_create_args"),
     ret: "i32",
-    doc: "Writes the sizes that deepep_buffer_create would allocate, and the defaults it would take for zeros. Allocates nothing.",
+    doc:
+      "Writes the sizes that deepep_buffer_create would allocate, and the defaults it would take for zeros. Allocates nothing.",
   },
   deepep_buffer_create: {
     args: self("device", "deepep_buffer_create_args"),
     ret: "i32",
-    doc: "Makes a rank's buffer: symmetric memory, communication stream, slots. Local. Then export, exchange, import all, connect.",
+    doc:
+      "Makes a rank's buffer: symmetric memory, communication stream, slots. Local. Then export, exchange, import all, connect.",
   },
   deepep_buffer_export: {
     args: self("buffer", "deepep_peer_handle"),
@@ -602,35 +657,55 @@ export const functions = {
   deepep_buffer_import: {
     args: self("buffer", "deepep_peer_handle"),
     ret: "i32",
-    doc: "Maps a peer's memory. MISMATCH, naming field and values, when its options differ. Local; once per peer, own rank allowed.",
+    doc:
+      "Maps a peer's memory. MISMATCH, naming field and values, when its options differ. Local; once per peer, own rank allowed.",
   },
   deepep_buffer_connect: {
     args: [["buffer", "u64"], ["error", "deepep_error"]],
     ret: "i32",
-    doc: "Checks that every peer was imported and makes the buffer ready. Local, but no rank may call an operation before all connected.",
+    doc:
+      "Checks that every peer was imported and makes the buffer ready. Local, but no rank may call an operation before all connected.",
   },
   deepep_buffer_get_info: { args: self("buffer", "deepep_buffer_info"), ret: "i32", doc: "Facts and counters. Local." },
   deepep_buffer_recover: {
     args: self("buffer", "deepep_buffer_recover_args"),
     ret: "i32",
-    doc: "After a failure: forgets it and continues at an epoch agreed by the survivors. Every survivor calls it with the same arguments, none with work enqueued.",
+    doc:
+      "After a failure: forgets it and continues at an epoch agreed by the survivors. Every survivor calls it with the same arguments, none with work enqueued.",
   },
   deepep_buffer_destroy: {
     args: [["buffer", "u64"], ["error", "deepep_error"]],
     ret: "i32",
-    doc: "Waits for the buffer's own streams (bounded by their deadlines), then frees everything. Local: never waits for a peer's destroy.",
+    doc:
+      "Waits for the buffer's own streams (bounded by their deadlines), then frees everything. Local: never waits for a peer's destroy.",
   },
-  deepep_mask: { args: self("buffer", "deepep_mask_args"), ret: "i32", doc: "Masks or unmasks a peer, from the next enqueued call on. Local." },
+  deepep_mask: {
+    args: self("buffer", "deepep_mask_args"),
+    ret: "i32",
+    doc: "Masks or unmasks a peer, from the next enqueued call on. Local.",
+  },
   deepep_slot_release: {
     args: self("buffer", "deepep_slot_release_args"),
     ret: "i32",
     doc: "Gives a slot back in stream order. Tensors in it must not be read by work enqueued later.",
   },
-  deepep_alloc: { args: self("buffer", "deepep_alloc_args"), ret: "i32", doc: "Allocates memory on the buffer's device." },
+  deepep_alloc: {
+    args: self("buffer", "deepep_alloc_args"),
+    ret: "i32",
+    doc: "Allocates memory on the buffer's device.",
+  },
   deepep_free: { args: self("buffer", "deepep_alloc_args"), ret: "i32", doc: "Frees memory of deepep_alloc." },
-  deepep_copy: { args: self("buffer", "deepep_copy_args"), ret: "i32", doc: "Enqueues a copy between addresses of the device or of MEMORY_HOST." },
+  deepep_copy: {
+    args: self("buffer", "deepep_copy_args"),
+    ret: "i32",
+    doc: "Enqueues a copy between addresses of the device or of MEMORY_HOST.",
+  },
   deepep_fill: { args: self("buffer", "deepep_fill_args"), ret: "i32", doc: "Enqueues a fill with a byte value." },
-  deepep_stream_create: { args: self("buffer", "deepep_stream_create_args"), ret: "i32", doc: "Makes a stream on the buffer's device." },
+  deepep_stream_create: {
+    args: self("buffer", "deepep_stream_create_args"),
+    ret: "i32",
+    doc: "Makes a stream on the buffer's device.",
+  },
   deepep_stream_synchronize: {
     args: self("stream", "deepep_stream_sync_args"),
     ret: "i32",
@@ -642,11 +717,31 @@ export const functions = {
     doc: "Ends a stream after its work.",
   },
   deepep_event_create: { args: self("buffer", "deepep_event_create_args"), ret: "i32", doc: "Makes an event." },
-  deepep_event_record: { args: self("event", "deepep_event_args"), ret: "i32", doc: "Records the present work of a stream." },
-  deepep_event_wait: { args: self("event", "deepep_event_args"), ret: "i32", doc: "Makes a stream wait for what the event has recorded." },
-  deepep_event_query: { args: self("event", "deepep_event_args"), ret: "i32", doc: "Says whether the recorded work has ended, and how." },
-  deepep_event_notify: { args: self("event", "deepep_event_args"), ret: "i32", doc: "Queues a completion, with the operation's status, once the recorded work has ended." },
-  deepep_event_destroy: { args: [["event", "u64"], ["error", "deepep_error"]], ret: "i32", doc: "Frees an event; pending work keeps what it needs." },
+  deepep_event_record: {
+    args: self("event", "deepep_event_args"),
+    ret: "i32",
+    doc: "Records the present work of a stream.",
+  },
+  deepep_event_wait: {
+    args: self("event", "deepep_event_args"),
+    ret: "i32",
+    doc: "Makes a stream wait for what the event has recorded.",
+  },
+  deepep_event_query: {
+    args: self("event", "deepep_event_args"),
+    ret: "i32",
+    doc: "Says whether the recorded work has ended, and how.",
+  },
+  deepep_event_notify: {
+    args: self("event", "deepep_event_args"),
+    ret: "i32",
+    doc: "Queues a completion, with the operation's status, once the recorded work has ended.",
+  },
+  deepep_event_destroy: {
+    args: [["event", "u64"], ["error", "deepep_error"]],
+    ret: "i32",
+    doc: "Frees an event; pending work keeps what it needs.",
+  },
   deepep_get_dispatch_layout: {
     args: self("buffer", "deepep_dispatch_layout_args"),
     ret: "i32",
@@ -665,12 +760,14 @@ export const functions = {
   deepep_dispatch: {
     args: self("buffer", "deepep_dispatch_args"),
     ret: "i32",
-    doc: "Enqueues a dispatch: counts, then each row straight to its final place on every destination rank. Collective. Graph-safe with NO_CPU_SYNC.",
+    doc:
+      "Enqueues a dispatch: counts, then each row straight to its final place on every destination rank. Collective. Graph-safe with NO_CPU_SYNC.",
   },
   deepep_combine: {
     args: self("buffer", "deepep_combine_args"),
     ret: "i32",
-    doc: "Enqueues a combine: out = bias_0 + bias_1 + the token's rows, in f32, rows in ascending rank (rank layout) or top-k order (expert layout), each product and sum rounded to f32, the end to bf16. Collective. Graph-safe.",
+    doc:
+      "Enqueues a combine: out = bias_0 + bias_1 + the token's rows, in f32, rows in ascending rank (rank layout) or top-k order (expert layout), each product and sum rounded to f32, the end to bf16. Collective. Graph-safe.",
   },
   deepep_low_latency_dispatch: {
     args: self("buffer", "deepep_low_latency_dispatch_args"),
@@ -685,7 +782,8 @@ export const functions = {
   deepep_low_latency_combine: {
     args: self("buffer", "deepep_low_latency_combine_args"),
     ret: "i32",
-    doc: "Enqueues a low-latency combine: out = sum of weight * row in top-k order, in f32, each product and sum rounded to f32, the end to bf16. Collective. Graph-safe.",
+    doc:
+      "Enqueues a low-latency combine: out = sum of weight * row in top-k order, in f32, each product and sum rounded to f32, the end to bf16. Collective. Graph-safe.",
   },
   deepep_low_latency_combine_receive: {
     args: self("buffer", "deepep_receive_args"),
@@ -697,11 +795,16 @@ export const functions = {
     ret: "i32",
     doc: "The expert-output region of a held slot. `stream` waits until every peer has read what was there before.",
   },
-  deepep_barrier: { args: self("buffer", "deepep_barrier_args"), ret: "i32", doc: "Enqueues a barrier of all unmasked ranks. Collective. Graph-safe." },
+  deepep_barrier: {
+    args: self("buffer", "deepep_barrier_args"),
+    ret: "i32",
+    doc: "Enqueues a barrier of all unmasked ranks. Collective. Graph-safe.",
+  },
   deepep_get_status: {
     args: self("buffer", "deepep_status_args"),
     ret: "i32",
-    doc: "Writes the record of a failed operation into `error`; returns DEEPEP_OK when there is none. The last 64 failures are kept.",
+    doc:
+      "Writes the record of a failed operation into `error`; returns DEEPEP_OK when there is none. The last 64 failures are kept.",
   },
   deepep_inject: {
     args: self("buffer", "deepep_inject_args"),
