@@ -1,0 +1,134 @@
+// What ranks say to each other: the words of a control area, and why two synchronisations a layer suffice.
+//
+// In: nothing. Out: plain structs that lie at the offsets of regions.hpp, shared by the CPU backend (std::atomic_ref) and
+// by device code (system-scope acquire and release). Callers: wait, exchange, dispatch, combine, low latency.
+//
+// Epochs. A rank numbers the collective calls of a buffer from 1. All ranks make the same calls in the same order, so equal
+// numbers mean the same call. Every flag is an epoch, is only ever raised, and is compared with "at least": nothing is
+// cleaned, a stale flag cannot match, and after a recovery everything up to the base epoch means nothing. All operations
+// of a rank run on one serial communication stream; "rank s is past e" means its stream has ended call e.
+//
+// Synchronisation one, the message: `messages[s][e % ring]` in rank A's control area says that s has reached call e, which
+// slot s uses in it, and for a dispatch how many rows s sends to every rank. Before that, s's earlier holder of the slot was
+// released in stream order. So whoever has read the message may write rows into that slot of s. No rank pushes before it has
+// the messages of all ranks; hence when the first row of call e arrives anywhere, every rank is past the pushes of all calls
+// before e, and a late push of an earlier call cannot hit the slot's new holder.
+// Synchronisation two, the flag `pushed[s][slot]` = e in A: s has put all its rows of call e into that slot of A.
+//
+// Combine needs one of each as well: its message says that s's expert outputs are complete, after which they are pulled;
+// `pulled[s][slot]` = e says that s has read all it wants from that slot of A. Only what overwrites the expert-output region
+// waits for it: the next combine's copy-in, or deepep_expert_output when the user is about to write. A dispatch into the
+// same slot does not touch that region, so a layer waits for `pulled` only where the next combine does, when it is long there.
+// Low-latency combine announces itself by `ready[s][slot of A]` instead, because its receive half may come many calls later,
+// when the message ring has gone round. That line is rewritten only by the next combine of the same result, which waits for
+// A's `pulled` first.
+//
+// The ring. s writes message e + ring over message e. Calls other than the send half of a low-latency combine wait for the
+// message of A, and A publishes e only when it is past e - 1. So s is ahead of a reader A that still needs message e by at
+// most one such call and one send half a slot (a slot with a receive half to come refuses another): num_slots + 2 messages
+// are in use at once, the ring has 2 * num_slots + 2.
+//
+// Failures. An error that a rank finds in its own arguments travels in its message (`code`), one that follows from all
+// messages (capacity, disagreement) is found by every rank alike: both before a byte moves, so the buffer stays good. A rank
+// that fails half-way raises `aborts[s]` in every peer, so that nobody waits for the deadline in vain; it counts in calls
+// from its epoch on until the next recovery, or until the rank that it blames is masked.
+#pragma once
+
+#include <cstdint>
+
+#include "regions.hpp"
+
+namespace deepep {
+
+// Where a rank sleeps. Whoever has raised a word that it may wait for rings afterwards.
+struct Doorbell {
+  uint32_t rings;        // futex word: counts the rings
+  uint32_t unused[15];   // a line of its own: the word below is written by the owner
+  uint64_t waiting_for;  // bit p: the owner sleeps, or is about to, until rank p raises something
+};
+static_assert(sizeof(Doorbell) <= kRegionAlignment);
+
+// What all ranks must say alike in a call. Compared value by value, so that an error can name what differs.
+enum Agreed : uint32_t {
+  kAgreedOp,
+  kAgreedLayout,
+  kAgreedExpertAlignment,
+  kAgreedRowBytes,
+  kAgreedNumScales,
+  kAgreedScaleElemBytes,
+  kAgreedNumTopk,
+  kAgreedTopkIdxBytes,
+  kAgreedTopkWeights,  // 0 = without, 1 = with, kNoOpinion = this rank has no rows to tell from
+  kAgreedCached,
+  kAgreedFlags,
+  kAgreedRouting,  // low 32 bits of the epoch of the dispatch that made the handle
+  kNumAgreed,
+};
+constexpr const char* kAgreedNames[kNumAgreed] = {
+    "op",       "layout",        "expert_alignment", "row_bytes", "num_scales",          "scale_elem_bytes",
+    "num_topk", "topk_idx_bytes", "topk_weights",     "cached",    "flags (the shared ones)", "the handle's dispatch",
+};
+constexpr uint32_t kNoOpinion = 2;
+
+// A message: this header, then for a dispatch u32 tokens_per_rank [num_ranks] and u32 entries_per_expert [num_experts].
+struct MessageHeader {
+  uint64_t epoch;  // stored last, with release: what follows is complete once it is seen
+  uint32_t agreed[kNumAgreed];
+  uint32_t slot;        // of the sender, used in this call
+  uint32_t num_tokens;  // of the sender
+  int32_t code;         // DEEPEP_ERROR_*: the sender cannot make this call; 0 = all is well
+  int32_t reserved;
+};
+static_assert(sizeof(MessageHeader) <= kMessageHeaderBytes);
+
+// Announcement of a low-latency combine, for one slot of the reader.
+struct ReadyLine {
+  uint64_t epoch;  // stored last, with release
+  uint32_t slot;   // of the sender
+  int32_t code;    // as in a message
+};
+static_assert(sizeof(ReadyLine) <= kLineBytes);
+
+// An abort word: epoch << 16 | code << 8 | culprit. One word, so that it is never seen half-written.
+struct Abort {
+  uint64_t epoch = 0;
+  int32_t code = 0;
+  uint32_t culprit = 0;
+  bool goes_on = false;  // the sender has only left the culprit out and goes on with the call
+};
+constexpr uint64_t kAbortGoesOn = 0x80;
+
+DEEPEP_HOST_DEVICE constexpr uint64_t abort_word(const Abort& abort) {
+  const uint64_t code = static_cast<uint64_t>(abort.code) | (abort.goes_on ? kAbortGoesOn : 0);
+  return abort.epoch << 16 | code << 8 | abort.culprit;
+}
+
+DEEPEP_HOST_DEVICE constexpr Abort abort_from_word(uint64_t word) {
+  const uint64_t code = (word >> 8) & 0xff;
+  return {word >> 16, static_cast<int32_t>(code & (kAbortGoesOn - 1)), static_cast<uint32_t>(word & 0xff),
+          (code & kAbortGoesOn) != 0};
+}
+
+// Addresses in a control area.
+DEEPEP_HOST_DEVICE inline Doorbell* doorbell_at(uint8_t* base, const Regions& regions) {
+  return reinterpret_cast<Doorbell*>(base + regions.doorbell);
+}
+DEEPEP_HOST_DEVICE inline uint64_t* abort_at(uint8_t* base, const Regions& regions, uint32_t src) {
+  return reinterpret_cast<uint64_t*>(base + regions.aborts + src * kLineBytes);
+}
+// `part` is regions.pushed, pushed_view or pulled.
+DEEPEP_HOST_DEVICE inline uint64_t* slot_word_at(uint8_t* base, uint64_t part, uint32_t src, uint32_t slot) {
+  return reinterpret_cast<uint64_t*>(base + part + src * kLineBytes) + slot;
+}
+DEEPEP_HOST_DEVICE inline ReadyLine* ready_at(uint8_t* base, const Regions& regions, uint32_t src, uint32_t slot) {
+  return reinterpret_cast<ReadyLine*>(base + regions.ready + (src * kMaxSlots + slot) * kLineBytes);
+}
+DEEPEP_HOST_DEVICE inline MessageHeader* message_at(uint8_t* base, const Regions& regions, uint32_t src, uint64_t epoch) {
+  const uint64_t index = src * uint64_t{regions.message_ring} + epoch % regions.message_ring;
+  return reinterpret_cast<MessageHeader*>(base + regions.messages + index * regions.message_bytes);
+}
+DEEPEP_HOST_DEVICE inline uint32_t* message_counts(MessageHeader* message) {
+  return reinterpret_cast<uint32_t*>(reinterpret_cast<uint8_t*>(message) + kMessageHeaderBytes);
+}
+
+}  // namespace deepep
