@@ -1,0 +1,343 @@
+/**
+ * `EpBuffer`, what users hold: symmetric memory, slots and streams of one rank. In: a group and options. Out: dispatch
+ * and combine in normal and low-latency mode. Each method is one line to the file that does it.
+ */
+import { struct } from "./ffi/struct.ts";
+import { combine, type CombineOptions, type CombineResult } from "./combine.ts";
+import { type BufferOptions, type BufferSize, connect, sizeHint } from "./connect.ts";
+import type { Core, OperationOptions } from "./core.ts";
+import type { Backend, Capabilities } from "./device.ts";
+import { dispatch, type DispatchOptions, type DispatchResult } from "./dispatch.ts";
+import { type DispatchLayout, getDispatchLayout } from "./dispatch_layout.ts";
+import { bf16FromF32, type DType, type TypedArrayOf } from "./dtype.ts";
+import { EpError } from "./error.ts";
+import type { Group } from "./group/group.ts";
+import type { DispatchHandle } from "./handle.ts";
+import {
+  lowLatencyCombine,
+  type LowLatencyCombineOptions,
+  type LowLatencyCombineResult,
+  lowLatencyDispatch,
+  type LowLatencyDispatchOptions,
+  type LowLatencyResult,
+} from "./low_latency.ts";
+import type { Payload } from "./payload.ts";
+import type { ResolvedOptions } from "./plan.ts";
+import type { EpEvent, Stream } from "./stream.ts";
+import type { Tensor } from "./tensor.ts";
+
+const maskStruct = struct("deepep_mask_args");
+const recoverStruct = struct("deepep_buffer_recover_args");
+const barrierStruct = struct("deepep_barrier_args");
+
+/** Counters of a buffer. */
+export interface BufferStats {
+  /** Dispatches that ended, either mode. */
+  readonly numDispatches: number;
+  /** Combines that ended, either mode. */
+  readonly numCombines: number;
+  /** Operations that failed. */
+  readonly numFailures: number;
+  /** Rows pushed to all ranks, this one included. */
+  readonly rowsSent: number;
+  /** Their payload and scale bytes. */
+  readonly bytesSent: number;
+  /** Expert-output rows read. */
+  readonly rowsPulled: number;
+  /** Nanoseconds waited for each rank in dispatches. */
+  readonly dispatchWaitNs: BigInt64Array;
+  /** Nanoseconds waited for each rank in combines. */
+  readonly combineWaitNs: BigInt64Array;
+}
+
+/** Expert-parallel communication of one rank. Create it with all ranks; close it with `await using` or `close()`. */
+export class EpBuffer implements AsyncDisposable {
+  readonly #core: Core;
+  readonly #group: Group;
+  /** Why this backend was taken. */
+  readonly backendReason: string;
+
+  private constructor(group: Group, core: Core, reason: string) {
+    this.#group = group;
+    this.#core = core;
+    this.backendReason = reason;
+  }
+
+  /**
+   * Creates a rank's buffer and connects it with every other rank's. Collective over the group.
+   *
+   * @throws {RangeError} when an option is out of range
+   * @throws {EpError} `mismatch` when ranks give different options, `aborted` when another rank failed, `timeout` when one is missing
+   * @throws {LibraryError} when the backend's library cannot be found, loaded or trusted
+   */
+  static async create(group: Group, options: BufferOptions): Promise<EpBuffer> {
+    const { core, reason } = await connect(group, options);
+    return new EpBuffer(group, core, reason);
+  }
+
+  /** What a buffer with these options would allocate on each of `numRanks` ranks, by purpose. Allocates nothing. */
+  static sizeHint(options: BufferOptions & { numRanks: number }): Promise<BufferSize> {
+    return sizeHint(options);
+  }
+
+  /** This rank. */
+  get rank(): number {
+    return this.#core.rank;
+  }
+  /** Ranks in the group. */
+  get numRanks(): number {
+    return this.#core.numRanks;
+  }
+  /** Experts of this rank. */
+  get numLocalExperts(): number {
+    return this.#core.numLocalExperts;
+  }
+  /** Every option with its value. */
+  get options(): Readonly<ResolvedOptions> {
+    return this.#core.options;
+  }
+  /** The library that does the work. */
+  get backend(): Backend {
+    return this.#core.device.backend;
+  }
+  /** What the device can do. */
+  get capabilities(): Capabilities {
+    return this.#core.device.capabilities();
+  }
+  /** The buffer's own compute stream: the default of every `stream` option. */
+  get stream(): Stream {
+    return this.#core.stream;
+  }
+  /** The communication stream, on which operations run. */
+  get commStream(): Stream {
+    return this.#core.commStream;
+  }
+
+  // --- normal mode
+
+  /**
+   * Counts where the tokens of this rank go. Not collective; dispatch with `topkIdx` does not need it.
+   *
+   * @throws {TypeError} on a wrong dtype or shape
+   */
+  getDispatchLayout(topkIdx: Tensor, options: OperationOptions = {}): DispatchLayout {
+    return getDispatchLayout(this.#core, topkIdx, options);
+  }
+
+  /**
+   * Sends every token to the ranks that own its experts. Resolves when the counts are known; the rows arrive in stream
+   * order. Collective. Calls of one rank launch in the order they are made, before the first `await`.
+   *
+   * @throws {TypeError} on a wrong dtype or shape, or a tensor of another buffer
+   * @throws {RangeError} on too many tokens, or a row that does not fit
+   * @throws {EpError} `capacity` (on every rank) when a rank would receive more than it holds, `invalidArgument` on an
+   *   expert index outside the experts (`aborted` on the others), `noFreeSlot`, `timeout`, `peerLost`, `mismatch`
+   */
+  dispatch<X extends Payload>(x: X, options: DispatchOptions): Promise<DispatchResult<X>> {
+    return dispatch(this.#core, x, options);
+  }
+
+  /**
+   * Brings expert outputs back and reduces them: `out = bias + sum of the token's rows`, in f32, in a fixed order.
+   * Resolves when it is enqueued. Collective.
+   *
+   * @throws {TypeError} on a wrong dtype or shape, or a tensor or handle of another buffer
+   * @throws {EpError} `closed` when the handle was released; later failures come from `event` and from reading the result
+   */
+  // deno-lint-ignore require-await -- so that a refusal is a rejection, as it is in dispatch
+  async combine(y: Tensor, handle: DispatchHandle, options: CombineOptions = {}): Promise<CombineResult> {
+    return combine(this.#core, y, handle, options);
+  }
+
+  // --- low-latency mode
+
+  /** Sends tokens into the masked expert-major layout. Launches at once. Collective. Throws as {@linkcode dispatch} does. */
+  lowLatencyDispatch(x: Payload, options: LowLatencyDispatchOptions): LowLatencyResult {
+    return lowLatencyDispatch(this.#core, x, options);
+  }
+
+  /** Brings weighted expert outputs back. Launches at once. Collective. Throws as {@linkcode combine} does. */
+  lowLatencyCombine(y: Tensor, options: LowLatencyCombineOptions): LowLatencyCombineResult {
+    return lowLatencyCombine(this.#core, y, options);
+  }
+
+  // --- order
+
+  /** Makes a stream on the buffer's device. */
+  createStream(): Stream {
+    return this.#core.createStream();
+  }
+  /** Ends a stream of {@linkcode createStream} after its work. */
+  destroyStream(stream: Stream): Promise<void> {
+    return this.#core.destroyStream(stream);
+  }
+  /** Marks the present end of `stream` (default: the buffer's). */
+  record(stream?: Stream): EpEvent {
+    return this.#core.record(stream);
+  }
+  /** Enqueues a barrier of all unmasked ranks. Collective. `await` the event to wait on the host. */
+  barrier(options: OperationOptions = {}): EpEvent {
+    const { fields, event } = this.#core.operation("barrier", options, 0);
+    barrierStruct.pack({ ...fields });
+    this.#core.launch("deepep_barrier", barrierStruct, "barrier", fields.done_id);
+    return event;
+  }
+
+  // --- memory
+
+  /**
+   * Allocates a tensor, uninitialised or from host data. A `Float32Array` for a bf16 tensor is rounded to nearest even.
+   *
+   * @example
+   * ```ts
+   * import { EpBuffer, Group } from "@deepep/deepep";
+   * const [group] = Group.local(1);
+   * await using buffer = await EpBuffer.create(group!, { hidden: 8, numExperts: 1, numTopk: 1, maxTokensPerRank: 1, backend: "cpu" });
+   * using x = buffer.tensor("bf16", [1, 8], Float32Array.of(1, 2, 3, 4, 5, 6, 7, 8));
+   * if ((await x.read())[0] !== 0x3f80) throw new Error("1 is 0x3f80 in bf16");
+   * ```
+   */
+  tensor<D extends DType>(
+    dtype: D,
+    shape: readonly number[],
+    data?: TypedArrayOf<D> | Float32Array,
+    options: { stream?: Stream } = {},
+  ): Tensor<D> {
+    const tensor = this.#core.alloc(dtype, shape);
+    if (data === undefined) return tensor;
+    try {
+      tensor.write(
+        (dtype === "bf16" && data instanceof Float32Array ? bf16FromF32(data) : data) as TypedArrayOf<D>,
+        options,
+      );
+    } catch (error) {
+      tensor.release();
+      throw error;
+    }
+    return tensor;
+  }
+  /** Fills a contiguous tensor with a byte value, in stream order. */
+  fill(tensor: Tensor, value: number, options: { stream?: Stream } = {}): void {
+    this.#core.fill(tensor, value, options.stream);
+  }
+  /** Copies a tensor's bytes to another of the same size, in stream order. Both contiguous. */
+  copy(to: Tensor, from: Tensor, options: { stream?: Stream } = {}): void {
+    if (to.byteLength !== from.byteLength || !to.contiguous || !from.contiguous) {
+      throw new RangeError(
+        `Cannot copy ${from.byteLength} bytes to ${to.byteLength}: sizes must be equal and both contiguous`,
+      );
+    }
+    this.#core.copy(to.address, from.address, from.byteLength, options.stream ?? this.stream);
+  }
+  /** Copies any tensor, a foreign one too, to the host. See {@linkcode Tensor.read}. */
+  async read(tensor: Tensor, options: { stream?: Stream } = {}): Promise<Uint8Array> {
+    return new Uint8Array(await this.#core.readTensor(tensor, options.stream));
+  }
+  /** Copies bytes from the host to any contiguous tensor, a foreign one too. */
+  write(tensor: Tensor, data: ArrayBufferView, options: { stream?: Stream } = {}): void {
+    if (data.byteLength !== tensor.byteLength || !tensor.contiguous) {
+      throw new RangeError(
+        `Cannot write ${data.byteLength} bytes: the tensor has ${tensor.byteLength} and must be contiguous`,
+      );
+    }
+    this.#core.writeTensor(tensor, data, options.stream);
+  }
+
+  // --- failures
+
+  /** Leaves a peer out of every wait, send and reduction from the next call on. Local: every survivor does it. */
+  maskRank(rank: number): void {
+    this.#mask(rank, 1);
+  }
+  /** Takes a masked peer in again. */
+  unmaskRank(rank: number): void {
+    this.#mask(rank, 0);
+  }
+  #mask(rank: number, masked: number): void {
+    this.#core.open("mask a rank");
+    if (!(Number.isSafeInteger(rank) && rank >= 0 && rank < this.numRanks) || rank === this.rank) {
+      throw new RangeError(`Cannot mask rank ${rank}: needs another rank below ${this.numRanks}`);
+    }
+    maskStruct.pack({ rank, masked });
+    this.#core.call("deepep_mask", maskStruct, "mask");
+  }
+  /** The masked ranks, ascending. */
+  get maskedRanks(): number[] {
+    return bits(this.#core.info().masked_ranks, this.numRanks);
+  }
+  /** Whether an earlier call failed half-way: recover, or mask the culprit. */
+  get failed(): boolean {
+    return this.#core.info().failed === 1;
+  }
+
+  /**
+   * After a call failed half-way: the survivors agree on a fresh start. Collective over the ranks that are left; needs
+   * their group to be alive. Results held before stay readable, but their handles must not be combined any more.
+   *
+   * @param options `masked`: ranks to leave out from now on, the same on every survivor
+   */
+  async recover(options: { masked?: readonly number[]; timeoutMs?: number } = {}): Promise<void> {
+    const core = this.#core;
+    core.open("recover");
+    await Promise.allSettled([core.record(core.commStream), core.record()]);
+    const info = core.info();
+    const masked = new Set([...bits(info.masked_ranks, this.numRanks), ...options.masked ?? []]);
+    if (masked.has(this.rank)) throw new RangeError(`Cannot recover: rank ${this.rank} cannot mask itself`);
+    const ranks = Array.from({ length: this.numRanks }, (_, r) => r).filter((r) => !masked.has(r));
+    const mine = new BigUint64Array(new ArrayBuffer(16));
+    mine[0] = info.epoch;
+    mine[1] = [...masked].reduce((mask, r) => mask | 1n << BigInt(r), 0n);
+    const all = await this.#group.allGather(new Uint8Array(mine.buffer), {
+      ranks,
+      ...(options.timeoutMs === undefined ? {} : { timeoutMs: options.timeoutMs }),
+    });
+    const words = ranks.map((r) => new BigUint64Array(all[r]!.slice().buffer));
+    const other = words.findIndex((w) => w[1] !== mine[1]);
+    if (other >= 0) {
+      throw new EpError(
+        `Cannot recover: rank ${this.rank} leaves out ranks ${[...masked].join(", ") || "none"}, rank ${
+          ranks[other]
+        } ranks ${bits(words[other]![1]!, this.numRanks).join(", ") || "none"}`,
+        { code: "mismatch", op: "recover", rank: this.rank, peer: ranks[other]! },
+      );
+    }
+    recoverStruct.pack({ epoch: words.reduce((most, w) => w[0]! > most ? w[0]! : most, 0n), masked_ranks: mine[1] });
+    core.call("deepep_buffer_recover", recoverStruct, "recover");
+    // Nobody may send on the new epochs before everybody has left the old ones.
+    await this.#group.allGather(new Uint8Array(1), { ranks });
+  }
+
+  /** Counters, and how long each peer was waited for. */
+  stats(): BufferStats {
+    const info = this.#core.info();
+    const waits = new BigInt64Array(new ArrayBuffer(16 * this.numRanks));
+    this.#core.device.hostRead(info.wait_ns, waits);
+    return {
+      numDispatches: Number(info.num_dispatches),
+      numCombines: Number(info.num_combines),
+      numFailures: Number(info.num_failures),
+      rowsSent: Number(info.rows_sent),
+      bytesSent: Number(info.bytes_sent),
+      rowsPulled: Number(info.rows_pulled),
+      dispatchWaitNs: waits.slice(0, this.numRanks),
+      combineWaitNs: waits.slice(this.numRanks),
+    };
+  }
+
+  /** @ignore For tests: the inside. */
+  get core(): Core {
+    return this.#core;
+  }
+
+  /** Waits for what this rank has enqueued, then frees everything. Local: never waits for another rank's close. */
+  close(): Promise<void> {
+    return this.#core.close();
+  }
+  /** {@linkcode close}. */
+  [Symbol.asyncDispose](): Promise<void> {
+    return this.close();
+  }
+}
+
+const bits = (mask: bigint, n: number): number[] =>
+  Array.from({ length: n }, (_, r) => r).filter((r) => mask >> BigInt(r) & 1n);

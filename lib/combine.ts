@@ -1,0 +1,115 @@
+/**
+ * Combine in normal mode: check, pack, one call. In: expert outputs for the rows of a dispatch. Out: per token of this
+ * rank, the reduced sum of its rows, pulled from the ranks that hold them. Called by `EpBuffer.combine`.
+ */
+import { struct } from "./ffi/struct.ts";
+import type { Core, OperationOptions } from "./core.ts";
+import type { DispatchHandle } from "./handle.ts";
+import { checkTensor, describe, flat, rowStride } from "./payload.ts";
+import type { EpEvent } from "./stream.ts";
+import type { Tensor } from "./tensor.ts";
+
+const combineStruct = struct("deepep_combine_args");
+
+/** Options of `EpBuffer.combine`. */
+export interface CombineOptions extends OperationOptions {
+  /** f32, shaped as the dispatch's received `topkWeights`: brought back to the tokens and summed. For backward passes. */
+  topkWeights?: Tensor;
+  /** f32 `[numTokens, numTopk]`, expert layout only: row k of a token is multiplied by it. */
+  weights?: Tensor;
+  /** One or two bf16 `[numTokens, hidden]`, added before the rows. */
+  bias?: Tensor | readonly [Tensor] | readonly [Tensor, Tensor];
+  /** bf16 `[numTokens, hidden]` to write to. Default: a new tensor, yours to release. */
+  out?: Tensor<"bf16">;
+}
+
+/** What a combine gives. */
+export interface CombineResult extends Disposable {
+  /** bf16 `[numTokens, hidden]`: the reduced tokens. Yours: release it (unless you gave it as `out`). */
+  readonly x: Tensor<"bf16">;
+  /** With `topkWeights`: f32 `[numTokens, numTopk]`. */
+  readonly topkWeights: Tensor<"f32"> | undefined;
+  /** Marks the end of the operation. */
+  readonly event: EpEvent;
+}
+
+function checkShapes(
+  core: Core,
+  y: Tensor,
+  handle: DispatchHandle,
+  o: CombineOptions,
+): { hidden: number; rows: number } {
+  checkTensor(core, "combine", "x", y, ["bf16"], [undefined, undefined]);
+  const [rows, hidden] = y.shape as [number, number];
+  if (hidden === 0 || hidden % 8 !== 0 || hidden > core.options.hidden) {
+    throw new RangeError(
+      `Cannot combine: x is ${describe(y)}, hidden needs a multiple of 8 up to the buffer's ${core.options.hidden}`,
+    );
+  }
+  const { counts, layout } = handle;
+  const need = counts === undefined ? 0 : layout === "rank" ? counts.numTokens : counts.numRows;
+  if (rows < need) {
+    throw new RangeError(`Cannot combine: x has ${rows} rows, the dispatch received ${need}`);
+  }
+  if (o.weights && layout !== "expert") {
+    throw new TypeError(
+      "Cannot combine: weights need the expert layout; a row of the rank layout is already the sum of its experts, weight them before",
+    );
+  }
+  return { hidden, rows };
+}
+
+/** Enqueues a combine. Nothing to wait for: failures show at `await result.event` and when the result is read. */
+export function combine(core: Core, y: Tensor, handle: DispatchHandle, o: CombineOptions): CombineResult {
+  core.open("combine");
+  const native = handle.use(core, "combine");
+  const { hidden, rows } = checkShapes(core, y, handle, o);
+  const { numTokens, numTopk, layout } = handle;
+  const tokens = [numTokens, hidden], perEntry = [numTokens, numTopk];
+  const biases = o.bias === undefined ? [] : "address" in o.bias ? [o.bias] : o.bias;
+  if (biases.length > 2) throw new RangeError(`Cannot combine: ${biases.length} biases, at most 2`);
+  const weightsShape = layout === "rank" ? [undefined, numTopk] : [undefined];
+  const topk_weights = flat(core, "combine", "topkWeights", o.topkWeights, ["f32"], weightsShape);
+  if (o.topkWeights && o.topkWeights.shape[0] !== rows) {
+    throw new RangeError(`Cannot combine: topkWeights are ${describe(o.topkWeights)} for ${rows} rows of x`);
+  }
+  const fixed = {
+    hidden,
+    handle: native,
+    topk_weights,
+    weights: flat(core, "combine", "weights", o.weights, ["f32"], perEntry),
+    bias_0: flat(core, "combine", "bias", biases[0], ["bf16"], tokens),
+    bias_1: flat(core, "combine", "bias", biases[1], ["bf16"], tokens),
+    x_stride: rowStride("combine", "x", y),
+  };
+  flat(core, "combine", "out", o.out, ["bf16"], tokens);
+  const slot = handle.slotIndex;
+  const { fields, event } = core.operation("combine", o, 0);
+  const x = o.out ?? core.alloc("bf16", tokens, event);
+  const backWeights = o.topkWeights ? core.alloc("f32", perEntry, event) : undefined;
+  const release = () => {
+    if (!o.out) x.release();
+    backWeights?.release();
+  };
+  try {
+    combineStruct.pack({
+      ...fixed,
+      slot,
+      x: isOutputRegion(core, y, slot) ? 0n : y.address,
+      out: x.address,
+      out_topk_weights: backWeights?.address ?? 0n,
+      ...fields,
+    });
+    core.launch("deepep_combine", combineStruct, "combine", fields.done_id);
+  } catch (error) {
+    release();
+    throw error;
+  }
+  if (o.out?.hold) o.out.hold.producer = event;
+  return { x, topkWeights: backWeights, event, [Symbol.dispose]: release };
+}
+
+/** Whether `y` is what `handle.expertOutput()` gave: then it lies where peers pull from, and nothing is copied. */
+export function isOutputRegion(core: Core, y: Tensor, slot: number): boolean {
+  return slot >= 0 && y.hold !== undefined && y.address === core.outputAddress(slot) && y.contiguous;
+}

@@ -1,0 +1,364 @@
+/**
+ * The inside of a buffer: the native object, its streams, events, slots and memory. In: a connected native buffer from
+ * connect.ts. Out: what dispatch.ts, combine.ts and low_latency.ts need to pack one struct and make one call. Not
+ * exported to users; buffer.ts is.
+ */
+import { constants, type StructName } from "./ffi/abi.ts";
+import { struct, type StructCodec } from "./ffi/struct.ts";
+import type { Device } from "./device.ts";
+import { type DType, itemSize, type TypedArrayOf, viewAs } from "./dtype.ts";
+import { EpError } from "./error.ts";
+import type { ResolvedOptions } from "./plan.ts";
+import { EpEvent, type EventOwner, Stream } from "./stream.ts";
+import { type Hold, Tensor, type TensorOwner } from "./tensor.ts";
+
+const allocStruct = struct("deepep_alloc_args");
+const copyStruct = struct("deepep_copy_args");
+const fillStruct = struct("deepep_fill_args");
+const streamStruct = struct("deepep_stream_create_args");
+const eventCreateStruct = struct("deepep_event_create_args");
+const eventStruct = struct("deepep_event_args");
+const releaseStruct = struct("deepep_slot_release_args");
+const outputStruct = struct("deepep_expert_output_args");
+const infoStruct = struct("deepep_buffer_info");
+
+/** Options that every operation takes. */
+export interface OperationOptions {
+  /** The caller's stream: the operation begins after what is enqueued there. Default: the buffer's own stream. */
+  stream?: Stream;
+  /** Begin after this event instead of `stream`'s present work. */
+  previousEvent?: EpEvent;
+  /** Do not make `stream` wait for the operation; order it with the returned event. Default false. */
+  asyncFinish?: boolean;
+  /** Multiprocessors to use; 0 or absent = the plan's choice. Ignored by the cpu backend. */
+  numSms?: number;
+  /** Deadline of each wait in the operation, milliseconds. Default: the buffer's. */
+  timeoutMs?: number;
+}
+
+/** The values of the fields that every operation's struct ends with. */
+export interface StreamFields {
+  stream: bigint;
+  previous_event: bigint;
+  event: bigint;
+  done_id: bigint;
+  flags: number;
+  timeout_ms: number;
+  num_sms: number;
+}
+
+/** Who holds a slot. */
+interface Holder {
+  readonly what: string;
+  readonly hold: Hold;
+}
+
+/** A connected native buffer with everything that belongs to it. */
+export class Core implements EventOwner, TensorOwner {
+  readonly device: Device;
+  readonly native: bigint;
+  readonly options: ResolvedOptions;
+  readonly rank: number;
+  readonly numRanks: number;
+  readonly numLocalExperts: number;
+  readonly label: string;
+  readonly stream: Stream;
+  readonly commStream: Stream;
+  readonly idleEvents: bigint[] = [];
+  readonly #outputs = new Map<number, bigint>();
+  readonly #holders = new Map<number, Holder>();
+  readonly #pending = new Set<Promise<unknown>>();
+  readonly #streams = new Set<Stream>();
+  #closing: Promise<void> | undefined;
+  #numCalls = 0;
+
+  constructor(device: Device, native: bigint, options: ResolvedOptions) {
+    this.device = device;
+    this.native = native;
+    this.options = options;
+    const info = this.info();
+    this.rank = info.rank;
+    this.numRanks = info.num_ranks;
+    this.numLocalExperts = info.num_local_experts;
+    this.label = `the buffer of rank ${this.rank}`;
+    this.commStream = new Stream(info.comm_stream);
+    this.stream = this.createStream();
+  }
+
+  /** Facts and counters, as the library has them now. */
+  info(): ReturnType<typeof infoStruct.read> {
+    infoStruct.pack({});
+    this.call("deepep_buffer_get_info", infoStruct, "info");
+    return infoStruct.read();
+  }
+
+  /** One call on this buffer. */
+  call(name: Parameters<Device["call"]>[0], args: StructCodec<StructName>, op: string): void {
+    this.device.call(name, this.native, args, op);
+  }
+
+  /** One call that enqueues an operation. A refused operation completes nothing, so its ids are given up. */
+  launch(name: Parameters<Device["call"]>[0], args: StructCodec<StructName>, op: string, ...ids: bigint[]): void {
+    try {
+      this.call(name, args, op);
+    } catch (error) {
+      for (const id of ids) if (id !== 0n) this.device.forget(id);
+      throw error;
+    }
+  }
+
+  /** Throws when the buffer is closed. `doing` is what was asked, as in `dispatch`. */
+  open(doing: string): void {
+    if (this.#closing) {
+      throw new EpError(`Cannot ${doing}: ${this.label} is closed`, { code: "closed", op: doing, rank: this.rank });
+    }
+  }
+
+  // --- streams and events
+
+  createStream(): Stream {
+    this.open("create a stream");
+    streamStruct.pack({});
+    this.call("deepep_stream_create", streamStruct, "stream");
+    const stream = new Stream(streamStruct.get("stream"));
+    this.#streams.add(stream);
+    return stream;
+  }
+
+  /** Ends a stream after its work, without blocking the event loop for it. */
+  async destroyStream(stream: Stream): Promise<void> {
+    if (!this.#streams.delete(stream)) return;
+    await this.record(stream);
+    if (!this.#closing) this.device.end("deepep_stream_destroy", stream.address, "stream");
+  }
+
+  /** A native event, used before or new. */
+  #event(): bigint {
+    const idle = this.idleEvents.pop();
+    if (idle !== undefined) return idle;
+    eventCreateStruct.pack({});
+    this.call("deepep_event_create", eventCreateStruct, "event");
+    return eventCreateStruct.get("event");
+  }
+
+  /** Records the present work of `stream`. */
+  record(stream: Stream = this.stream): EpEvent {
+    this.open("record an event");
+    return this.#mark(stream);
+  }
+
+  #mark(stream: Stream): EpEvent {
+    const native = this.#event();
+    eventStruct.pack({ stream: stream.address });
+    this.device.call("deepep_event_record", native, eventStruct, "event");
+    return new EpEvent(this, native, "event", 0n);
+  }
+
+  /** Fields and event for an operation `op` that is about to be enqueued. */
+  operation(op: string, options: OperationOptions, flags: number): { fields: StreamFields; event: EpEvent } {
+    this.open(op);
+    const { timeoutMs = 0, numSms = 0 } = options;
+    if (!(Number.isSafeInteger(timeoutMs) && timeoutMs >= 0 && timeoutMs <= 86_400_000)) {
+      throw new RangeError(`Cannot ${op}: timeoutMs is ${timeoutMs}, needs 0 to 86400000`);
+    }
+    if (!(Number.isSafeInteger(numSms) && numSms >= 0)) throw new RangeError(`Cannot ${op}: numSms is ${numSms}`);
+    this.device.sweep();
+    const native = this.#event(), id = this.device.nextId();
+    this.#numCalls++;
+    return {
+      event: new EpEvent(this, native, op, id),
+      fields: {
+        stream: (options.stream ?? this.stream).address,
+        previous_event: options.previousEvent?.address ?? 0n,
+        event: native,
+        done_id: id,
+        flags: flags | (options.asyncFinish ? constants.FLAG.ASYNC_FINISH[0] : 0),
+        timeout_ms: timeoutMs,
+        num_sms: numSms,
+      },
+    };
+  }
+
+  /** Awaits a completion; {@linkcode close} waits for it too. Throws the failure of the operation. */
+  async completed(id: bigint, op: string): Promise<void> {
+    const done = this.device.completed(id);
+    this.#pending.add(done);
+    try {
+      if (await done !== 0) throw this.device.failure(this.native, id, op);
+    } finally {
+      this.#pending.delete(done);
+    }
+  }
+
+  // --- slots
+
+  /** Throws when every slot is held, naming the holders; -1 lets the library choose. */
+  wantSlot(op: string): number {
+    if (this.#holders.size >= this.options.numSlots) {
+      const who = [...this.#holders.values()].map((h) => h.what).join(" and ");
+      throw new EpError(
+        `Cannot ${op}: all ${this.options.numSlots} slots are held by ${who}; release a result or create the buffer with more slots`,
+        { code: "noFreeSlot", op, rank: this.rank, expected: this.options.numSlots, seen: this.#holders.size },
+      );
+    }
+    return -1;
+  }
+
+  /** Notes who holds a slot that the library has just taken. */
+  holdSlot(slot: number, op: string): Hold {
+    const hold: Hold = { owner: this, alive: true };
+    this.#holders.set(slot, { what: `${op} #${this.#numCalls}`, hold });
+    return hold;
+  }
+
+  /** Gives a slot back in the order of `stream`. Idempotent. */
+  releaseSlot(slot: number, hold: Hold, stream: Stream = this.stream): void {
+    if (!hold.alive) return;
+    hold.alive = false;
+    hold.released = "result.release()";
+    this.#holders.delete(slot);
+    if (this.#closing) return;
+    releaseStruct.pack({ slot, stream: stream.address });
+    this.call("deepep_slot_release", releaseStruct, "release");
+  }
+
+  /** The expert-output region of a held slot, for writing in the order of `stream`. */
+  expertOutput(slot: number, options: OperationOptions): bigint {
+    const { fields } = this.operation("expertOutput", options, 0);
+    outputStruct.pack({ slot, ...fields });
+    this.launch("deepep_expert_output", outputStruct, "expertOutput", fields.done_id);
+    const address = outputStruct.get("address");
+    this.#outputs.set(slot, address);
+    return address;
+  }
+
+  /** The address of a slot's expert-output region, once it was asked for. */
+  outputAddress(slot: number): bigint | undefined {
+    return this.#outputs.get(slot);
+  }
+
+  // --- memory
+
+  #alloc(bytes: number, kind: number): bigint {
+    allocStruct.pack({ bytes: BigInt(Math.max(bytes, 1)), kind });
+    this.call("deepep_alloc", allocStruct, "alloc");
+    return allocStruct.get("address");
+  }
+
+  #free(address: bigint, kind: number, stream?: Stream): void {
+    allocStruct.pack({ bytes: 1n, kind, address, stream: stream?.address ?? 0n });
+    this.call("deepep_free", allocStruct, "free");
+  }
+
+  /** A new tensor of this buffer's device. */
+  alloc<D extends DType>(dtype: D, shape: readonly number[], producer?: EpEvent): Tensor<D> {
+    this.open("allocate a tensor");
+    if (!(dtype in itemSize)) throw new TypeError(`Cannot allocate a tensor: unknown dtype ${String(dtype)}`);
+    if (!shape.every((n) => Number.isSafeInteger(n) && n >= 0)) {
+      throw new RangeError(`Cannot allocate a tensor: shape is [${shape.join(", ")}]`);
+    }
+    const bytes = shape.reduce((a, b) => a * b, itemSize[dtype]);
+    const hold: Hold = { owner: this, alive: true, ...(producer ? { producer } : {}) };
+    return new Tensor(this.#alloc(bytes, constants.MEMORY.DEVICE[0]), dtype, shape, { hold, owns: true });
+  }
+
+  freeTensor(address: bigint, stream: Stream = this.stream): void {
+    if (this.#closing) return; // went with the buffer
+    this.#free(address, constants.MEMORY.DEVICE[0], stream);
+  }
+
+  /** Enqueues a copy of a contiguous tensor to another address. */
+  copy(dst: bigint, src: bigint, bytes: number, stream: Stream, id = 0n): void {
+    copyStruct.pack({ dst, src, bytes: BigInt(bytes), stream: stream.address, done_id: id });
+    this.launch("deepep_copy", copyStruct, "copy", id);
+  }
+
+  /** Enqueues a fill with a byte value. */
+  fill(tensor: Tensor, value: number, stream: Stream = this.stream): void {
+    this.open("fill a tensor");
+    if (!tensor.contiguous) throw new RangeError("Cannot fill: the tensor is not contiguous");
+    fillStruct.pack({ dst: tensor.address, bytes: BigInt(tensor.byteLength), value, stream: stream.address });
+    this.call("deepep_fill", fillStruct, "fill");
+  }
+
+  // Pinned staging memory of the library stands between JavaScript and the device: JavaScript's memory may move or die
+  // while a stream still copies.
+  async readTensor(tensor: Tensor, stream: Stream = this.stream): Promise<ArrayBuffer> {
+    this.open("read a tensor");
+    const span = spanOf(tensor), bytes = new ArrayBuffer(span);
+    if (span > 0) {
+      const staging = this.#alloc(span, constants.MEMORY.HOST[0]), id = this.device.nextId();
+      try {
+        this.copy(staging, tensor.address, span, stream, id);
+        await this.completed(id, "read");
+        this.device.hostRead(staging, new Uint8Array(bytes));
+      } finally {
+        this.#free(staging, constants.MEMORY.HOST[0]);
+      }
+      tensor.hold?.producer?.check();
+    }
+    return tensor.contiguous ? bytes : gather(tensor, bytes);
+  }
+
+  writeTensor(tensor: Tensor, data: ArrayBufferView, stream: Stream = this.stream): void {
+    this.open("write a tensor");
+    if (data.byteLength === 0) return;
+    const staging = this.#alloc(data.byteLength, constants.MEMORY.HOST[0]);
+    this.device.hostWrite(staging, data);
+    this.copy(tensor.address, staging, data.byteLength, stream);
+    this.#free(staging, constants.MEMORY.HOST[0], stream);
+  }
+
+  // --- the end
+
+  /** Frees the native buffer once nothing awaits it. Local: never waits for a peer. */
+  close(): Promise<void> {
+    return this.#closing ??= this.#close();
+  }
+
+  get closed(): boolean {
+    return this.#closing !== undefined;
+  }
+
+  async #close(): Promise<void> {
+    // The native destroy blocks until the streams are at rest. They may wait for ranks that this very thread drives, so
+    // the waiting is done here, where the event loop goes on.
+    const rest = [this.commStream, ...this.#streams].map((stream) => this.#mark(stream));
+    for (const { hold } of this.#holders.values()) {
+      hold.alive = false;
+      hold.released = "closing the buffer";
+    }
+    this.#holders.clear();
+    await Promise.allSettled(rest);
+    while (this.#pending.size > 0) await Promise.allSettled([...this.#pending]);
+    this.idleEvents.length = 0;
+    this.device.end("deepep_buffer_destroy", this.native, "close");
+  }
+}
+
+/** Bytes from a tensor's first element to its last, both included. */
+function spanOf(tensor: Tensor): number {
+  if (tensor.size === 0) return 0;
+  const last = tensor.shape.reduce((sum, n, i) => sum + (n - 1) * tensor.strides[i]!, 0);
+  return (last + 1) * itemSize[tensor.dtype];
+}
+
+/** Row-major elements of a strided tensor whose span is `bytes`. */
+function gather(tensor: Tensor, bytes: ArrayBuffer): ArrayBuffer {
+  const { shape, strides, dtype } = tensor;
+  const out = new ArrayBuffer(tensor.byteLength);
+  // Which elements they are does not matter to a gather, as long as both sides agree.
+  const source = viewAs(dtype, new Uint8Array(bytes)) as TypedArrayOf<"i32">;
+  const to = viewAs(dtype, new Uint8Array(out)) as TypedArrayOf<"i32">;
+  const index: number[] = shape.map(() => 0);
+  for (let i = 0, at = 0; i < to.length; i++) {
+    to[i] = source[at]!;
+    for (let d = shape.length - 1; d >= 0; d--) {
+      at += strides[d]!;
+      if (++index[d]! < shape[d]!) break;
+      at -= shape[d]! * strides[d]!;
+      index[d] = 0;
+    }
+  }
+  return out;
+}

@@ -1,0 +1,193 @@
+/**
+ * A device: an open native library, the completion queue of this realm (main thread or worker), and the one way to call.
+ * In: a backend's name. Out: `call()`, which turns a status code into an `EpError`, and promises for completions.
+ * Called by buffer, stream and tensor; nothing above this file sees a codec's bytes or a status code.
+ */
+import { Completions } from "./ffi/completions.ts";
+import { constants, type functions } from "./ffi/abi.ts";
+import { type Library, openLibrary } from "./ffi/open.ts";
+import { struct, type StructCodec } from "./ffi/struct.ts";
+import { EpError, fromNative, LibraryError } from "./error.ts";
+
+/** A backend: which library does the work. */
+export type Backend = "cpu" | "cuda" | "nvshmem";
+
+type Functions = typeof functions;
+/** Names of the functions that take a self, an argument struct and an error. */
+export type CallName = {
+  [N in keyof Functions]: Functions[N]["args"] extends
+    readonly [readonly [string, "u64"], readonly ["args", string], readonly ["error", string]] ? N : never;
+}[keyof Functions];
+/** Names of the functions that take a self and an error. */
+export type EndName = {
+  [N in keyof Functions]: Functions[N]["args"] extends readonly [readonly [string, "u64"], readonly ["error", string]]
+    ? N
+    : never;
+}[keyof Functions];
+
+/** What a device can do. */
+export interface Capabilities {
+  /** The backend. */
+  readonly backend: Backend;
+  /** The device's name. */
+  readonly name: string;
+  /** Devices seen. */
+  readonly numDevices: number;
+  /** Multiprocessors, or cores. */
+  readonly numSms: number;
+  /** 10 * major + minor; 0 for cpu. */
+  readonly computeCapability: number;
+  /** Memory of the device, bytes. */
+  readonly totalBytes: number;
+  /** Largest number of ranks. */
+  readonly maxRanks: number;
+  /** Bits of `DEEPEP_FEATURE_*`. */
+  readonly features: number;
+}
+
+const errorStruct = struct("deepep_error");
+const queueStruct = struct("deepep_queue_create_args");
+const capabilitiesStruct = struct("deepep_capabilities");
+const statusStruct = struct("deepep_status_args");
+
+/** An open library with a completion queue. One per realm and library file. */
+export class Device {
+  /** The backend's name. */
+  readonly backend: Backend;
+  /** The library file. */
+  readonly path: string;
+  /** The completion queue that buffers of this realm are created with. */
+  readonly queue: bigint;
+  readonly #symbols: Library["symbols"];
+  readonly #completions: Completions;
+
+  /** @ignore Use {@linkcode openDevice}. */
+  constructor(backend: Backend, library: Library) {
+    this.backend = backend;
+    this.path = library.path;
+    this.#symbols = library.symbols;
+    queueStruct.pack({});
+    this.call("deepep_queue_create", 0n, queueStruct, "create");
+    const queue = this.queue = queueStruct.get("queue");
+    // Kernels of the cpu backend run on the cores that polling would burn, so it polls each turn only briefly.
+    this.#completions = new Completions({
+      drain: (out, capacity) => this.#symbols.deepep_queue_drain(queue, out, capacity),
+    }, { spinMs: backend === "cpu" ? 0.1 : 1 });
+  }
+
+  /** Calls `name` with a packed struct; throws {@linkcode EpError} on a non-zero status. `op` names it in errors. */
+  call(name: CallName, self: bigint, args: StructCodec, op: string): void {
+    const code = (this.#symbols[name] as (self: bigint, args: Uint8Array, error: Uint8Array) => number)(
+      self,
+      args.bytes,
+      errorStruct.reset(),
+    );
+    if (code !== constants.ERROR.OK[0]) throw fromNative(errorStruct.read(), op);
+  }
+
+  /** Calls a function without an argument struct. */
+  end(name: EndName, self: bigint, op: string): void {
+    const code = this.#symbols[name](self, errorStruct.reset());
+    if (code !== constants.ERROR.OK[0]) throw fromNative(errorStruct.read(), op);
+  }
+
+  /** Copies host memory of the library into `into`. */
+  hostRead(address: bigint, into: ArrayBufferView): void {
+    if (into.byteLength === 0) return;
+    const code = this.#symbols.deepep_host_read(address, into, BigInt(into.byteLength));
+    if (code !== 0) {
+      throw new EpError(`Cannot read ${into.byteLength} bytes: bad address`, { code: "internal", op: "copy" });
+    }
+  }
+
+  /** Copies `from` into host memory of the library. */
+  hostWrite(address: bigint, from: ArrayBufferView): void {
+    if (from.byteLength === 0) return;
+    const code = this.#symbols.deepep_host_write(address, from, BigInt(from.byteLength));
+    if (code !== 0) {
+      throw new EpError(`Cannot write ${from.byteLength} bytes: bad address`, { code: "internal", op: "copy" });
+    }
+  }
+
+  /** A fresh completion id. */
+  nextId(): bigint {
+    return this.#completions.nextId();
+  }
+
+  /** Gives up an id whose call was refused. */
+  forget(id: bigint): void {
+    this.#completions.forget(id);
+  }
+
+  /** The status of the completion `id`, once it is queued. */
+  completed(id: bigint): Promise<number> {
+    return this.#completions.wait(id);
+  }
+
+  /** Takes completions that nobody waits for off the queue, so that a program that never awaits does not grow it. */
+  sweep(): void {
+    this.#completions.poll();
+  }
+
+  /** The record of the failed operation with completion `id` on `buffer`, as an error. */
+  failure(buffer: bigint, id: bigint, op: string): EpError {
+    statusStruct.pack({ id });
+    const code = this.#symbols.deepep_get_status(buffer, statusStruct.bytes, errorStruct.reset());
+    return code === 0
+      ? new EpError(`Cannot finish ${op}: it failed and its record is gone`, { code: "internal", op })
+      : fromNative(errorStruct.read(), op);
+  }
+
+  /** What device `index` can do. */
+  capabilities(index = 0): Capabilities {
+    capabilitiesStruct.pack({});
+    this.call("deepep_get_capabilities", BigInt(index), capabilitiesStruct, "capabilities");
+    const c = capabilitiesStruct.read();
+    return {
+      backend: this.backend,
+      name: c.name,
+      numDevices: c.num_devices,
+      numSms: c.num_sms,
+      computeCapability: c.compute_capability,
+      totalBytes: Number(c.total_bytes),
+      maxRanks: c.max_ranks,
+      features: c.features,
+    };
+  }
+}
+
+const open = new Map<string, Promise<Device>>();
+
+/** Opens a backend's library; the same device for the same file in this realm. @throws {LibraryError} */
+export function openDevice(backend: Backend, path?: string): Promise<Device> {
+  const key = `${backend}:${path ?? ""}`;
+  const found = open.get(key);
+  if (found) return found;
+  const opening = openLibrary(backend, path === undefined ? {} : { path }).then((library) =>
+    new Device(backend, library)
+  );
+  open.set(key, opening);
+  opening.catch(() => open.delete(key));
+  return opening;
+}
+
+/** Opens the best backend that works here and says which and why. @throws {LibraryError} when none does */
+export async function openBest(path?: string): Promise<{ device: Device; reason: string }> {
+  const tried: string[] = [];
+  for (const backend of ["nvshmem", "cuda", "cpu"] as const) {
+    if (backend === "nvshmem") { // only worth its set-up between nodes: asked for by name
+      continue;
+    }
+    try {
+      const device = await openDevice(backend, path);
+      device.capabilities();
+      return {
+        device,
+        reason: tried.length === 0 ? `${backend} works here` : `${backend}, because ${tried.join("; ")}`,
+      };
+    } catch (error) {
+      tried.push(`${backend}: ${(error as Error).message.split("\n")[0]}`);
+    }
+  }
+  throw new LibraryError(`Cannot find a backend that works here: ${tried.join("; ")}`);
+}

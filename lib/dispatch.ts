@@ -1,0 +1,331 @@
+/**
+ * Dispatch in normal mode: check, pack, one call. In: rows and routing of this rank's tokens. Out: the rows that other
+ * ranks sent here, as views of a slot, with the handle that brings results back. Called by `EpBuffer.dispatch`.
+ */
+import { constants } from "./ffi/abi.ts";
+import { struct } from "./ffi/struct.ts";
+import type { Core, OperationOptions } from "./core.ts";
+import { itemSize } from "./dtype.ts";
+import {
+  DispatchHandle,
+  type HeldSlot,
+  type RecvCounts,
+  type ReleaseOptions,
+  type RowLayout,
+  SlotResult,
+} from "./handle.ts";
+import { flat, parts, type Payload, payloadFields, type RoutingFields, routingFields } from "./payload.ts";
+import { type DispatchLayout } from "./dispatch_layout.ts";
+import { type Hold, Tensor } from "./tensor.ts";
+import type { EpEvent } from "./stream.ts";
+
+const FLAG = constants.FLAG;
+const dispatchStruct = struct("deepep_dispatch_args");
+const handleStruct = struct("deepep_handle_create_args");
+
+/** Options of `EpBuffer.dispatch`. */
+export interface DispatchOptions extends OperationOptions {
+  /** i32 or i64 `[numTokens, numTopk]`: expert of each entry, -1 = none. */
+  topkIdx?: Tensor;
+  /** f32 `[numTokens, numTopk]`. */
+  topkWeights?: Tensor;
+  /** Instead of `topkIdx`: destinations as `getDispatchLayout` gives them. Rank layout only. */
+  dispatchLayout?: Pick<DispatchLayout, "isTokenInRank"> & Partial<DispatchLayout>;
+  /** Instead of both: the routing of an earlier dispatch. The rows may be others, their number not. */
+  handle?: DispatchHandle;
+  /** Row layout. Default `"rank"`, or the handle's. */
+  layout?: RowLayout;
+  /** Counts per expert are rounded up to it; in the expert layout groups begin at multiples of it. Default 1. */
+  expertAlignment?: number;
+  /** Expert layout: write zeros into the alignment padding. Default false. */
+  zeroPadding?: boolean;
+  /** Received scales are column-major, columns padded to 16 bytes, as TMA wants them. Default false. */
+  scalesColumnMajor?: boolean;
+  /** Resolve when the counts are on the host. `false`: shapes are the capacity, counts stay on the device. Default true. */
+  cpuSync?: boolean;
+  /** i32 `[numLocalExperts]`: entries received are added to it. */
+  expertStats?: Tensor;
+}
+
+/** Counts that stay on the device. */
+export interface DeviceCounts {
+  /** i32 `[2]`: tokens received; rows of the layout in use. */
+  readonly numRows: Tensor<"i32">;
+  /** i32 `[numLocalExperts]`, rounded up to `expertAlignment`. */
+  readonly numTokensPerExpert: Tensor<"i32">;
+  /** i32 `[numRanks]`: tokens from each source rank. */
+  readonly numTokensPerRank: Tensor<"i32">;
+}
+
+/** What a dispatch received. Its tensors are views of a slot, valid until `release()`. */
+export class DispatchResult<X extends Payload = Payload> extends SlotResult implements RecvCounts {
+  /** Received rows, of the dtype that was sent: `[numTokens, …]` (rank layout) or `[numRows, …]` (expert layout). */
+  readonly x: X;
+  /** Rank layout, with `topkIdx`: same dtype, `[numTokens, numTopk]`: local expert index, -1 where the entry is another rank's. */
+  readonly topkIdx: Tensor | undefined;
+  /** With `topkWeights`: f32 `[numTokens, numTopk]`, 0 where the entry is another rank's; expert layout `[numRows]`. */
+  readonly topkWeights: Tensor<"f32"> | undefined;
+  /** i32 `[rows]`: source rank * maxTokensPerRank + token; -1 in padding. */
+  readonly srcIdx: Tensor<"i32">;
+  readonly numTokens: number;
+  readonly numRows: number;
+  readonly numTokensPerExpert: readonly number[];
+  readonly numTokensPerRank: readonly number[];
+  /** The same counts on the device. */
+  readonly counts: DeviceCounts;
+  /** Brings results back: `combine(y, handle)`; repeats the routing: `dispatch(x, { handle })`. */
+  readonly handle: DispatchHandle;
+
+  /** @ignore */
+  constructor(core: Core, slot: HeldSlot, event: EpEvent, values: {
+    x: X;
+    topkIdx: Tensor | undefined;
+    topkWeights: Tensor<"f32"> | undefined;
+    srcIdx: Tensor<"i32">;
+    counts: DeviceCounts;
+    host: RecvCounts;
+    handle: DispatchHandle;
+  }) {
+    super(core, slot, event);
+    this.x = values.x;
+    this.topkIdx = values.topkIdx;
+    this.topkWeights = values.topkWeights;
+    this.srcIdx = values.srcIdx;
+    this.counts = values.counts;
+    this.numTokens = values.host.numTokens;
+    this.numRows = values.host.numRows;
+    this.numTokensPerExpert = values.host.numTokensPerExpert;
+    this.numTokensPerRank = values.host.numTokensPerRank;
+    this.handle = values.handle;
+  }
+
+  /** Gives the slot back, and the handle unless it was kept. */
+  override release(options: ReleaseOptions = {}): void {
+    super.release(options);
+    this.handle.releaseWithResult();
+  }
+}
+
+/** The routing of a call: from topkIdx, from a layout, or from a handle. */
+function routing(
+  core: Core,
+  x: Payload,
+  o: DispatchOptions,
+): {
+  fields: RoutingFields & { is_token_in_rank: bigint; num_tokens_per_expert: bigint; topk_weights: bigint };
+  flags: number;
+} {
+  const given = [o.topkIdx, o.dispatchLayout, o.handle].filter((v) => v !== undefined).length;
+  if (given !== 1) {
+    throw new TypeError(`Cannot dispatch: needs one of topkIdx, dispatchLayout and handle, got ${given}`);
+  }
+  const rows = parts(x).data.shape[0]!;
+  const none = {
+    topk_idx: 0n,
+    topk_idx_bytes: 0,
+    num_topk: 0,
+    is_token_in_rank: 0n,
+    num_tokens_per_expert: 0n,
+    topk_weights: 0n,
+  };
+  if (o.handle) {
+    const { numTokens, numTopk } = o.handle;
+    if (rows !== numTokens) {
+      throw new RangeError(`Cannot dispatch: x has ${rows} tokens, the handle's dispatch had ${numTokens}`);
+    }
+    const topk_weights = flat(core, "dispatch", "topkWeights", o.topkWeights, ["f32"], [numTokens, numTopk]);
+    const topk_idx_bytes = o.handle.topkIdxDtype ? itemSize[o.handle.topkIdxDtype] : 0;
+    return {
+      fields: { ...none, num_tokens: numTokens, num_topk: numTopk, topk_idx_bytes, topk_weights },
+      flags: FLAG.CACHED[0],
+    };
+  }
+  if (rows > core.options.maxTokensPerRank) {
+    throw new RangeError(
+      `Cannot dispatch: x has ${rows} tokens, the buffer holds ${core.options.maxTokensPerRank} a rank`,
+    );
+  }
+  if (o.dispatchLayout) {
+    if (o.topkWeights) throw new TypeError("Cannot dispatch: topkWeights need topkIdx");
+    if (o.layout === "expert") throw new TypeError("Cannot dispatch: the expert layout needs topkIdx");
+    const { isTokenInRank, numTokensPerExpert } = o.dispatchLayout;
+    return {
+      fields: {
+        ...none,
+        num_tokens: rows,
+        is_token_in_rank: flat(core, "dispatch", "dispatchLayout.isTokenInRank", isTokenInRank, ["bool", "u8"], [
+          rows,
+          core.numRanks,
+        ]),
+        num_tokens_per_expert: flat(
+          core,
+          "dispatch",
+          "dispatchLayout.numTokensPerExpert",
+          numTokensPerExpert,
+          ["i32"],
+          [core.options.numExperts],
+        ),
+      },
+      flags: 0,
+    };
+  }
+  const fields = routingFields(core, "dispatch", o.topkIdx!, core.options.maxTokensPerRank);
+  const topk_weights = flat(core, "dispatch", "topkWeights", o.topkWeights, ["f32"], [
+    fields.num_tokens,
+    fields.num_topk,
+  ]);
+  return { fields: { ...none, ...fields, topk_weights }, flags: 0 };
+}
+
+function createHandle(core: Core, numTokens: number, numTopk: number): bigint {
+  handleStruct.pack({ num_tokens: numTokens, num_topk: numTopk });
+  core.call("deepep_handle_create", handleStruct, "dispatch");
+  return handleStruct.get("handle");
+}
+
+/** Enqueues a dispatch; resolves when the counts are known, or at once without `cpuSync`. */
+export async function dispatch<X extends Payload>(core: Core, x: X, o: DispatchOptions): Promise<DispatchResult<X>> {
+  core.open("dispatch");
+  const layout = o.layout ?? o.handle?.layout ?? "rank";
+  const alignment = o.expertAlignment ?? o.handle?.expertAlignment ?? 1;
+  checkChoices(layout, alignment, o);
+  const { fields, flags } = routing(core, x, o);
+  const payload = payloadFields(core, "dispatch", x, fields.num_tokens);
+  const expert_stats = flat(core, "dispatch", "expertStats", o.expertStats, ["i32"], [core.numLocalExperts]);
+  const cached = o.handle?.use(core, "dispatch");
+  const known = o.handle?.counts;
+  const sync = o.cpuSync ?? known === undefined;
+  const slotWanted = core.wantSlot("dispatch");
+  const operation = core.operation(
+    "dispatch",
+    o,
+    flags |
+      (o.zeroPadding ? FLAG.ZERO_PADDING[0] : 0) | (o.scalesColumnMajor ? FLAG.SCALES_COLUMN_MAJOR[0] : 0) |
+      (sync || known ? 0 : FLAG.NO_CPU_SYNC[0]),
+  );
+  const native = cached ?? createHandle(core, fields.num_tokens, fields.num_topk);
+  const counts_id = sync ? core.device.nextId() : 0n;
+  const packed: typeof dispatchStruct = dispatchStruct.pack({
+    layout: constants.LAYOUT[layout === "rank" ? "RANK" : "EXPERT"][0],
+    handle: native,
+    slot: slotWanted,
+    expert_alignment: alignment,
+    ...fields,
+    ...payload,
+    expert_stats,
+    counts_id,
+    ...operation.fields,
+  });
+  try {
+    core.launch("deepep_dispatch", packed, "dispatch", operation.fields.done_id, counts_id);
+  } catch (error) {
+    if (cached === undefined) core.device.end("deepep_handle_destroy", native, "dispatch");
+    throw error;
+  }
+  const out = packed.read();
+  const slot: HeldSlot = { index: out.slot, hold: core.holdSlot(out.slot, "dispatch") };
+  slot.hold.producer = operation.event;
+  let host: RecvCounts | undefined = known;
+  if (sync) {
+    try {
+      await core.completed(counts_id, "dispatch");
+    } catch (error) {
+      core.releaseSlot(slot.index, slot.hold);
+      if (cached === undefined) core.device.end("deepep_handle_destroy", native, "dispatch");
+      throw error;
+    }
+    host = readCounts(core, out.host_counts);
+  }
+  const handle = o.handle ?? new DispatchHandle(core, native, slot, {
+    layout,
+    numTokens: fields.num_tokens,
+    numTopk: fields.num_topk,
+    expertAlignment: alignment,
+    counts: host,
+    topkIdxDtype: o.topkIdx?.dtype as "i32" | "i64" | undefined,
+  });
+  return result(core, x, out, slot, operation.event, o, layout, handle, host);
+}
+
+function checkChoices(layout: RowLayout, alignment: number, o: DispatchOptions): void {
+  if (layout !== "rank" && layout !== "expert") {
+    throw new RangeError(`Cannot dispatch: layout is ${JSON.stringify(layout)}, needs "rank" or "expert"`);
+  }
+  if (!(Number.isSafeInteger(alignment) && alignment >= 1 && alignment <= 65536)) {
+    throw new RangeError(`Cannot dispatch: expertAlignment is ${alignment}, needs 1 to 65536`);
+  }
+  if (o.handle && (layout !== o.handle.layout || alignment !== o.handle.expertAlignment)) {
+    throw new RangeError(
+      `Cannot dispatch: layout ${layout} and alignment ${alignment} differ from the handle's ${o.handle.layout} and ${o.handle.expertAlignment}`,
+    );
+  }
+  if (o.zeroPadding && layout !== "expert") {
+    throw new TypeError("Cannot dispatch: zeroPadding belongs to the expert layout");
+  }
+}
+
+function readCounts(core: Core, address: bigint): RecvCounts {
+  const { numLocalExperts, numRanks } = core;
+  const all = new Int32Array(new ArrayBuffer(4 * (2 + numLocalExperts + numRanks)));
+  core.device.hostRead(address, all);
+  return {
+    numTokens: all[0]!,
+    numRows: all[1]!,
+    numTokensPerExpert: [...all.subarray(2, 2 + numLocalExperts)],
+    numTokensPerRank: [...all.subarray(2 + numLocalExperts)],
+  };
+}
+
+function result<X extends Payload>(
+  core: Core,
+  x: X,
+  out: ReturnType<typeof dispatchStruct.read>,
+  slot: HeldSlot,
+  event: EpEvent,
+  o: DispatchOptions,
+  layout: RowLayout,
+  handle: DispatchHandle,
+  known: RecvCounts | undefined,
+): DispatchResult<X> {
+  const host: RecvCounts = known ??
+    { numTokens: out.max_rows, numRows: out.max_rows, numTokensPerExpert: [], numTokensPerRank: [] };
+  const rows = layout === "rank" ? host.numTokens : host.numRows;
+  const hold: { hold: Hold } = { hold: slot.hold };
+  const i32 = (address: bigint, n: number) => new Tensor(address, "i32", [n], hold);
+  const topk = handle.numTopk > 0;
+  return new DispatchResult<X>(core, slot, event, {
+    x: received(x, rows, out, hold) as X,
+    topkIdx: topk && layout === "rank"
+      ? new Tensor(out.recv_topk_idx, handle.topkIdxDtype ?? "i64", [rows, handle.numTopk], hold)
+      : undefined,
+    topkWeights: o.topkWeights
+      ? new Tensor(out.recv_topk_weights, "f32", layout === "rank" ? [rows, handle.numTopk] : [rows], hold)
+      : undefined,
+    srcIdx: i32(out.recv_src_idx, rows),
+    counts: {
+      numRows: i32(out.recv_num_rows, 2),
+      numTokensPerExpert: i32(out.recv_num_tokens_per_expert, core.numLocalExperts),
+      numTokensPerRank: i32(out.recv_num_tokens_per_rank, core.numRanks),
+    },
+    host,
+    handle,
+  });
+}
+
+/** Views of the received rows and scales, shaped as what was sent. */
+function received(
+  x: Payload,
+  rows: number,
+  out: { recv_x: bigint; recv_scales: bigint; recv_scales_row_stride: bigint; recv_scales_elem_stride: bigint },
+  hold: { hold: Hold },
+): Payload {
+  const { data, scales } = parts(x);
+  const recvX = new Tensor(out.recv_x, data.dtype, [rows, data.shape[1]!], hold);
+  if (!scales) return recvX;
+  const width = itemSize[scales.dtype];
+  const strides = [Number(out.recv_scales_row_stride) / width, Number(out.recv_scales_elem_stride) / width];
+  return {
+    data: recvX,
+    scales: new Tensor(out.recv_scales, scales.dtype, [rows, scales.shape[1]!], { strides, ...hold }),
+  };
+}

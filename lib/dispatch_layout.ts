@@ -1,0 +1,48 @@
+/**
+ * The layout of a routing: how many tokens go where. Not needed for a dispatch with topkIdx, which counts itself; here
+ * for those who balance load by it, and for code that comes from DeepEP. Called by `EpBuffer.getDispatchLayout`.
+ */
+import { struct } from "./ffi/struct.ts";
+import type { Core, OperationOptions } from "./core.ts";
+import { routingFields } from "./payload.ts";
+import type { EpEvent } from "./stream.ts";
+import type { Tensor } from "./tensor.ts";
+
+const layoutStruct = struct("deepep_dispatch_layout_args");
+
+/** Where the tokens of this rank go. The tensors are yours: release them. */
+export interface DispatchLayout extends Disposable {
+  /** i32 `[numRanks]`: tokens that go to each rank. */
+  readonly numTokensPerRank: Tensor<"i32">;
+  /** i32 `[numExperts]`: entries that go to each expert. */
+  readonly numTokensPerExpert: Tensor<"i32">;
+  /** bool `[numTokens, numRanks]`. */
+  readonly isTokenInRank: Tensor<"bool">;
+  /** Marks the end of the counting. */
+  readonly event: EpEvent;
+}
+
+/** Enqueues the counting of `topkIdx`. Not collective. */
+export function getDispatchLayout(core: Core, topkIdx: Tensor, options: OperationOptions): DispatchLayout {
+  core.open("getDispatchLayout");
+  const routing = routingFields(core, "getDispatchLayout", topkIdx, core.options.maxTokensPerRank);
+  const { fields, event } = core.operation("getDispatchLayout", options, 0);
+  const numTokensPerRank = core.alloc("i32", [core.numRanks], event);
+  const numTokensPerExpert = core.alloc("i32", [core.options.numExperts], event);
+  const isTokenInRank = core.alloc("bool", [routing.num_tokens, core.numRanks], event);
+  const release = () => [numTokensPerRank, numTokensPerExpert, isTokenInRank].forEach((t) => t.release());
+  try {
+    layoutStruct.pack({
+      ...routing,
+      num_tokens_per_rank: numTokensPerRank.address,
+      num_tokens_per_expert: numTokensPerExpert.address,
+      is_token_in_rank: isTokenInRank.address,
+      ...fields,
+    });
+    core.launch("deepep_get_dispatch_layout", layoutStruct, "getDispatchLayout", fields.done_id);
+  } catch (error) {
+    release();
+    throw error;
+  }
+  return { numTokensPerRank, numTokensPerExpert, isTokenInRank, event, [Symbol.dispose]: release };
+}

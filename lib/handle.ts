@@ -1,0 +1,171 @@
+/**
+ * Handles and results: what a dispatch leaves behind. A result holds a slot with the received rows; its handle keeps
+ * where every token went, for combine and for cached dispatch. In: a Core and what the native call wrote. Called by
+ * dispatch.ts and low_latency.ts; users release them.
+ */
+import type { Core, OperationOptions } from "./core.ts";
+import { EpError } from "./error.ts";
+import type { EpEvent, Stream } from "./stream.ts";
+import { type Hold, Tensor } from "./tensor.ts";
+
+/** How received rows are ordered: `"rank"`: a token once per rank; `"expert"`: a row per (token, local expert). */
+export type RowLayout = "rank" | "expert";
+
+/** A slot that a result holds. Shared by the result, its tensors and its handle. */
+export interface HeldSlot {
+  readonly index: number;
+  readonly hold: Hold;
+}
+
+/** Options of `release()`. */
+export interface ReleaseOptions {
+  /** The memory is used again only after what is enqueued here now. Default: the buffer's own stream. */
+  stream?: Stream;
+}
+
+/** Counts of a dispatch, on the host. */
+export interface RecvCounts {
+  /** Tokens received, each counted once. */
+  readonly numTokens: number;
+  /** Rows of the layout in use, alignment padding included. */
+  readonly numRows: number;
+  /** Entries of each local expert, rounded up to `expertAlignment`. Empty with `cpuSync: false`. */
+  readonly numTokensPerExpert: readonly number[];
+  /** Tokens from each source rank. Empty with `cpuSync: false`. */
+  readonly numTokensPerRank: readonly number[];
+}
+
+/**
+ * Where every token of a dispatch went. It belongs to its result and ends with it, unless {@linkcode keep} was called:
+ * then it lives until its own `release()`, and drives cached dispatch and combine any number of times.
+ */
+export class DispatchHandle implements Disposable {
+  /** The row layout of the dispatch. */
+  readonly layout: RowLayout;
+  /** Tokens this rank dispatched. */
+  readonly numTokens: number;
+  /** Entries a token in `topkIdx`, 0 without. */
+  readonly numTopk: number;
+  /** Alignment of the per-expert counts, and of expert groups. */
+  readonly expertAlignment: number;
+  /** Counts of what this rank receives, when the host knows them. */
+  readonly counts: RecvCounts | undefined;
+  /** @ignore The element type of topkIdx. */
+  readonly topkIdxDtype: "i32" | "i64" | undefined;
+  readonly #core: Core;
+  readonly #slot: HeldSlot;
+  #native: bigint;
+  #kept = false;
+
+  /** @ignore */
+  constructor(core: Core, native: bigint, slot: HeldSlot, facts: {
+    layout: RowLayout;
+    numTokens: number;
+    numTopk: number;
+    expertAlignment: number;
+    counts: RecvCounts | undefined;
+    topkIdxDtype: "i32" | "i64" | undefined;
+  }) {
+    this.#core = core;
+    this.#native = native;
+    this.#slot = slot;
+    this.layout = facts.layout;
+    this.numTokens = facts.numTokens;
+    this.numTopk = facts.numTopk;
+    this.expertAlignment = facts.expertAlignment;
+    this.counts = facts.counts;
+    this.topkIdxDtype = facts.topkIdxDtype;
+  }
+
+  /** Keeps the handle after its result is released; release it yourself then. Returns it. */
+  keep(): this {
+    this.#kept = true;
+    return this;
+  }
+
+  /** @ignore The native handle, checked to belong to `core` and to be alive. */
+  use(core: Core, op: string): bigint {
+    if (core !== this.#core) {
+      throw new TypeError(`Cannot ${op}: the handle belongs to ${this.#core.label}, not to ${core.label}`);
+    }
+    if (this.#native === 0n) {
+      throw new EpError(`Cannot ${op}: the handle was released; call handle.keep() to use it after its result`, {
+        code: "closed",
+        op,
+      });
+    }
+    return this.#native;
+  }
+
+  /** @ignore The slot of the result while it is held, else -1. */
+  get slotIndex(): number {
+    return this.#slot.hold.alive ? this.#slot.index : -1;
+  }
+
+  /**
+   * The slot's expert-output region, bf16 `[maxRecvTokens, hidden]`: write expert outputs here and pass the tensor to
+   * `combine`, which then copies nothing. Writes belong in `stream` order: it is made to wait, without using an SM,
+   * until every peer has read what the region held before.
+   *
+   * @throws {EpError} `closed` when the result was released
+   */
+  expertOutput(options: OperationOptions = {}): Tensor<"bf16"> {
+    if (!this.#slot.hold.alive) {
+      throw new EpError("Cannot take the expert-output region: the result was released", {
+        code: "closed",
+        op: "expertOutput",
+      });
+    }
+    const address = this.#core.expertOutput(this.#slot.index, options);
+    const { maxRecvTokens, hidden } = this.#core.options;
+    return new Tensor(address, "bf16", [maxRecvTokens, hidden], { hold: this.#slot.hold });
+  }
+
+  /** @ignore Ends with the result unless kept. */
+  releaseWithResult(): void {
+    if (!this.#kept) this.release();
+  }
+
+  /** Frees the handle. Operations already enqueued keep what they need. */
+  release(): void {
+    if (this.#native === 0n) return;
+    const native = this.#native;
+    this.#native = 0n;
+    if (!this.#core.closed) this.#core.device.end("deepep_handle_destroy", native, "release");
+  }
+  /** {@linkcode release}. */
+  [Symbol.dispose](): void {
+    this.release();
+  }
+}
+
+/** Something received into a slot. Release it when its tensors have been read: `using`, or `release()`. */
+export abstract class SlotResult implements Disposable {
+  /** Marks the end of the operation. */
+  readonly event: EpEvent;
+  /** @ignore */
+  protected readonly core: Core;
+  /** @ignore */
+  protected readonly slot: HeldSlot;
+
+  /** @ignore */
+  constructor(core: Core, slot: HeldSlot, event: EpEvent) {
+    this.core = core;
+    this.slot = slot;
+    this.event = event;
+  }
+
+  /** Whether the slot was given back. */
+  get released(): boolean {
+    return !this.slot.hold.alive;
+  }
+
+  /** Gives the slot back: the next dispatch may write there after what `stream` has enqueued now. */
+  release(options: ReleaseOptions = {}): void {
+    this.core.releaseSlot(this.slot.index, this.slot.hold, options.stream);
+  }
+  /** {@linkcode release}. */
+  [Symbol.dispose](): void {
+    this.release();
+  }
+}

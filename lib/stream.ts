@@ -1,0 +1,97 @@
+/**
+ * Streams and events: order on the device. A stream runs its work in order; an event marks a point that other streams,
+ * or the host, wait for. In: native objects made by a buffer, or a foreign `cudaStream_t` address. Called by users and
+ * by every operation.
+ */
+import type { Device } from "./device.ts";
+import { struct } from "./ffi/struct.ts";
+
+const eventStruct = struct("deepep_event_args");
+
+/** A stream of a device: work enqueued on it runs in order. */
+export class Stream {
+  /** The native stream; on CUDA a `cudaStream_t`. */
+  readonly address: bigint;
+  constructor(address: bigint) {
+    this.address = address;
+  }
+  /** Wraps a foreign stream, as another binding gives it. It is never destroyed from here. */
+  static from(address: bigint): Stream {
+    if (typeof address !== "bigint") {
+      throw new TypeError(`Cannot wrap a stream: address is ${typeof address}, needs a bigint`);
+    }
+    return new Stream(address);
+  }
+}
+
+/** What an event needs of the buffer it belongs to. */
+export interface EventOwner {
+  readonly device: Device;
+  readonly native: bigint;
+  /** Native events at rest, to be used again. */
+  readonly idleEvents: bigint[];
+}
+
+// An event at rest is a small host object; giving it back late costs nothing, so collection may do it.
+const collected = new FinalizationRegistry<{ owner: EventOwner; native: bigint }>(({ owner, native }) => {
+  owner.idleEvents.push(native);
+});
+
+/** A point in a stream. `event.wait(stream)` orders another stream after it; `await event` waits on the host. */
+export class EpEvent implements PromiseLike<void> {
+  /** The native event. */
+  readonly address: bigint;
+  readonly #owner: EventOwner;
+  readonly #op: string;
+  readonly #id: bigint;
+  #settled: Promise<void> | undefined;
+
+  /** @ignore Operations and `buffer.record()` make events. `id` is the operation's completion id, 0 for none. */
+  constructor(owner: EventOwner, address: bigint, op: string, id: bigint) {
+    this.#owner = owner;
+    this.address = address;
+    this.#op = op;
+    this.#id = id;
+    collected.register(this, { owner, native: address });
+  }
+
+  /** Makes `stream` wait for this point. Returns at once; costs the host one call. */
+  wait(stream: Stream): void {
+    eventStruct.pack({ stream: stream.address });
+    this.#owner.device.call("deepep_event_wait", this.address, eventStruct, "event");
+  }
+
+  /** Whether the point has been reached. */
+  get done(): boolean {
+    eventStruct.pack({});
+    this.#owner.device.call("deepep_event_query", this.address, eventStruct, "event");
+    return eventStruct.get("done") === 1;
+  }
+
+  /** Throws the failure of the operation, if it has ended in one. Does not wait. */
+  check(): void {
+    eventStruct.pack({});
+    this.#owner.device.call("deepep_event_query", this.address, eventStruct, "event");
+    if (eventStruct.get("done") === 1 && eventStruct.get("status") !== 0) {
+      throw this.#owner.device.failure(this.#owner.native, this.#id, this.#op);
+    }
+  }
+
+  /** Resolves when the point is reached. @throws {EpError} when the operation failed */
+  then<A = void, B = never>(
+    onDone?: ((value: void) => A | PromiseLike<A>) | null,
+    onError?: ((reason: unknown) => B | PromiseLike<B>) | null,
+  ): Promise<A | B> {
+    return (this.#settled ??= this.#wait()).then(onDone, onError);
+  }
+
+  async #wait(): Promise<void> {
+    const { device, native } = this.#owner;
+    const id = this.#id || device.nextId();
+    if (this.#id === 0n) {
+      eventStruct.pack({ done_id: id });
+      device.call("deepep_event_notify", this.address, eventStruct, "event");
+    }
+    if (await device.completed(id) !== 0) throw device.failure(native, id, this.#op);
+  }
+}

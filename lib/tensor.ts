@@ -1,0 +1,187 @@
+/**
+ * Tensors: an address, a dtype, a shape and strides. They are views of memory that a buffer allocated, of a slot's
+ * received rows, or of a foreign address; this file knows nothing of how memory is moved except through `TensorOwner`.
+ */
+import { type DType, itemSize, type TypedArrayOf, viewAs } from "./dtype.ts";
+import { EpError } from "./error.ts";
+import type { EpEvent, Stream } from "./stream.ts";
+
+/** What a tensor needs of the buffer that made it. */
+export interface TensorOwner {
+  readonly label: string;
+  readTensor(tensor: Tensor, stream?: Stream): Promise<ArrayBuffer>;
+  writeTensor(tensor: Tensor, data: ArrayBufferView, stream?: Stream): void;
+  freeTensor(address: bigint, stream?: Stream): void;
+}
+
+/** Who keeps the memory of a tensor, and until when. */
+export interface Hold {
+  readonly owner: TensorOwner;
+  /** False once the memory was given back. */
+  alive: boolean;
+  /** What gave it back, for the error message. */
+  released?: string;
+  /** The operation that writes the tensor, if one does. */
+  producer?: EpEvent;
+}
+
+const elements = (shape: readonly number[]): number => shape.reduce((a, b) => a * b, 1);
+
+/** Strides, in elements, of a row-major tensor. */
+export function rowMajor(shape: readonly number[]): number[] {
+  const strides: number[] = new Array(shape.length);
+  for (let i = shape.length - 1, step = 1; i >= 0; i--) {
+    strides[i] = step;
+    step *= shape[i]!;
+  }
+  return strides;
+}
+
+// Only warns: memory is given back by `release()`, never by the collector, because streams may still use it.
+const forgotten = new FinalizationRegistry<string>((what) => console.warn(`deepep: ${what} was never released`));
+
+/** A view of device memory. Shapes are in elements, strides too; addresses are 64-bit. */
+export class Tensor<D extends DType = DType> implements Disposable {
+  /** The address of the first element. */
+  readonly address: bigint;
+  /** The element type. */
+  readonly dtype: D;
+  /** Elements along each dimension. */
+  readonly shape: readonly number[];
+  /** Elements from one to the next along each dimension. */
+  readonly strides: readonly number[];
+  /** @ignore Who keeps the memory; undefined for foreign memory. */
+  readonly hold: Hold | undefined;
+  readonly #owns: boolean;
+
+  /** @ignore Use `buffer.tensor()` or {@linkcode Tensor.from}. */
+  constructor(
+    address: bigint,
+    dtype: D,
+    shape: readonly number[],
+    options: { strides?: readonly number[]; hold?: Hold; owns?: boolean } = {},
+  ) {
+    this.address = address;
+    this.dtype = dtype;
+    this.shape = shape;
+    this.strides = options.strides ?? rowMajor(shape);
+    this.hold = options.hold;
+    this.#owns = options.owns ?? false;
+    if (this.#owns) forgotten.register(this, `a ${dtype} tensor [${shape.join(", ")}]`, this);
+  }
+
+  /**
+   * Wraps a foreign address: memory of PyTorch, cuBLAS or TensorRT reached through other bindings. It is never freed
+   * from here, and must outlive the operations that use it.
+   *
+   * @throws {TypeError} when the address is no bigint or the dtype unknown
+   * @throws {RangeError} when a dimension is no whole number or the address is 0
+   */
+  static from<D extends DType>(
+    address: bigint,
+    dtype: D,
+    shape: readonly number[],
+    options: { strides?: readonly number[] } = {},
+  ): Tensor<D> {
+    if (typeof address !== "bigint") {
+      throw new TypeError(`Cannot wrap a tensor: address is ${typeof address}, needs a bigint`);
+    }
+    if (!(dtype in itemSize)) throw new TypeError(`Cannot wrap a tensor: unknown dtype ${String(dtype)}`);
+    if (!shape.every((n) => Number.isSafeInteger(n) && n >= 0)) {
+      throw new RangeError(`Cannot wrap a tensor: shape is [${shape.join(", ")}]`);
+    }
+    if (address <= 0n && elements(shape) > 0) throw new RangeError(`Cannot wrap a tensor: address is ${address}`);
+    if (options.strides && options.strides.length !== shape.length) {
+      throw new RangeError(`Cannot wrap a tensor: ${options.strides.length} strides for ${shape.length} dimensions`);
+    }
+    return new Tensor(address, dtype, [...shape], options.strides ? { strides: [...options.strides] } : {});
+  }
+
+  /** Elements in all. */
+  get size(): number {
+    return elements(this.shape);
+  }
+  /** Bytes of the elements. */
+  get byteLength(): number {
+    return this.size * itemSize[this.dtype];
+  }
+  /** Whether elements follow each other in row-major order. */
+  get contiguous(): boolean {
+    const want = rowMajor(this.shape);
+    return this.shape.every((n, i) => n <= 1 || this.strides[i] === want[i]);
+  }
+  /** Whether the memory was given back. */
+  get released(): boolean {
+    return this.hold?.alive === false;
+  }
+
+  /** A view of rows `begin` … `end` of the first dimension. */
+  slice(begin: number, end: number = this.shape[0] ?? 0): Tensor<D> {
+    const rows = this.shape[0] ?? 0;
+    if (!(Number.isSafeInteger(begin) && Number.isSafeInteger(end) && 0 <= begin && begin <= end && end <= rows)) {
+      throw new RangeError(`Cannot slice [${begin}, ${end}): the tensor has ${rows} rows`);
+    }
+    const address = this.address + BigInt(begin * this.strides[0]! * itemSize[this.dtype]);
+    return this.#view(address, [end - begin, ...this.shape.slice(1)], this.strides);
+  }
+
+  /** The same memory under another shape. @throws {RangeError} when sizes differ or the tensor is not contiguous */
+  reshape(...shape: number[]): Tensor<D> {
+    if (elements(shape) !== this.size || !this.contiguous) {
+      throw new RangeError(`Cannot reshape [${this.shape.join(", ")}] to [${shape.join(", ")}]`);
+    }
+    return this.#view(this.address, shape, rowMajor(shape));
+  }
+
+  #view(address: bigint, shape: readonly number[], strides: readonly number[]): Tensor<D> {
+    return new Tensor(address, this.dtype, shape, { strides, ...(this.hold ? { hold: this.hold } : {}) });
+  }
+
+  /**
+   * Copies the elements to the host, in the order of `stream` (default: the buffer's). bf16 and f8e4m3 come as raw bits.
+   * A strided tensor is read as it lies in memory, gathered to row-major order.
+   *
+   * @throws {EpError} when the operation that writes the tensor failed, or the memory was released
+   */
+  async read(options: { stream?: Stream } = {}): Promise<TypedArrayOf<D>> {
+    const owner = this.#owner("read");
+    const bytes = await owner.readTensor(this as Tensor, options.stream);
+    return viewAs(this.dtype, new Uint8Array(bytes));
+  }
+
+  /** Copies elements from the host, in the order of `stream`. The data may be changed as soon as this returns. */
+  write(data: TypedArrayOf<D>, options: { stream?: Stream } = {}): void {
+    const owner = this.#owner("write");
+    if (!this.contiguous) throw new RangeError("Cannot write: the tensor is not contiguous");
+    if (data.byteLength !== this.byteLength) {
+      throw new RangeError(`Cannot write ${data.byteLength} bytes: the tensor has ${this.byteLength}`);
+    }
+    owner.writeTensor(this as Tensor, data, options.stream);
+  }
+
+  /** Gives the memory back, in the order of `stream`. Views and foreign tensors have nothing to give back. */
+  release(options: { stream?: Stream } = {}): void {
+    if (!this.#owns || !this.hold?.alive) return;
+    this.hold.alive = false;
+    this.hold.released = "tensor.release()";
+    forgotten.unregister(this);
+    this.hold.owner.freeTensor(this.address, options.stream);
+  }
+  /** {@linkcode release}. */
+  [Symbol.dispose](): void {
+    this.release();
+  }
+
+  #owner(what: string): TensorOwner {
+    if (!this.hold) {
+      throw new TypeError(`Cannot ${what}: a foreign tensor has no buffer, use buffer.${what}(tensor)`);
+    }
+    if (!this.hold.alive) {
+      throw new EpError(`Cannot ${what} the tensor: it was given back by ${this.hold.released}`, {
+        code: "closed",
+        op: what,
+      });
+    }
+    return this.hold.owner;
+  }
+}
