@@ -15,6 +15,7 @@
 #include <memory>
 #include <mutex>
 #include <string>
+#include <unordered_set>
 #include <vector>
 
 #include "../abi/deepep.h"
@@ -94,7 +95,6 @@ class Buffer : public std::enable_shared_from_this<Buffer> {
  public:
   // Life cycle; called by the API layer.
   static std::shared_ptr<Buffer> create(uint64_t device, deepep_buffer_create_args& args);
-  static void size(uint64_t device, deepep_buffer_create_args& args);
   void export_handle(deepep_peer_handle& handle);
   void import_peer(const deepep_peer_handle& handle);
   void connect();
@@ -165,6 +165,8 @@ class Buffer : public std::enable_shared_from_this<Buffer> {
   // The failure with this id, or the latest for 0; nullptr when there is none.
   std::shared_ptr<const Status> status(uint64_t id);
 
+  uint64_t queue() const { return queue_; }
+
   // Injections, for inject() and deepep_inject.
   void set_injection(const deepep_inject_args& args);
   bool take_injection(int32_t op, int32_t phase, deepep_inject_args& out);
@@ -172,11 +174,12 @@ class Buffer : public std::enable_shared_from_this<Buffer> {
   // Streams and events made from this buffer.
   uint64_t create_stream();
   uint64_t create_event();
-  void forget_stream(uint64_t id);
   void forget_event(uint64_t id);
   const std::shared_ptr<Stream>& comm() const { return comm_; }
   // Rejects an id other than 0 when the buffer has no completion queue.
   void check_id(uint64_t id, const char* name) const;
+  // Reject with CLOSED; check_usable also before connect(). Hold `mutex` where the answer must last.
+  void check_open() const;
   void check_usable() const;
 
   MemoryPool memory;
@@ -184,15 +187,14 @@ class Buffer : public std::enable_shared_from_this<Buffer> {
  private:
   Buffer() = default;
   void run(Operation& op, const std::function<void(Operation&)>& work);
-  void finish(Operation& op, const std::shared_ptr<Record>& record, int32_t borrowed_slot);
-  bool keeps_buffer_good(const Operation& op) const;
+  void finish(Operation& op, Record& record, int32_t borrowed_slot);
+  std::shared_ptr<const Status> make_status(Operation& op);
 
   struct Kept {
     uint64_t ids[2] = {};
     std::shared_ptr<const Status> status;
   };
 
-  uint64_t id_ = 0;
   uint64_t queue_ = 0;
   int64_t* wait_ns_ = nullptr;
   std::vector<std::shared_ptr<SharedMemory>> peers_;  // by rank; fixed once connected
@@ -207,7 +209,7 @@ class Buffer : public std::enable_shared_from_this<Buffer> {
   uint64_t num_pending_ = 0;         // operations enqueued and not ended
   int32_t failed_peer_ = -1;
   std::vector<std::shared_ptr<Stream>> streams_;
-  std::vector<uint64_t> events_;
+  std::unordered_set<uint64_t> events_;
   uint32_t streams_made_ = 0;
 
   // Operations of this generation or an earlier one end with NEEDS_RECOVERY; -1 = none. Communication stream only.

@@ -155,7 +155,7 @@ std::shared_ptr<SharedMemory> SharedMemory::create(uint64_t bytes) {
   return memory;
 }
 
-std::shared_ptr<SharedMemory> SharedMemory::import(const uint8_t (&bytes_of_handle)[kRegionHandleBytes], uint64_t bytes,
+std::shared_ptr<SharedMemory> SharedMemory::import(const char (&bytes_of_handle)[kRegionHandleBytes], uint64_t bytes,
                                                    uint32_t rank) {
   Handle handle;
   memcpy(&handle, bytes_of_handle, sizeof handle);
@@ -226,7 +226,7 @@ SharedMemory::~SharedMemory() {
 
 uint8_t* SharedMemory::data() const { return base_ + kHeaderBytes; }
 
-void SharedMemory::export_to(uint8_t (&handle)[kRegionHandleBytes]) const {
+void SharedMemory::export_to(char (&handle)[kRegionHandleBytes]) const {
   const Handle filled = {kMagic, {nonce_[0], nonce_[1]}, bytes_, start_time_, pid_, fd_};
   memset(handle, 0, sizeof handle);
   memcpy(handle, &filled, sizeof filled);

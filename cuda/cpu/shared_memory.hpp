@@ -19,7 +19,7 @@ class SharedMemory {
   // New memory, all zeros. Rejects with OUT_OF_MEMORY or SYSTEM.
   static std::shared_ptr<SharedMemory> create(uint64_t bytes);
   // A peer's memory. Rejects with INVALID_ARGUMENT, PEER_LOST or SYSTEM, naming `rank`.
-  static std::shared_ptr<SharedMemory> import(const uint8_t (&handle)[kRegionHandleBytes], uint64_t bytes, uint32_t rank);
+  static std::shared_ptr<SharedMemory> import(const char (&handle)[kRegionHandleBytes], uint64_t bytes, uint32_t rank);
 
   ~SharedMemory();
   SharedMemory(const SharedMemory&) = delete;
@@ -28,7 +28,7 @@ class SharedMemory {
   // The first byte that a rank may use, on a page boundary.
   uint8_t* data() const;
   uint64_t bytes() const { return bytes_; }
-  void export_to(uint8_t (&handle)[kRegionHandleBytes]) const;
+  void export_to(char (&handle)[kRegionHandleBytes]) const;
 
   // Says to all who map it that the owner is gone. Only the owner calls it.
   void retire();

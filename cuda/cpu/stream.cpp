@@ -184,6 +184,11 @@ bool Stream::closed() {
   return closed_;
 }
 
+bool Stream::has_ended() {
+  const std::lock_guard lock(mutex_);
+  return has_ended_;
+}
+
 std::shared_ptr<Record> Event::latest() {
   const std::lock_guard lock(mutex_);
   return latest_;

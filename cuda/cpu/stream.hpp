@@ -79,6 +79,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
   // Blocks until the thread of a closed stream has run its last task.
   void join();
   bool closed();
+  bool has_ended();
 
   uint64_t id = 0;                 // handle in the registry
   std::weak_ptr<void> owner;       // the Buffer it was made from

@@ -1,0 +1,308 @@
+// The life cycle of a buffer, its failures and its injections: see buffer.hpp. How operations run is in buffer_run.cpp.
+
+#include "buffer.hpp"
+
+#include <signal.h>
+#include <string.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <thread>
+#include <utility>
+
+#include "options.hpp"
+#include "queue.hpp"
+#include "registry.hpp"
+
+namespace deepep {
+
+std::shared_ptr<Buffer> Buffer::create(uint64_t device, deepep_buffer_create_args& args) {
+  const Options options = checked_options(device, args);
+  if (args.queue) queue_check(args.queue);
+  std::shared_ptr<Buffer> buffer(new Buffer);
+  buffer->options = options;
+  buffer->regions = make_regions(options);
+  buffer->rank = args.rank;
+  // The first num_experts % num_ranks ranks own one expert more.
+  const uint32_t base = options.num_experts / options.num_ranks;
+  const uint32_t extra = options.num_experts % options.num_ranks;
+  buffer->first_expert = args.rank * base + (args.rank < extra ? args.rank : extra);
+  buffer->num_local_experts = base + (args.rank < extra ? 1 : 0);
+  buffer->mask_on_timeout = (args.flags & DEEPEP_BUFFER_MASK_ON_TIMEOUT) != 0;
+  buffer->queue_ = args.queue;
+  buffer->slots.resize(options.num_slots);
+  buffer->peers_.resize(options.num_ranks);
+  buffer->peers_[args.rank] = SharedMemory::create(buffer->regions.symmetric_bytes);
+  // Owned by the pool, but not by the caller: deepep_free must not take it.
+  void* const wait_ns = buffer->memory.allocate(local_bytes(options));
+  buffer->memory.disown(reinterpret_cast<uint64_t>(wait_ns));
+  memset(wait_ns, 0, local_bytes(options));
+  buffer->wait_ns_ = static_cast<int64_t*>(wait_ns);
+  fill_sizes(args, options);
+  buffer->timeout_ns = uint64_t{args.timeout_ms} * 1'000'000;
+  buffer->comm_ = Stream::start("ep" + std::to_string(args.rank) + "-comm");
+  buffer->comm_->owned_by_buffer = true;
+  buffer->comm_->owner = buffer;
+  buffer->comm_->id = publish(Kind::stream, buffer->comm_);
+  buffer->streams_.push_back(buffer->comm_);
+  return buffer;
+}
+
+Buffer::~Buffer() {
+  if (!comm_) return;
+  retire_if_present(Kind::stream, comm_->id);
+  comm_->close();  // Matters only when creation failed half-way: destroy() has done it otherwise.
+}
+
+void Buffer::export_handle(deepep_peer_handle& handle) {
+  const std::lock_guard lock(mutex);
+  check_open();
+  handle.rank = rank;
+  fill_options(handle, options);
+  peers_[rank]->export_to(handle.bytes);
+}
+
+void Buffer::import_peer(const deepep_peer_handle& handle) {
+  const std::lock_guard lock(mutex);
+  check_open();
+  compare_options(handle, options, rank);
+  if (handle.rank >= options.num_ranks) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the handle's rank is %u, num_ranks %u", handle.rank, options.num_ranks);
+  }
+  if (handle.rank != rank && peers_[handle.rank]) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "rank %u was imported already", handle.rank);
+  }
+  auto memory_of_peer = SharedMemory::import(handle.bytes, regions.symmetric_bytes, handle.rank);
+  if (handle.rank == rank) {
+    if (memory_of_peer != peers_[rank]) {
+      reject(DEEPEP_ERROR_MISMATCH, "rank %u is this rank, but the handle is another buffer's: two ranks have one number", rank);
+    }
+    return;
+  }
+  if (!memory_of_peer->alive()) reject(DEEPEP_ERROR_PEER_LOST, "the buffer of rank %u was destroyed", handle.rank);
+  peers_[handle.rank] = std::move(memory_of_peer);
+}
+
+void Buffer::connect() {
+  const std::lock_guard lock(mutex);
+  check_open();
+  for (uint32_t r = 0; r < options.num_ranks; ++r) {
+    if (!peers_[r]) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "rank %u was not imported", r);
+  }
+  connected_ = true;
+}
+
+// Ends what was made from this buffer, then says to the peers that it is gone, then lets go of their memory.
+void Buffer::destroy() {
+  std::vector<std::shared_ptr<Stream>> streams;
+  std::unordered_set<uint64_t> events;
+  {
+    const std::lock_guard lock(mutex);
+    if (closed_.exchange(true)) return;
+    streams = streams_;
+    events.swap(events_);
+  }
+  for (const uint64_t event : events) retire_if_present(Kind::event, event);
+  for (const auto& stream : streams) {
+    retire_if_present(Kind::stream, stream->id);
+    stream->close();
+  }
+  // Pairs with the end of each stream's thread: its operations have deadlines, and what it waits for was enqueued before.
+  for (const auto& stream : streams) stream->join();
+  const std::lock_guard lock(mutex);
+  streams_.clear();
+  peers_[rank]->retire();
+  peers_.clear();
+  for (Slot& slot : slots) slot = {};
+}
+
+void Buffer::info(deepep_buffer_info& out) {
+  const std::lock_guard lock(mutex);
+  check_open();
+  out.rank = rank;
+  out.num_ranks = options.num_ranks;
+  out.num_local_experts = num_local_experts;
+  out.first_local_expert = first_expert;
+  out.failed = failed ? 1 : 0;
+  out.free_slots = 0;
+  for (size_t i = 0; i < slots.size(); ++i) out.free_slots |= slots[i].held ? 0u : 1u << i;
+  out.max_recv_tokens = options.max_recv_tokens;
+  out.masked_ranks = masked_next_;
+  out.epoch = epoch;
+  out.comm_stream = comm_->id;
+  out.wait_ns = reinterpret_cast<uint64_t>(wait_ns_);
+  out.num_dispatches = counters.num_dispatches;
+  out.num_combines = counters.num_combines;
+  out.rows_sent = counters.rows_sent;
+  out.bytes_sent = counters.bytes_sent;
+  out.rows_pulled = counters.rows_pulled;
+  out.num_failures = counters.num_failures;
+}
+
+void Buffer::recover(uint64_t agreed_epoch, uint64_t masked_ranks) {
+  const std::lock_guard lock(mutex);
+  check_usable();
+  const auto shown = [](uint64_t value) { return static_cast<unsigned long long>(value); };
+  const uint64_t ranks = options.num_ranks == 64 ? ~uint64_t{0} : (uint64_t{1} << options.num_ranks) - 1;
+  if (masked_ranks & ~ranks) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "masked_ranks is 0x%llx, there are %u ranks", shown(masked_ranks), options.num_ranks);
+  }
+  if (masked_ranks >> rank & 1) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "masked_ranks is 0x%llx, it names this rank, %u", shown(masked_ranks), rank);
+  }
+  if (agreed_epoch < epoch) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "epoch is %llu, this rank has enqueued %llu already", shown(agreed_epoch), shown(epoch));
+  }
+  if (num_pending_ != 0) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%llu operations have not ended yet", shown(num_pending_));
+  }
+  // In stream order, after what deepep_mask may have enqueued.
+  if (!comm_->push([this, masked_ranks] { masked = masked_ranks; })) reject(DEEPEP_ERROR_CLOSED, "the buffer was destroyed");
+  epoch = agreed_epoch;
+  base_epoch = agreed_epoch;
+  masked_next_ = masked_ranks;
+  // Nobody reads what earlier combines left in the slots: no survivor has work enqueued.
+  for (Slot& slot : slots) slot.combine_epoch = 0;
+  generation_ += 1;
+  failed_peer_ = -1;
+  failed = false;
+}
+
+void Buffer::mask(uint32_t peer, bool mask_it) {
+  const std::lock_guard lock(mutex);
+  check_usable();
+  if (peer >= options.num_ranks) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "rank is %u, num_ranks %u", peer, options.num_ranks);
+  if (peer == rank) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "rank is %u, which is this rank", peer);
+  const uint64_t bit = uint64_t{1} << peer;
+  const bool pushed = comm_->push([self = this, bit, mask_it] {
+    if (mask_it) {
+      self->masked.fetch_or(bit);
+    } else {
+      self->masked.fetch_and(~bit);
+    }
+  });
+  if (!pushed) reject(DEEPEP_ERROR_CLOSED, "the buffer was destroyed");
+  masked_next_ = mask_it ? masked_next_ | bit : masked_next_ & ~bit;
+  if (mask_it && failed && failed_peer_ == static_cast<int32_t>(peer)) {
+    // What was enqueued before still ends with NEEDS_RECOVERY: the generation tells it from what comes now.
+    generation_ += 1;
+    failed_peer_ = -1;
+    failed = false;
+  }
+}
+
+void Buffer::mask_now(uint32_t peer) {
+  const std::lock_guard lock(mutex);
+  masked_next_ |= uint64_t{1} << peer;
+  masked.fetch_or(uint64_t{1} << peer);
+}
+
+void Buffer::check_open() const {
+  if (closed_) reject(DEEPEP_ERROR_CLOSED, "the buffer was destroyed");
+}
+
+void Buffer::check_usable() const {
+  check_open();
+  if (!connected_) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the buffer is not connected");
+}
+
+void Buffer::check_id(uint64_t id, const char* name) const {
+  if (id == 0 || queue_ != 0) return;
+  reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s is %llu, but the buffer has no completion queue", name,
+         static_cast<unsigned long long>(id));
+}
+
+uint64_t Buffer::create_stream() {
+  const std::lock_guard lock(mutex);
+  check_open();
+  std::erase_if(streams_, [](const auto& stream) { return stream->has_ended(); });
+  streams_.reserve(streams_.size() + 1);
+  auto stream = Stream::start("ep" + std::to_string(rank) + "-s" + std::to_string(streams_made_++));
+  stream->owner = weak_from_this();
+  streams_.push_back(stream);
+  stream->id = publish(Kind::stream, stream);
+  return stream->id;
+}
+
+uint64_t Buffer::create_event() {
+  const std::lock_guard lock(mutex);
+  check_open();
+  auto event = std::make_shared<Event>();
+  event->owner = weak_from_this();
+  const uint64_t id = publish(Kind::event, event);
+  event->id = id;
+  events_.insert(id);
+  return id;
+}
+
+void Buffer::forget_event(uint64_t id) {
+  const std::lock_guard lock(mutex);
+  events_.erase(id);
+}
+
+void Buffer::complete(uint64_t id, int32_t code) {
+  if (id != 0 && queue_ != 0) queue_push(queue_, id, code);
+}
+
+void Buffer::keep_status(uint64_t id_0, uint64_t id_1, std::shared_ptr<const Status> status) {
+  const std::lock_guard lock(status_mutex_);
+  kept_[num_kept_++ % kept_.size()] = {{id_0, id_1}, std::move(status)};
+}
+
+std::shared_ptr<const Status> Buffer::status(uint64_t id) {
+  const std::lock_guard lock(status_mutex_);
+  const uint64_t oldest = num_kept_ > kept_.size() ? num_kept_ - kept_.size() : 0;
+  for (uint64_t i = num_kept_; i-- > oldest;) {
+    const Kept& kept = kept_[i % kept_.size()];
+    if (id == 0 || kept.ids[0] == id || kept.ids[1] == id) return kept.status;
+  }
+  return nullptr;
+}
+
+void Buffer::set_injection(const deepep_inject_args& args) {
+  const std::lock_guard lock(inject_mutex_);
+  std::erase_if(injections_, [&](const auto& kept) { return kept.op == args.op && kept.phase == args.phase; });
+  if (args.count != 0) injections_.push_back(args);
+  num_injections_ = static_cast<uint32_t>(injections_.size());
+}
+
+bool Buffer::take_injection(int32_t op, int32_t phase, deepep_inject_args& out) {
+  if (num_injections_ == 0) return false;
+  const std::lock_guard lock(inject_mutex_);
+  for (size_t i = 0; i < injections_.size(); ++i) {
+    if (injections_[i].op != op || injections_[i].phase != phase) continue;
+    out = injections_[i];
+    if (--injections_[i].count == 0) injections_.erase(injections_.begin() + static_cast<ptrdiff_t>(i));
+    num_injections_ = static_cast<uint32_t>(injections_.size());
+    return true;
+  }
+  return false;
+}
+
+bool inject(Operation& op, int32_t phase) {
+  op.phase = phase;
+  deepep_inject_args injection;
+  if (!op.buffer.take_injection(op.op, phase, injection)) return true;
+  if (injection.action == DEEPEP_INJECT_DELAY) {
+    std::this_thread::sleep_for(std::chrono::microseconds(injection.delay_us));
+    return true;
+  }
+  if (injection.action == DEEPEP_INJECT_EXIT) {
+    kill(getpid(), SIGKILL);
+    for (;;) pause();
+  }
+  // STALL: half as long again as the deadline, so that the peers' own deadlines, which began later, have passed too and
+  // each of them finds out by itself.
+  const uint64_t stall_ns = op.timeout_ns + op.timeout_ns / 2;
+  std::this_thread::sleep_for(std::chrono::nanoseconds(stall_ns));
+  op.failure.code = DEEPEP_ERROR_TIMEOUT;
+  op.failure.op = op.op;
+  op.failure.phase = phase;
+  op.failure.peer = static_cast<int32_t>(op.buffer.rank);
+  op.failure.waited_ns = static_cast<int64_t>(stall_ns);
+  set_message(op.failure, "This rank was silent for %llu ms, as deepep_inject told it",
+              static_cast<unsigned long long>(stall_ns / 1'000'000));
+  return false;
+}
+
+}  // namespace deepep
