@@ -236,7 +236,7 @@ export async function dispatch<X extends Payload>(core: Core, x: X, o: DispatchO
     }
     host = readCounts(core, out.host_counts);
   }
-  const handle = o.handle ?? new DispatchHandle(core, native, slot, {
+  const handle = o.handle?.withSlot(slot) ?? new DispatchHandle(core, { native, users: 0 }, slot, {
     layout,
     numTokens: fields.num_tokens,
     numTopk: fields.num_topk,

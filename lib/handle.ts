@@ -35,6 +35,18 @@ export interface RecvCounts {
   readonly numTokensPerRank: readonly number[];
 }
 
+/** A native handle, shared by the handles of a dispatch and of the cached dispatches that repeat it. */
+export interface SharedRouting {
+  readonly native: bigint;
+  users: number;
+}
+
+/** What a handle knows of its dispatch. */
+export type HandleFacts = Pick<
+  DispatchHandle,
+  "layout" | "numTokens" | "numTopk" | "expertAlignment" | "counts" | "topkIdxDtype"
+>;
+
 /**
  * Where every token of a dispatch went. It belongs to its result and ends with it, unless {@linkcode keep} was called:
  * then it lives until its own `release()`, and drives cached dispatch and combine any number of times.
@@ -54,20 +66,14 @@ export class DispatchHandle implements Disposable {
   readonly topkIdxDtype: "i32" | "i64" | undefined;
   readonly #core: Core;
   readonly #slot: HeldSlot;
-  #native: bigint;
+  readonly #routing: SharedRouting;
+  #released = false;
   #kept = false;
 
   /** @ignore */
-  constructor(core: Core, native: bigint, slot: HeldSlot, facts: {
-    layout: RowLayout;
-    numTokens: number;
-    numTopk: number;
-    expertAlignment: number;
-    counts: RecvCounts | undefined;
-    topkIdxDtype: "i32" | "i64" | undefined;
-  }) {
+  constructor(core: Core, routing: SharedRouting, slot: HeldSlot, facts: HandleFacts) {
     this.#core = core;
-    this.#native = native;
+    this.#routing = routing;
     this.#slot = slot;
     this.layout = facts.layout;
     this.numTokens = facts.numTokens;
@@ -75,6 +81,12 @@ export class DispatchHandle implements Disposable {
     this.expertAlignment = facts.expertAlignment;
     this.counts = facts.counts;
     this.topkIdxDtype = facts.topkIdxDtype;
+    routing.users++;
+  }
+
+  /** @ignore The same routing with the slot of a cached dispatch. */
+  withSlot(slot: HeldSlot): DispatchHandle {
+    return new DispatchHandle(this.#core, this.#routing, slot, this);
   }
 
   /** Keeps the handle after its result is released; release it yourself then. Returns it. */
@@ -88,13 +100,13 @@ export class DispatchHandle implements Disposable {
     if (core !== this.#core) {
       throw new TypeError(`Cannot ${op}: the handle belongs to ${this.#core.label}, not to ${core.label}`);
     }
-    if (this.#native === 0n) {
+    if (this.#released) {
       throw new EpError(`Cannot ${op}: the handle was released; call handle.keep() to use it after its result`, {
         code: "closed",
         op,
       });
     }
-    return this.#native;
+    return this.#routing.native;
   }
 
   /** @ignore The slot of the result while it is held, else -1. */
@@ -128,10 +140,10 @@ export class DispatchHandle implements Disposable {
 
   /** Frees the handle. Operations already enqueued keep what they need. */
   release(): void {
-    if (this.#native === 0n) return;
-    const native = this.#native;
-    this.#native = 0n;
-    if (!this.#core.closed) this.#core.device.end("deepep_handle_destroy", native, "release");
+    if (this.#released) return;
+    this.#released = true;
+    if (--this.#routing.users > 0 || this.#core.closed) return;
+    this.#core.device.end("deepep_handle_destroy", this.#routing.native, "release");
   }
   /** {@linkcode release}. */
   [Symbol.dispose](): void {

@@ -1,0 +1,249 @@
+/**
+ * What bad input gets: a typed error that names the values, on the rank that gave it and on the others where they are
+ * concerned, with nothing corrupted and the buffer good for the next call. Peers that die or stay away are in
+ * failure_test.ts and process_test.ts, strangers on the rendezvous port in group_tcp_test.ts.
+ */
+import { describe, test } from "node:test";
+import { assert, assertEquals, assertRejects, assertThrows } from "@std/assert";
+import { EpBuffer, EpError, Group, Tensor } from "@deepep/deepep";
+import { reasonOf, tiny, withRanks } from "./support/ranks.ts";
+
+const rows = (b: EpBuffer, n = 2) => b.tensor("bf16", [n, 16], new Float32Array(n * 16).fill(b.rank + 1));
+const idx = (b: EpBuffer, values = [0, 7, 2, 3]) => b.tensor("i32", [values.length / 2, 2], Int32Array.from(values));
+
+/** A dispatch and combine that must work, to show that the buffer is good. Every expert is the identity. */
+async function works(b: EpBuffer): Promise<void> {
+  using x = rows(b), topkIdx = idx(b, [0, 1, 6, 6]);
+  using recv = await b.dispatch(x, { topkIdx });
+  using out = await b.combine(recv.x, recv.handle);
+  assertEquals([...await out.x.read()], [...await x.read()]);
+}
+
+describe("creation", () => {
+  const cases: [string, Record<string, number>, string][] = [
+    ["hidden not a multiple of 16 bytes", { hidden: 20 }, "hidden is 20"],
+    ["no experts", { numExperts: 0 }, "numExperts is 0"],
+    ["too many top-k", { numTopk: 33 }, "numTopk is 33"],
+    ["too many tokens", { maxTokensPerRank: 65537 }, "maxTokensPerRank is 65537"],
+    ["too many slots", { numSlots: 9 }, "numSlots is 9"],
+    ["a fraction", { maxTokensPerRank: 1.5 }, "maxTokensPerRank is 1.5"],
+  ];
+  for (const [name, change, message] of cases) {
+    test(name, async () => {
+      const [group] = Group.local(1);
+      await assertRejects(() => EpBuffer.create(group!, { ...tiny, ...change }), RangeError, message);
+    });
+  }
+  test("a rank count beyond the limit", async () => {
+    const group = { ...Group.local(1)[0]!, size: 65, rank: 0, allGather: (d: Uint8Array) => Promise.resolve([d]) };
+    await assertRejects(() => EpBuffer.create(group as unknown as Group, tiny), RangeError, "numRanks is 65");
+  });
+  for (const [key, value] of Object.entries({ hidden: 32, numExperts: 16, maxTokensPerRank: 8, numTopk: 1 })) {
+    test(`ranks that disagree about ${key} all hear which rank and which values`, async () => {
+      const groups = Group.local(3);
+      const reasons = await Promise.all(
+        groups.map((g) => reasonOf(EpBuffer.create(g, { ...tiny, ...(g.rank === 2 ? { [key]: value } : {}) }))),
+      );
+      for (const reason of reasons) {
+        assert(reason instanceof EpError, String(reason));
+        assertEquals(reason.code, "mismatch");
+        assert(
+          reason.message.includes(key) && reason.message.includes("rank 2") && reason.message.includes(String(value)),
+          reason.message,
+        );
+      }
+    });
+  }
+  test("a rank that refuses its own options tells the others", async () => {
+    const groups = Group.local(2);
+    const [bad, good] = await Promise.all(
+      groups.map((g) => reasonOf(EpBuffer.create(g, { ...tiny, ...(g.rank === 0 ? { numTopk: 99 } : {}) }))),
+    );
+    assert(bad instanceof RangeError && good instanceof EpError);
+    assert(good.message.includes("rank 0") && good.message.includes("numTopk is 99"), good.message);
+  });
+  test("a rank that never joins is named within the deadline", async () => {
+    const [first, , third] = Group.local(3);
+    const began = performance.now();
+    const reasons = await Promise.all(
+      [first!, third!].map((g) => reasonOf(EpBuffer.create(g, { ...tiny, connectTimeoutMs: 200 }))),
+    );
+    assert(performance.now() - began < 5000);
+    for (const reason of reasons) {
+      assert(reason instanceof EpError && reason.code === "timeout", String(reason));
+      assert(/\b1\b/.test(reason.message), reason.message);
+    }
+  });
+  test("an unknown backend", async () => {
+    const [group] = Group.local(1);
+    await assertRejects(() => EpBuffer.create(group!, { ...tiny, backend: "tpu" as "cpu" }), RangeError, '"tpu"');
+  });
+});
+
+describe("arguments", () => {
+  test("wrong dtype and shape are TypeErrors before the border", async () => {
+    await withRanks(1, {}, async (b) => {
+      using x = rows(b),
+        topkIdx = idx(b),
+        f32 = b.tensor("f32", [2, 16]),
+        floats = b.tensor("f32", [2, 2]),
+        flat = b.tensor("bf16", [32]);
+      using i64 = b.tensor("i64", [2, 3]), three = b.tensor("i32", [3, 2]);
+      await assertRejects(() => b.dispatch(f32, { topkIdx }), TypeError, "f32 [2, 16]");
+      await assertRejects(() => b.dispatch(flat, { topkIdx }), TypeError, "bf16 [32]");
+      await assertRejects(() => b.dispatch(x, { topkIdx: floats }), TypeError, "f32 [2, 2]");
+      await assertRejects(() => b.dispatch(x, { topkIdx: i64 }), RangeError, "3 entries");
+      await assertRejects(() => b.dispatch(x, { topkIdx: three }), TypeError, "needs shape [3, any]");
+      await assertRejects(() => b.dispatch(x, { topkIdx, topkWeights: f32 }), TypeError, "topkWeights is f32 [2, 16]");
+      await assertRejects(() => b.dispatch(x, {}), TypeError, "one of topkIdx");
+      await assertRejects(() => b.dispatch(undefined as unknown as Tensor, { topkIdx }), TypeError, "x is undefined");
+      await assertRejects(() => b.dispatch(x, { topkIdx, layout: "row" as "rank" }), RangeError, '"row"');
+      await assertRejects(() => b.dispatch(x, { topkIdx, expertAlignment: 0 }), RangeError, "expertAlignment is 0");
+      await assertRejects(() => b.dispatch(x, { topkIdx, timeoutMs: -1 }), RangeError, "timeoutMs is -1");
+      await works(b);
+    });
+  });
+  test("more tokens than the buffer holds", async () => {
+    await withRanks(1, {}, async (b) => {
+      using x = rows(b, 5), topkIdx = idx(b, [0, 1, 0, 1, 0, 1, 0, 1, 0, 1]);
+      await assertRejects(() => b.dispatch(x, { topkIdx }), RangeError, "x has 5 tokens, the buffer holds 4 a rank");
+      assertThrows(() => b.lowLatencyDispatch(x, { topkIdx }), RangeError, "x has 5 tokens, the buffer holds 4 a rank");
+    });
+  });
+  test("rows that are no multiple of 16 bytes, or too wide", async () => {
+    await withRanks(1, {}, async (b) => {
+      using narrow = b.tensor("bf16", [2, 12]), wide = b.tensor("bf16", [2, 24]), topkIdx = idx(b);
+      await assertRejects(() => b.dispatch(narrow, { topkIdx }), RangeError, "24 bytes");
+      await assertRejects(() => b.dispatch(wide, { topkIdx }), RangeError, "48 bytes");
+    });
+  });
+  for (const bad of [-2, 8, 1 << 30]) {
+    test(`expert index ${bad} fails on every rank, and the buffer stays good`, async () => {
+      await withRanks(2, {}, async (b, rank) => {
+        using x = rows(b), topkIdx = idx(b, rank === 1 ? [0, 1, 3, bad] : [0, 1, 2, 3]);
+        const reason = await reasonOf(b.dispatch(x, { topkIdx }));
+        assert(reason instanceof EpError, String(reason));
+        if (rank === 1) {
+          assertEquals(reason.code, "invalidArgument");
+          assert(reason.message.includes(String(bad)), reason.message);
+        } else {
+          assertEquals([reason.code, reason.peer], ["aborted", 1]);
+        }
+        assertEquals(b.failed, false);
+        await works(b);
+      });
+    });
+  }
+  test("expert index beyond the experts in low-latency mode", async () => {
+    await withRanks(2, {}, async (b, rank) => {
+      using x = rows(b), topkIdx = idx(b, rank === 0 ? [0, 9, 3, 4] : [0, 1, 2, 3]);
+      using recv = b.lowLatencyDispatch(x, { topkIdx, fp8: false });
+      const reason = await reasonOf(recv.received());
+      assert(reason instanceof EpError && reason.code === (rank === 0 ? "invalidArgument" : "aborted"), String(reason));
+    });
+  });
+  test("tensors and handles of another buffer", async () => {
+    await withRanks(1, {}, async (a) => {
+      await withRanks(1, {}, async (b) => {
+        using foreign = rows(b), mine = rows(a), topkIdx = idx(a);
+        await assertRejects(() => a.dispatch(foreign, { topkIdx }), TypeError, "belongs to");
+        using recv = await a.dispatch(mine, { topkIdx });
+        await assertRejects(() => b.combine(foreign, recv.handle), TypeError, "belongs to");
+        await assertRejects(() => b.combine(recv.x, recv.handle), TypeError, "belongs to");
+      });
+    });
+  });
+  test("overflow is found by all ranks alike, nothing is sent, and all name it", async () => {
+    await withRanks(3, { maxRecvTokens: 2 }, async (b, rank) => {
+      using x = rows(b), topkIdx = idx(b, [0, 0, rank === 2 ? 0 : 7, 7]); // rank 0 would get 4 rows
+      const reason = await reasonOf(b.dispatch(x, { topkIdx }));
+      assert(reason instanceof EpError, String(reason));
+      assertEquals([reason.code, reason.peer, reason.seen, reason.expected], ["capacity", 0, 4, 2]);
+      assertEquals(b.failed, false);
+      using own = idx(b, [[0, 3, 6][rank]!, -1, -1, -1]);
+      using again = await b.dispatch(x, { topkIdx: own });
+      assertEquals(again.numTokens, 1);
+    });
+  });
+});
+
+describe("life", () => {
+  test("a dispatch with no free slot names the holders", async () => {
+    await withRanks(1, { numSlots: 2 }, async (b) => {
+      using x = rows(b), topkIdx = idx(b);
+      using _first = await b.dispatch(x, { topkIdx });
+      using second = b.lowLatencyDispatch(x, { topkIdx });
+      const reason = await reasonOf(b.dispatch(x, { topkIdx }));
+      assert(reason instanceof EpError && reason.code === "noFreeSlot", String(reason));
+      assert(
+        /all 2 slots are held by dispatch #\d+ and low-latency dispatch #\d+/.test(reason.message),
+        reason.message,
+      );
+      second.release();
+      await works(b);
+    });
+  });
+  test("released results, handles and tensors say so", async () => {
+    await withRanks(1, {}, async (b) => {
+      const x = rows(b), topkIdx = idx(b);
+      const recv = await b.dispatch(x, { topkIdx });
+      recv.release();
+      recv.release();
+      await assertRejects(() => recv.x.read(), EpError, "given back by result.release()");
+      await assertRejects(() => b.combine(recv.x, recv.handle), EpError, "released");
+      assertThrows(() => recv.handle.expertOutput(), EpError, "released");
+      x.release();
+      x.release();
+      await assertRejects(() => b.dispatch(x, { topkIdx }), EpError, "x was given back by tensor.release()");
+      topkIdx.release();
+      const ll = rows(b), llIdx = idx(b), sent = b.lowLatencyDispatch(ll, { topkIdx: llIdx, fp8: false });
+      sent.release();
+      using weights = b.tensor("f32", [2, 2]);
+      assertThrows(
+        () => b.lowLatencyCombine(sent.x as Tensor, { topkIdx: llIdx, topkWeights: weights, handle: sent.handle }),
+        EpError,
+        "released",
+      );
+      ll.release();
+      llIdx.release();
+    });
+  });
+  test("use after close", async () => {
+    const [group] = Group.local(1);
+    const b = await EpBuffer.create(group!, tiny), x = rows(b), topkIdx = idx(b);
+    await b.close();
+    await b.close();
+    const closed = (e: Error) => assert(e instanceof EpError && e.code === "closed", String(e));
+    closed(await reasonOf(b.dispatch(x, { topkIdx })));
+    closed(assertThrows(() => b.lowLatencyDispatch(x, { topkIdx }), EpError));
+    closed(assertThrows(() => b.tensor("f32", [1]), EpError));
+    closed(assertThrows(() => b.createStream(), EpError));
+    closed(assertThrows(() => b.barrier(), EpError));
+    closed(await reasonOf(x.read()));
+    x.release();
+    topkIdx.release();
+  });
+  test("masks must name another rank", async () => {
+    await withRanks(2, {}, (b, rank) => {
+      assertThrows(() => b.maskRank(rank), RangeError, `rank ${rank}`);
+      assertThrows(() => b.maskRank(2), RangeError, "rank 2");
+      assertThrows(() => b.maskRank(0.5), RangeError, "rank 0.5");
+      assertEquals(b.maskedRanks, []);
+      return Promise.resolve();
+    });
+  });
+  test("low-latency calls need a buffer made for them", async () => {
+    await withRanks(1, { maxLowLatencyTokensPerRank: 0 }, (b) => {
+      using x = rows(b), topkIdx = idx(b);
+      assertThrows(() => b.lowLatencyDispatch(x, { topkIdx }), EpError, "maxLowLatencyTokensPerRank");
+      return Promise.resolve();
+    });
+  });
+  test("foreign tensors are checked", () => {
+    assertThrows(() => Tensor.from(0n, "f32", [1]), RangeError, "address is 0");
+    assertThrows(() => Tensor.from(1 as unknown as bigint, "f32", [1]), TypeError, "number");
+    assertThrows(() => Tensor.from(16n, "f16" as "f32", [1]), TypeError, "f16");
+    assertThrows(() => Tensor.from(16n, "f32", [-1]), RangeError, "[-1]");
+    assertThrows(() => Tensor.from(16n, "f32", [4]).slice(1, 5), RangeError, "[1, 5)");
+  });
+});

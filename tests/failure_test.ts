@@ -1,0 +1,219 @@
+/**
+ * Peers that are late, silent or gone, in each phase of each operation, all in one process. Late peers change nothing;
+ * silent ones end in a typed error that names them within the deadline, or are masked when the buffer was asked to; the
+ * survivors go on after `recover()`. Killed processes are in process_test.ts.
+ */
+import { describe, test } from "node:test";
+import { assert, assertEquals } from "@std/assert";
+import { EpBuffer, EpError, Group, type Tensor } from "@deepep/deepep";
+import { constants } from "../lib/ffi/abi.ts";
+import { struct } from "../lib/ffi/struct.ts";
+import { reasonOf, tiny, withRanks } from "./support/ranks.ts";
+
+const { OP, PHASE, INJECT } = constants;
+const injectStruct = struct("deepep_inject_args");
+
+function inject(
+  b: EpBuffer,
+  op: keyof typeof OP,
+  phase: keyof typeof PHASE,
+  action: keyof typeof INJECT,
+  delayUs = 0,
+): void {
+  injectStruct.pack({ op: OP[op][0], phase: PHASE[phase][0], action: INJECT[action][0], delay_us: delayUs, count: 1 });
+  b.core.call("deepep_inject", injectStruct, "inject");
+}
+
+const NUM_TOKENS = 3;
+/** Token t of rank r goes to experts (r + t) % 8 and (r + t + 3) % 8. */
+const route = (rank: number) =>
+  Int32Array.from({ length: 2 * NUM_TOKENS }, (_, i) => (rank + (i >> 1) + 3 * (i & 1)) % 8);
+const input = (b: EpBuffer) =>
+  b.tensor("bf16", [NUM_TOKENS, 16], Float32Array.from({ length: NUM_TOKENS * 16 }, (_, i) => b.rank + i % 5));
+
+/** Distinct ranks among the destinations of a token, without `gone`. */
+function destinations(rank: number, t: number, ranks: number, gone: readonly number[]): number {
+  const owner = (e: number) => Math.floor(e / (8 / ranks));
+  const found = new Set([...route(rank).subarray(2 * t, 2 * t + 2)].map(owner));
+  gone.forEach((g) => found.delete(g));
+  return found.size;
+}
+
+/** One layer with identity experts; the result is the token times its destinations. */
+async function normalLayer(b: EpBuffer, gone: readonly number[] = []): Promise<void> {
+  using x = input(b), topkIdx = b.tensor("i32", [NUM_TOKENS, 2], route(b.rank));
+  using recv = await b.dispatch(x, { topkIdx });
+  using out = await b.combine(recv.x, recv.handle);
+  await check(b, x, out.x, gone, (t) => destinations(b.rank, t, b.numRanks, gone));
+}
+
+/** The same in low-latency mode with weights 1: a row per entry. */
+async function lowLatencyLayer(b: EpBuffer, gone: readonly number[] = []): Promise<void> {
+  using x = input(b), topkIdx = b.tensor("i32", [NUM_TOKENS, 2], route(b.rank));
+  using topkWeights = b.tensor("f32", [NUM_TOKENS, 2], new Float32Array(2 * NUM_TOKENS).fill(1));
+  using recv = b.lowLatencyDispatch(x, { topkIdx, fp8: false });
+  await recv.received();
+  using out = b.lowLatencyCombine(recv.x as Tensor, { topkIdx, topkWeights, handle: recv.handle });
+  await out.received();
+  const perRank = 8 / b.numRanks;
+  const present = (t: number) =>
+    [...route(b.rank).subarray(2 * t, 2 * t + 2)].filter((e) => !gone.includes(Math.floor(e / perRank))).length;
+  await check(b, x, out.x, gone, present);
+}
+
+async function check(
+  b: EpBuffer,
+  x: Tensor,
+  out: Tensor,
+  gone: readonly number[],
+  times: (t: number) => number,
+): Promise<void> {
+  const float = (bits: number) => new Float32Array(Uint32Array.of(bits << 16).buffer)[0]!;
+  const sent = [...await x.read() as Uint16Array].map(float), got = [...await out.read() as Uint16Array].map(float);
+  const want = sent.map((v, i) => v * times(Math.floor(i / 16)));
+  assertEquals(got, want, `rank ${b.rank} without ${gone.join()}`);
+}
+
+const phases: [keyof typeof OP, keyof typeof PHASE, typeof normalLayer][] = [
+  ["DISPATCH", "NOTIFY", normalLayer],
+  ["DISPATCH", "SEND", normalLayer],
+  ["DISPATCH", "ARRIVE", normalLayer],
+  ["COMBINE", "PUBLISH", normalLayer],
+  ["COMBINE", "REDUCE", normalLayer],
+  ["LOW_LATENCY_DISPATCH", "NOTIFY", lowLatencyLayer],
+  ["LOW_LATENCY_DISPATCH", "SEND", lowLatencyLayer],
+  ["LOW_LATENCY_DISPATCH", "ARRIVE", lowLatencyLayer],
+  ["LOW_LATENCY_COMBINE", "PUBLISH", lowLatencyLayer],
+  ["LOW_LATENCY_COMBINE", "REDUCE", lowLatencyLayer],
+];
+
+describe("a late peer", () => {
+  for (const [op, phase, layer] of phases) {
+    test(`in ${op} ${phase} changes nothing`, async () => {
+      await withRanks(4, {}, async (b, rank) => {
+        for (let round = 0; round < 4; round++) {
+          if (rank === round) inject(b, op, phase, "DELAY", 30_000);
+          await layer(b);
+        }
+        assertEquals(b.stats().numFailures, 0);
+      });
+    });
+  }
+  test("is visible in the wait statistics of the others", async () => {
+    await withRanks(2, {}, async (b, rank) => {
+      if (rank === 1) inject(b, "DISPATCH", "NOTIFY", "DELAY", 60_000);
+      await normalLayer(b);
+      if (rank === 0) assert(b.stats().dispatchWaitNs[1]! > 30_000_000n, String(b.stats().dispatchWaitNs));
+    });
+  });
+});
+
+describe("a peer that never comes", () => {
+  test("is named within the deadline; the buffer recovers", async () => {
+    await withRanks(4, { timeoutMs: 300 }, async (b, rank) => {
+      await normalLayer(b);
+      if (rank === 2) { // misses one call
+        await new Promise((resolve) => setTimeout(resolve, 900));
+      } else {
+        const began = performance.now(), reason = await reasonOf(normalLayer(b));
+        assert(reason instanceof EpError, String(reason));
+        assert(performance.now() - began < 3000);
+        assert(reason.code === "timeout" || reason.code === "aborted", reason.code);
+        assertEquals(reason.peer, 2);
+        assert(reason.message.includes("rank 2") || reason.message.includes("2"), reason.message);
+        assertEquals(b.failed, true);
+        const next = await reasonOf(normalLayer(b));
+        assert(next instanceof EpError && next.code === "needsRecovery", String(next));
+      }
+      await b.recover();
+      assertEquals(b.failed, false);
+      for (let i = 0; i < 3; i++) await normalLayer(b);
+      await lowLatencyLayer(b);
+    });
+  });
+  for (const [op, phase, layer] of phases) {
+    test(`silent in ${op} ${phase}: the others fail with its name, then go on without it`, async () => {
+      const groups = Group.local(4);
+      const buffers = await Promise.all(groups.map((g) => EpBuffer.create(g, { ...tiny, timeoutMs: 250 })));
+      try {
+        inject(buffers[1]!, op, phase, "STALL");
+        const reasons = await Promise.all(buffers.map((b) =>
+          reasonOf(layer(b).then(() => "went well"))
+            .catch(() => "went well" as const)
+        ));
+        // A rank whose part was over before the silence began may have finished; who waited must name rank 1.
+        const failed = reasons.filter((r): r is EpError => r instanceof EpError);
+        assert(failed.length > 0, `${op} ${phase}`);
+        for (const reason of failed) {
+          if (reason.rank !== 1) assertEquals(reason.peer, 1, reason.message);
+        }
+        const rest = buffers.filter((b) => b.rank !== 1);
+        await Promise.all(rest.map((b) => b.recover({ masked: [1] })));
+        for (const b of rest) assertEquals(b.maskedRanks, [1]);
+        for (let i = 0; i < 3; i++) await Promise.all(rest.map((b) => layer(b, [1])));
+      } finally {
+        await Promise.all(buffers.map((b) => b.close()));
+      }
+    });
+  }
+  test("with maskOnTimeout the survivors' results are those of a world without it", async () => {
+    const groups = Group.local(4);
+    const buffers = await Promise.all(
+      groups.map((g) => EpBuffer.create(g, { ...tiny, timeoutMs: 250, maskOnTimeout: true })),
+    );
+    try {
+      await Promise.all(buffers.map((b) => lowLatencyLayer(b)));
+      const rest = buffers.filter((b) => b.rank !== 3);
+      await Promise.all(rest.map((b) => lowLatencyLayer(b, [3])));
+      await Promise.all(rest.map((b) => normalLayer(b, [3])));
+      for (const b of rest) {
+        assertEquals(b.maskedRanks, [3]);
+        assertEquals(b.stats().numFailures, 0);
+      }
+    } finally {
+      await Promise.all(buffers.map((b) => b.close()));
+    }
+  });
+  test("a masked peer that is taken in again takes part again", async () => {
+    const groups = Group.local(2);
+    const buffers = await Promise.all(groups.map((g) => EpBuffer.create(g, tiny)));
+    const [a, b] = buffers as [EpBuffer, EpBuffer];
+    try {
+      a.maskRank(1);
+      await normalLayer(a, [1]);
+      a.unmaskRank(1);
+      await Promise.all([a.recover(), b.recover()]); // epochs ran apart
+      await Promise.all([normalLayer(a), normalLayer(b)]);
+    } finally {
+      await Promise.all(buffers.map((x) => x.close()));
+    }
+  });
+  test("a peer that closed is lost at once, not after the deadline", async () => {
+    const groups = Group.local(2);
+    const [a, b] = await Promise.all(groups.map((g) => EpBuffer.create(g, { ...tiny, timeoutMs: 20_000 })));
+    await b!.close();
+    const began = performance.now(), reason = await reasonOf(normalLayer(a!));
+    assert(reason instanceof EpError && reason.code === "peerLost" && reason.peer === 1, String(reason));
+    assert(performance.now() - began < 5000);
+    await a!.close();
+  });
+});
+
+test("ranks that call different operations are told which", async () => {
+  await withRanks(2, { timeoutMs: 1000 }, async (b, rank) => {
+    const reason = await reasonOf(rank === 0 ? normalLayer(b) : lowLatencyLayer(b));
+    assert(reason instanceof EpError, String(reason));
+    assert(reason.code === "mismatch" || reason.code === "aborted", `${reason.code}: ${reason.message}`);
+  });
+});
+
+test("ranks that give different arguments are told which", async () => {
+  await withRanks(2, { timeoutMs: 1000 }, async (b, rank) => {
+    using x = input(b), topkIdx = b.tensor("i32", [NUM_TOKENS, 2], route(rank));
+    const reason = await reasonOf(b.dispatch(x, { topkIdx, expertAlignment: rank === 0 ? 1 : 4 }));
+    assert(reason instanceof EpError && reason.code === "mismatch", String(reason));
+    assert(reason.message.includes("expert_alignment"), reason.message);
+    assertEquals(b.failed, false);
+    await normalLayer(b);
+  });
+});
