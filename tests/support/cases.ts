@@ -1,0 +1,21 @@
+/**
+ * The case suite that every backend passes: dispatch, combine and low latency against the reference, bit for bit.
+ *
+ * In: a name and a function that makes worlds. Out: tests, registered with node:test. Called by the test files of the reference, of
+ * cpu, cuda and nvshmem. The cases themselves are in the three files beside this one.
+ */
+import type { NewWorld } from "./driver.ts";
+export { runCombineCases } from "./combine_cases.ts";
+export { runDispatchCases } from "./dispatch_cases.ts";
+export { runLowLatencyCases } from "./low_latency_cases.ts";
+
+/** What the suite runs over. */
+export interface Subject {
+  /** Begins the names of the tests. */
+  readonly name: string;
+  readonly newWorld: NewWorld;
+  /** Random worlds a suite draws; default 8. */
+  readonly numRandom?: number;
+  /** Where random worlds begin; default a new seed a run, or DEEPEP_SEED. Names of tests and errors have it. */
+  readonly seed?: number;
+}

@@ -1,0 +1,245 @@
+/**
+ * Cases of low-latency dispatch and combine.
+ *
+ * In: a subject. Out: tests. Each compares every expert's rows, scales, counts, source info and layout ranges, and after combine every
+ * bit of the sums, with the reference. Called through cases.ts.
+ */
+import { assert, assertEquals } from "@std/assert";
+import { describe, test } from "node:test";
+import { maxLocalExperts } from "../../lib/layout.ts";
+import type { LowLatencyCombineInput, LowLatencyOutput, RankInput } from "../../lib/reference/mod.ts";
+import { referenceLowLatencyCombine, referenceLowLatencyDispatch } from "../../lib/reference/mod.ts";
+import { denseSum } from "./brute_force.ts";
+import type { Subject } from "./cases.ts";
+import { checkedDispatch, codesOf, optionsFor } from "./checked.ts";
+import { assertLowLatencyDispatched, assertSame } from "./compare.ts";
+import type { LowLatencyCall, LowLatencyCombineCall, LowLatencyDispatched, NewWorld, WorldDriver } from "./driver.ts";
+import type { WorldOptions } from "./driver.ts";
+import { lowLatencyOutput } from "./experts.ts";
+import { Random, runSeed } from "./random.ts";
+import { makeWorld, namedWorld, namedWorlds, randomSpec, type TestWorld, tinyWorld } from "./worlds.ts";
+
+/** Options of a buffer that holds a world in low-latency mode; tokens that list an expert twice may need more rows. */
+function lowLatencyOptions(world: TestWorld, more: Partial<WorldOptions> = {}): WorldOptions {
+  const mostRows = Math.max(...world.inputs.map(({ numTokens }) => numTokens)) * world.numTopk;
+  const perRank = world.routing === "mixed" || world.routing === "oneRank" || world.routing === "skewed";
+  const maxLowLatencyTokensPerRank = Math.max(1, perRank ? mostRows : world.maxTokensPerRank);
+  return optionsFor(world, { maxLowLatencyTokensPerRank, ...more });
+}
+
+interface About {
+  readonly inputs?: readonly RankInput[];
+  readonly masked?: readonly number[];
+}
+
+/** Dispatches, and compares with the reference. */
+async function checkedSend(
+  driver: WorldDriver,
+  world: TestWorld,
+  call: LowLatencyCall,
+  { inputs = world.inputs, masked = [] }: About = {},
+): Promise<LowLatencyDispatched> {
+  const maxTokensPerRank = driver.options.maxLowLatencyTokensPerRank ?? 0;
+  const expected = referenceLowLatencyDispatch(inputs, { ...driver.options, ...call, maxTokensPerRank, masked });
+  const actual = await driver.lowLatencyDispatch(inputs, call);
+  assertLowLatencyDispatched(actual, expected, { inputs, call, options: driver.options, masked });
+  return actual;
+}
+
+/** Runs the experts on what arrived. */
+function expertOutputs(
+  world: TestWorld,
+  ranks: readonly LowLatencyOutput[],
+  call: LowLatencyCall & { weights?: boolean; wild?: boolean },
+): LowLatencyCombineInput[] {
+  const received = call.fp8 ? { ...world, payload: { kind: "fp8", ue8m0: call.ue8m0 ?? false } as const } : world;
+  const random = new Random(world.seed + 2);
+  return ranks.map((recv, rank) => {
+    const { numTokens, topkIdx, topkWeights } = world.inputs[rank]!;
+    const wild = (): Uint16Array[] => recv.experts.map((e) => random.wildBf16(e.srcInfo.length * world.hidden));
+    const x = call.wild ? wild() : lowLatencyOutput(received, rank, recv);
+    return { numTokens, topkIdx: topkIdx!, x, ...(call.weights === false || !topkWeights ? {} : { topkWeights }) };
+  });
+}
+
+/** Combines, and compares with the reference. */
+async function checkedReturn(
+  driver: WorldDriver,
+  from: LowLatencyDispatched,
+  about: {
+    world: TestWorld;
+    call: LowLatencyCall & { weights?: boolean; wild?: boolean };
+    combine?: Partial<LowLatencyCombineCall>;
+    masked?: readonly number[];
+  },
+): Promise<void> {
+  const { world, call, masked = [] } = about;
+  const { hidden, numTopk } = world;
+  const inputs = expertOutputs(world, from.ranks, call);
+  const maxTokensPerRank = driver.options.maxLowLatencyTokensPerRank ?? 0;
+  const expected = referenceLowLatencyCombine(inputs, { ...driver.options, maxTokensPerRank, numTopk, hidden, masked });
+  const actual = await driver.lowLatencyCombine(from, inputs, { hidden, ...about.combine });
+  expected.forEach((want, rank) => {
+    if (!masked.includes(rank)) assertSame(`rank ${rank}, combined x`, actual[rank], want, { width: hidden });
+  });
+}
+
+type Way = [Omit<LowLatencyCall, "numTopk"> & { weights?: boolean; wild?: boolean }, Partial<LowLatencyCombineCall>];
+
+const plainWays: Way[] = [
+  [{}, {}],
+  [{ recvHook: true, wild: true }, { recvHook: true }],
+  [{ weights: false, inputStrides: { rowGap: 16, scalesColumnMajor: true } }, { zeroCopy: true }],
+  [{ scalesColumnMajor: true }, { zeroCopy: true, recvHook: true }],
+];
+const fp8Ways: Way[] = [
+  [{ fp8: true }, {}],
+  [{ fp8: true, round: true, scalesColumnMajor: true }, { zeroCopy: true }],
+  [{ fp8: true, round: true, ue8m0: true, recvHook: true }, { recvHook: true }],
+  [{ fp8: true, round: true, ue8m0: true, scalesColumnMajor: true, inputStrides: { rowGap: 32 } }, {}],
+];
+
+async function everyWay(newWorld: NewWorld, world: TestWorld): Promise<void> {
+  await using driver = await newWorld(lowLatencyOptions(world));
+  const ways = world.payload.kind === "bf16" && world.hidden % 16 === 0 ? [...plainWays, ...fp8Ways] : plainWays;
+  for (const [way, combine] of ways) {
+    const call = { ...way, numTopk: world.numTopk };
+    try {
+      const recv = await checkedSend(driver, world, call);
+      await checkedReturn(driver, recv, { world, call, combine });
+      await recv.release();
+    } catch (cause) {
+      const text = JSON.stringify({ ...call, combine });
+      throw new Error(`${world.name}, ${text}: ${(cause as Error).message}`, { cause });
+    }
+  }
+}
+
+/** Sends worlds there and back in every way, then some random ones. */
+export function runLowLatencyCases({ name, newWorld, numRandom = 8, seed = runSeed() }: Subject): void {
+  describe(`${name}: low latency`, () => {
+    for (const world of namedWorlds()) test(world.name, () => everyWay(newWorld, world));
+    for (let i = 0; i < numRandom; i++) {
+      test(`random world, DEEPEP_SEED=${seed + i}`, () => {
+        const random = new Random(seed + i);
+        return everyWay(newWorld, makeWorld(randomSpec(random), random.uint32()));
+      });
+    }
+    for (const hidden of [16, 128, 144, 512, 640, 1040]) {
+      test(`scales of ${hidden} channels`, () => {
+        const spec = { ...namedWorld("tiny"), hidden, values: hidden % 128 ? "wild" : "ordinary" } as const;
+        return everyWay(newWorld, makeWorld({ ...spec, name: `hidden ${hidden}`, tokens: [3, 1, 0, 2] }, hidden));
+      });
+    }
+
+    test("a dense sum taken another way agrees", async () => {
+      for (const spec of [namedWorld("experts listed twice"), namedWorld("eight ranks, top 8"), namedWorld("top 1")]) {
+        const world = makeWorld({ ...spec, values: "integers" }, 3);
+        await using driver = await newWorld(lowLatencyOptions(world));
+        const call = { numTopk: world.numTopk };
+        const recv = await driver.lowLatencyDispatch(world.inputs, call);
+        const outputs = await driver.lowLatencyCombine(recv, expertOutputs(world, recv.ranks, call), world);
+        outputs.forEach((x, rank) => assertEquals(x, denseSum(world, rank)));
+        await recv.release();
+      }
+    });
+
+    test("expert stats are added to", async () => {
+      const world = namedWorld("experts do not divide");
+      await using driver = await newWorld(lowLatencyOptions(world));
+      const most = maxLocalExperts(world.numExperts, world.numRanks);
+      let inputs: readonly RankInput[] = world.inputs.map((input, rank) => ({
+        ...input,
+        expertStats: new Int32Array(rank < world.numExperts % world.numRanks ? most : most - 1).fill(rank),
+      }));
+      for (let round = 0; round < 2; round++) {
+        const recv = await checkedSend(driver, world, { numTopk: world.numTopk }, { inputs });
+        inputs = inputs.map((input, rank) => ({ ...input, expertStats: recv.ranks[rank]!.expertStats }));
+        await recv.release();
+      }
+    });
+
+    test("two results in flight, hooks crossed", async () => {
+      const worlds = [namedWorld("skewed"), makeWorld(namedWorld("skewed"), 4242)] as const;
+      await using driver = await newWorld(lowLatencyOptions(worlds[0], { numSlots: 2 }));
+      const call = { numTopk: worlds[0].numTopk, fp8: true, recvHook: true } as const;
+      for (const order of [[0, 1], [1, 0]] as const) {
+        const recv = [await checkedSend(driver, worlds[0], call), await checkedSend(driver, worlds[1], call)] as const;
+        for (const i of order) {
+          await checkedReturn(driver, recv[i], { world: worlds[i], call, combine: { recvHook: true } });
+        }
+        for (const result of recv) await result.release();
+      }
+    });
+
+    test("turns with normal mode, many times", async () => {
+      const spec = namedWorld("skewed");
+      await using driver = await newWorld(lowLatencyOptions(spec));
+      for (let i = 0; i < 12; i++) {
+        const world = makeWorld(spec, i);
+        const call = { numTopk: world.numTopk, fp8: i % 2 === 0, recvHook: i % 3 === 0 };
+        const recv = await checkedSend(driver, world, call);
+        if (i % 4 === 1) await (await checkedDispatch(driver, world.inputs, { numTopk: world.numTopk })).release();
+        await checkedReturn(driver, recv, { world, call });
+        await recv.release();
+      }
+    });
+
+    test("more rows than an expert holds fail on every rank, then all is well", async () => {
+      const world = makeWorld(
+        { ...tinyWorld(), tokens: [2, 2, 2, 2], numTopk: 4, routing: "oneRank", numExperts: 4 },
+        1,
+      );
+      await using driver = await newWorld(lowLatencyOptions(world, { maxLowLatencyTokensPerRank: 2 }));
+      const codes = await codesOf(() => driver.lowLatencyDispatch(world.inputs, { numTopk: 4 }));
+      assertEquals(codes, world.inputs.map(() => "capacity"));
+      const fits = makeWorld({ ...world, routing: "distinct" }, 1);
+      await (await checkedSend(driver, fits, { numTopk: 4 })).release();
+    });
+
+    test("a bad expert index fails on every rank, then all is well", async () => {
+      const world = namedWorld("top 1");
+      await using driver = await newWorld(lowLatencyOptions(world));
+      for (const bad of [8, -2]) {
+        const inputs = world.inputs.map((input, rank) =>
+          rank === 1 ? { ...input, topkIdx: Int32Array.of(0, 1, bad, 2) } : input
+        );
+        const codes = await codesOf(() => driver.lowLatencyDispatch(inputs, { numTopk: 1 }));
+        assertEquals(codes[1], "invalidArgument");
+        for (const code of codes) assert(["invalidArgument", "aborted"].includes(code), codes.join());
+        await (await checkedSend(driver, world, { numTopk: 1 })).release();
+      }
+    });
+
+    test("masked ranks are as if they were not there", async () => {
+      const world = namedWorld("eight ranks, top 8");
+      await using driver = await newWorld(lowLatencyOptions(world));
+      const call = { numTopk: world.numTopk, fp8: true };
+      const masked: number[] = [];
+      for (const rank of [5, 0]) {
+        masked.push(rank);
+        await driver.mask([rank]);
+        const recv = await checkedSend(driver, world, call, { masked });
+        await checkedReturn(driver, recv, { world, call, masked });
+        await recv.release();
+      }
+    });
+
+    test("a late rank changes nothing", async () => {
+      const world = namedWorld("skewed");
+      await using driver = await newWorld(lowLatencyOptions(world));
+      const call = { numTopk: world.numTopk, fp8: true };
+      const dispatchPhases = ["notify", "send", "arrive"] as const;
+      const late = [
+        ...dispatchPhases.map((phase) => ({ op: "lowLatencyDispatch", phase }) as const),
+        ...(["publish", "reduce"] as const).map((phase) => ({ op: "lowLatencyCombine", phase }) as const),
+      ];
+      for (const delay of late) {
+        await driver.delay?.(1, { ...delay, delayUs: 20_000 });
+        const recv = await checkedSend(driver, world, call);
+        await checkedReturn(driver, recv, { world, call });
+        await recv.release();
+      }
+    });
+  });
+}
