@@ -128,11 +128,13 @@ function codec32(view: DataView, at: number, field: string, type: "i32" | "u32")
   };
   return signed
     ? {
-      set: (value) => (value as number | 0) === value ? view.setInt32(at, value, true) : check(value),
+      set: (value) =>
+        typeof value === "number" && (value | 0) === value ? view.setInt32(at, value, true) : check(value),
       get: () => view.getInt32(at, true),
     }
     : {
-      set: (value) => (value as number >>> 0) === value ? view.setUint32(at, value, true) : check(value),
+      set: (value) =>
+        typeof value === "number" && (value >>> 0) === value ? view.setUint32(at, value, true) : check(value),
       get: () => view.getUint32(at, true),
     };
 }
