@@ -18,11 +18,15 @@ export const root: string = fileURLToPath(new URL("../..", import.meta.url));
 /** Why C cannot be compiled here, or false. */
 export const noCompiler: string | false = spawnSync("gcc", ["--version"]).status === 0 ? false : "there is no gcc here";
 
+let shelf: string | undefined;
+
 /** A fresh folder, removed when this process ends. */
 export function temporaryFolder(): string {
-  const folder = mkdtempSync(join(tmpdir(), "deepep-test-"));
-  process.on("exit", () => rmSync(folder, { recursive: true, force: true }));
-  return folder;
+  if (shelf === undefined) {
+    const folder = shelf = mkdtempSync(join(tmpdir(), "deepep-test-"));
+    process.on("exit", () => rmSync(folder, { recursive: true, force: true }));
+  }
+  return mkdtempSync(join(shelf, "folder-"));
 }
 
 /** Compiles `source` to a program, or with `-shared` among the flags to a library. Throws with the compiler's words. */

@@ -1,0 +1,126 @@
+/**
+ * The gate: every check of this repository, in one command.
+ *
+ * In: the working tree, on a machine with Node, npm and g++. Out: a line for each step with its time, the end of the
+ * output of each step that fails, and last the one line `N passed, N failed, N skipped`, which counts the tests of all
+ * runners and the other steps. The exit status is 1 if anything failed. `npm test` runs this with Bun.
+ */
+
+import { spawn } from "node:child_process";
+import { existsSync } from "node:fs";
+import { join } from "node:path";
+import process from "node:process";
+import { fileURLToPath } from "node:url";
+
+const root = fileURLToPath(new URL("..", import.meta.url));
+const bin = (name: string): string => join(root, "node_modules/.bin", name);
+const [bun, deno, tsc] = ["bun", "deno", "tsc"].map(bin) as [string, string, string];
+const importMap = ["--import-map", "tests/support/import_map.json"];
+const rebuilt = join("build", "native");
+const TAIL_LINES = 80;
+
+interface Counts {
+  passed: number;
+  failed: number;
+  skipped: number;
+}
+
+interface Step {
+  readonly name: string;
+  readonly command: readonly string[];
+  /** Whether the step is a test runner, whose tests are counted instead of the step. */
+  readonly tests?: "bun" | "deno";
+  readonly env?: Readonly<Record<string, string>>;
+  /** Longest run, seconds. */
+  readonly seconds?: number;
+}
+
+const folders = ["mod.ts", "lib", "scripts", "tests", "examples"].filter((path) => existsSync(join(root, path)));
+
+const steps: readonly Step[] = [
+  { name: "types (tsc)", command: [tsc, "-p", "."] },
+  { name: "types (deno check)", command: [deno, "check", ...importMap, ...folders] },
+  { name: "lint", command: [deno, "lint"] },
+  { name: "format", command: [deno, "fmt", "--check"] },
+  { name: "C header is generated", command: [bun, "scripts/abi.ts", "--check"] },
+  { name: "libraries are built from the sources", command: [bun, "scripts/build.ts", "--check"] },
+  { name: "rebuild cpu", command: [bun, "scripts/build.ts", "--backend", "cpu", "--out", rebuilt, "--strict"] },
+  { name: "tests (bun)", command: [bun, "test"], tests: "bun" },
+  { name: "tests (deno)", command: [deno, "test", "-A", ...importMap], tests: "deno" },
+  {
+    name: "tests (bun, rebuilt cpu)",
+    command: [bun, "test", "cpu_test", "process_test", "failure_test"],
+    tests: "bun",
+    env: { DEEPEP_LIBRARY_CPU: join(root, rebuilt, "libdeepep_cpu.so") },
+  },
+  { name: "examples in docs", command: [deno, "test", "-A", "--doc", ...importMap, "mod.ts"], tests: "deno" },
+  { name: "examples in README", command: [deno, "check", "--doc-only", ...importMap, "README.md"] },
+  { name: "publish (dry run)", command: [deno, "publish", "--dry-run", "--allow-dirty"] },
+];
+
+/** Runs a step; answers its exit status and output. Ends it, and what it started, when it takes too long. */
+function run({ command, env, seconds = 300 }: Step): Promise<{ status: number; output: string }> {
+  return new Promise((resolve) => {
+    const [program, ...args] = command as [string, ...string[]];
+    const child = spawn(program, args, {
+      cwd: root,
+      env: { ...process.env, NO_COLOR: "1", DENO_NO_UPDATE_CHECK: "1", DENO_NO_PROMPT: "1", ...env },
+      stdio: ["ignore", "pipe", "pipe"],
+      detached: true, // a group of its own, so that all of it can be ended
+    });
+    let output = "";
+    const take = (data: Uint8Array): void => void (output += data);
+    child.stdout.on("data", take);
+    child.stderr.on("data", take);
+    const timer = setTimeout(() => {
+      output += `\nended after ${seconds} s\n`;
+      if (child.pid !== undefined) process.kill(-child.pid, "SIGKILL");
+    }, seconds * 1000);
+    const end = (status: number, words = ""): void => {
+      clearTimeout(timer);
+      resolve({ status, output: output + words });
+    };
+    child.on("error", (error) => end(1, error.message));
+    child.on("close", (status) => end(status ?? 1));
+  });
+}
+
+/** The counts in a runner's summary, or undefined when there is none. */
+function summaryOf(runner: "bun" | "deno", output: string): Counts | undefined {
+  if (runner === "deno") {
+    const line = /^(?:ok|FAILED) \| (\d+) passed(?: \([^)]*\))? \| (\d+) failed(?: \([^)]*\))?(?: \| (\d+) ignored)?/m
+      .exec(output);
+    return line ? { passed: Number(line[1]), failed: Number(line[2]), skipped: Number(line[3] ?? 0) } : undefined;
+  }
+  const count = (word: string): number => Number(new RegExp(`^ *(\\d+) ${word}$`, "m").exec(output)?.[1] ?? 0);
+  if (!/^ *\d+ (pass|fail)$/m.test(output)) return undefined;
+  return { passed: count("pass"), failed: count("fail") + count("errors?"), skipped: count("skip") + count("todo") };
+}
+
+/** What a step adds to the total. A runner that fails without a failing test, or says nothing, counts as one failure. */
+function countsOf(step: Step, status: number, output: string): Counts {
+  if (!step.tests) return { passed: status === 0 ? 1 : 0, failed: status === 0 ? 0 : 1, skipped: 0 };
+  const counts = summaryOf(step.tests, output) ?? { passed: 0, failed: 1, skipped: 0 };
+  if (status !== 0 && counts.failed === 0) counts.failed = 1;
+  return counts;
+}
+
+async function main(): Promise<number> {
+  const total: Counts = { passed: 0, failed: 0, skipped: 0 };
+  for (const step of steps) {
+    const begin = performance.now();
+    const { status, output } = await run(step);
+    const seconds = ((performance.now() - begin) / 1000).toFixed(1);
+    const counts = countsOf(step, status, output);
+    for (const key of ["passed", "failed", "skipped"] as const) total[key] += counts[key];
+    const words = step.tests ? ` (${counts.passed} passed, ${counts.failed} failed, ${counts.skipped} skipped)` : "";
+    console.log(`${counts.failed === 0 ? "ok    " : "FAILED"} ${seconds.padStart(6)} s  ${step.name}${words}`);
+    if (counts.failed > 0) {
+      console.log(output.trimEnd().split("\n").slice(-TAIL_LINES).map((line) => `    ${line}`).join("\n"));
+    }
+  }
+  console.log(`${total.passed} passed, ${total.failed} failed, ${total.skipped} skipped`);
+  return total.failed === 0 ? 0 : 1;
+}
+
+process.exitCode = await main();
