@@ -11,6 +11,8 @@ import { type Frame, FrameReader, FrameType, FrameWriter, type SessionKeys, Wire
 
 /** How long a good-bye may take before the socket is cut, milliseconds. */
 const GOODBYE_MS = 2000;
+/** How an {@linkcode End} begins when this side ended the connection, because the other one broke the protocol. */
+export const CUT_OFF = "was cut off: ";
 /** Frames up to this size are written in one piece. */
 const ONE_PIECE_BYTES = 1 << 16;
 
@@ -110,16 +112,16 @@ export class Connection {
   }
 
   #receive(bytes: Uint8Array): void {
-    if (this.#over) return;
+    if (this.#over || this.#ending) return; // what is still under way no longer matters
     try {
       this.#reader.push(bytes);
-      for (let frame; !this.#over && (frame = this.#reader.next());) {
+      for (let frame; !this.#over && !this.#ending && (frame = this.#reader.next());) {
         if (frame.type === FrameType.goodbye) this.#lose("has left the group", true);
         else this.onFrame(frame);
       }
     } catch (error) {
       if (!(error instanceof WireError)) throw error;
-      this.#lose(`was cut off: ${error.message}`);
+      this.#lose(`${CUT_OFF}${error.message}`);
       this.#socket.destroy();
     }
   }

@@ -9,7 +9,7 @@ import { createServer, type Server, type Socket } from "node:net";
 import { clearTimeout, setTimeout } from "node:timers";
 import { setTimeout as sleep } from "node:timers/promises";
 import { EpError } from "../error.ts";
-import { Connection, type End } from "./connection.ts";
+import { Connection, CUT_OFF, type End } from "./connection.ts";
 import { type Contribution, Exchange, type Failure, nameRanks, type Outcome } from "./exchange.ts";
 import { type Hello, isLoopback, nonce, openHello } from "./handshake.ts";
 import { type Channel, failureError } from "./member.ts";
@@ -101,11 +101,11 @@ export class Host implements Channel {
       this.#drop(connection);
     }, handshakeTimeoutMs);
     const challenge = nonce();
-    connection.onEnd = ({ orderly, how }) => {
+    connection.onEnd = ({ how }) => {
       clearTimeout(deadline);
       this.#strangers.delete(connection);
-      // A port check connects and goes without a word, which is not worth one either.
-      if (!orderly && !how.includes("connection closed")) this.#report(connection, how);
+      // A port check connects and goes, which is not worth a line.
+      if (how.startsWith(CUT_OFF)) this.#report(connection, how.slice(CUT_OFF.length));
     };
     connection.onFrame = (frame) => {
       clearTimeout(deadline);
@@ -125,8 +125,6 @@ export class Host implements Channel {
     const reason = opened ? this.#objection(opened.hello) : "its job secret is not this job's";
     if (opened && reason === undefined) return this.#admit(connection, opened.hello, opened.keys);
     this.#report(connection, reason!);
-    connection.onFrame = () => {};
-    connection.onEnd = () => {};
     connection.end(FrameType.refuse, [new TextEncoder().encode(reason!)])
       .then(() => this.#strangers.delete(connection));
   }
@@ -175,7 +173,6 @@ export class Host implements Channel {
   #abandon(failure: Failure): void {
     this.#close();
     const told = [...this.#ranks.values()].map((connection) => {
-      connection.onEnd = () => {};
       return connection.end(FrameType.failure, encodeFailure(WHOLE_GROUP, failure));
     });
     Promise.all(told).then(() => this.#joined.reject(failureError(failure, 0)));
