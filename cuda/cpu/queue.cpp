@@ -75,7 +75,8 @@ Cell& living_cell(uint64_t queue) {
   if (!cell) {
     const uint64_t kind = queue >> 56;
     if (kind >= 1 && kind <= static_cast<uint64_t>(Kind::handle) && kind != static_cast<uint64_t>(Kind::queue)) {
-      reject(DEEPEP_ERROR_INVALID_ARGUMENT, "queue 0x%llx is a %s, not a queue", shown, kind_name(static_cast<Kind>(kind)));
+      reject(DEEPEP_ERROR_INVALID_ARGUMENT, "queue 0x%llx is the handle of something else (%s)", shown,
+             kind_name(static_cast<Kind>(kind)));
     }
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "queue 0x%llx is no queue of this library", shown);
   }

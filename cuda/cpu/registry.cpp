@@ -59,9 +59,10 @@ Found look_up(Table& all, Kind kind, uint64_t id, Entry** entry) {
   const auto shown = static_cast<unsigned long long>(id);
   if (found == Found::destroyed) reject(DEEPEP_ERROR_CLOSED, "%s 0x%llx was destroyed", name, shown);
   if (found == Found::other_kind) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s 0x%llx is a %s, not a %s", name, shown,
-           kind_name(static_cast<Kind>(id >> 56)), kind_name(kind));
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s 0x%llx is the handle of something else (%s)", name, shown,
+           kind_name(static_cast<Kind>(id >> 56)));
   }
+  if (id == 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s is 0", name);
   reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s 0x%llx is no %s of this library", name, shown, kind_name(kind));
 }
 

@@ -188,16 +188,20 @@ std::shared_ptr<SharedMemory> SharedMemory::import(const char (&bytes_of_handle)
            handle.pid, rank);
   }
   const int fd = open_of(handle.pid, handle.fd);
+  // The process lives, but the file is closed, or the number is something else's by now.
+  const auto destroyed = [&] {
+    reject(DEEPEP_ERROR_PEER_LOST, "the buffer of rank %u in process %d was destroyed", rank, handle.pid);
+  };
+  if (fd < 0 && (errno == ENOENT || errno == ENXIO)) destroyed();
   if (fd < 0) {
-    reject(DEEPEP_ERROR_SYSTEM, "the memory of rank %u in process %d could not be opened (%s): %s", rank, handle.pid,
-           strerror(errno),
-           errno == EACCES || errno == EPERM ? "ranks must run as one user" : "its buffer may have been destroyed");
+    reject(DEEPEP_ERROR_SYSTEM, "the memory of rank %u in process %d could not be opened (%s): ranks must run as one user",
+           rank, handle.pid, strerror(errno));
   }
   struct stat stat = {};
   const bool fits = fstat(fd, &stat) == 0 && S_ISREG(stat.st_mode) &&
                     static_cast<uint64_t>(stat.st_size) == kHeaderBytes + bytes;
   try {
-    if (!fits) reject(DEEPEP_ERROR_PEER_LOST, "the buffer of rank %u in process %d was destroyed", rank, handle.pid);
+    if (!fits) destroyed();
     memory->base_ = map(fd, bytes);
   } catch (...) {
     close(fd);
@@ -206,7 +210,7 @@ std::shared_ptr<SharedMemory> SharedMemory::import(const char (&bytes_of_handle)
   close(fd);
   const auto* header = reinterpret_cast<const Header*>(memory->base_);
   if (header->magic != kMagic || header->bytes != bytes || memcmp(header->nonce, handle.nonce, sizeof handle.nonce) != 0) {
-    reject(DEEPEP_ERROR_PEER_LOST, "the buffer of rank %u in process %d was destroyed", rank, handle.pid);
+    destroyed();
   }
   return memory;
 }
