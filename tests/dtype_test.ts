@@ -131,6 +131,21 @@ describe("FP8 blocks", () => {
     assertEquals(rounded, { codes: [0x7e, 0, 0xb8], scales: [Infinity] });
   });
 
+  test("the quotient 448 / amax itself is the scale", () => {
+    // Chosen so that 448 * (1 / amax), or 1 / the scale that is sent, gives another code.
+    assertEquals(cast(f32(1.078125, 0.80859375, 0.404296875)).codes, [0x7e, 122, 114]);
+    assertEquals(cast(f32(1.203125, 0.01275634765625, 0.0308837890625)).codes, [0x7e, 74, 84]);
+    const x = f32FromBf16(new Random(5).edgesOfFp8(128 * 200));
+    const codes = castToFp8(bf16FromF32(x), 200, 128).data;
+    for (let row = 0; row < 200; row++) {
+      const scale = Math.fround(448 / x[row * 128]!);
+      assertEquals(
+        codes.slice(row * 128, row * 128 + 128),
+        e4m3FromF32(x.slice(row * 128, row * 128 + 128).map((v) => v * scale)),
+      );
+    }
+  });
+
   test("rounded scales are the least power of two that is enough", () => {
     const random = new Random(2);
     for (let i = 0; i < 2000; i++) {

@@ -12,6 +12,7 @@ import { runCombineCases, runDispatchCases, runLowLatencyCases } from "./support
 import { newReferenceWorld } from "./support/driver.ts";
 import { enoughRows, namedWorlds, tinyWorld } from "./support/worlds.ts";
 
+const f32 = (...values: number[]): Float32Array => Float32Array.from(values);
 const bf16 = (...values: number[]): Uint16Array => bf16FromF32(Float32Array.from(values));
 
 describe("tiny world", () => {
@@ -99,6 +100,34 @@ describe("arithmetic of combine", () => {
     const { handle } = referenceDispatch([input, empty], options);
     const out = referenceCombine(handle, [{ x: bf16(Infinity) }, { x: bf16(-Infinity) }], { hidden: 1 });
     assertEquals([...out[0]!.x], [0x7fff]);
+  });
+
+  test("low latency: every step is rounded, in ascending k", () => {
+    const tenth = Math.fround(0.1);
+    const sum = (topkIdx: number[], weights: number[], rows: [number, number]): number => {
+      const input = { numTokens: 1, topkIdx: Int32Array.from(topkIdx), topkWeights: Float32Array.from(weights) };
+      const ranks = [{ ...input, x: [bf16(rows[0]), bf16(rows[1])] }];
+      return f32FromBf16(referenceLowLatencyCombine(ranks, { ...options, numTopk: weights.length, hidden: 1 })[0]!)[0]!;
+    };
+    assertEquals(sum([0, 1], [-Math.fround(tenth * 3), tenth], [1, 3]), 0); // not fused
+    const listed = { numTokens: 1, topkIdx: Int32Array.of(1, 0, 1), x: [bf16(-(2 ** 25)), bf16(1, 2 ** 25)] };
+    const more = { ...options, numTopk: 3, maxTokensPerRank: 3, hidden: 1 };
+    // k 0 is 1, k 1 is -2 ** 25, which swallows it, k 2 is 2 ** 25.
+    assertEquals([...f32FromBf16(referenceLowLatencyCombine([listed], more)[0]!)], [0]);
+    const other = { ...listed, topkIdx: Int32Array.of(1, 1, 0), x: [bf16(1), bf16(-(2 ** 25), 2 ** 25)] };
+    assertEquals([...f32FromBf16(referenceLowLatencyCombine([other], more)[0]!)], [1]);
+  });
+
+  test("rows and weights on masked ranks are left out", () => {
+    for (const layout of ["rank", "expert"] as const) {
+      const { handle } = referenceDispatch([input, empty], { ...options, layout });
+      const topkWeights = layout === "rank" ? [f32(0, 3), f32(5, 0)] : [f32(3), f32(5)];
+      const ranks = [{ x: bf16(2), topkWeights: topkWeights[0]! }, { x: bf16(7), topkWeights: topkWeights[1]! }];
+      const [all] = referenceCombine(handle, ranks, { hidden: 1 });
+      assertEquals([...f32FromBf16(all!.x), ...all!.topkWeights!], [9, 5, 3]);
+      const [masked] = referenceCombine(handle, ranks, { hidden: 1, masked: [1] });
+      assertEquals([...f32FromBf16(masked!.x), ...masked!.topkWeights!], [2, 0, 3]);
+    }
   });
 
   test("low latency without weights counts every entry once", () => {

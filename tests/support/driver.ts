@@ -3,7 +3,7 @@
  *
  * In: inputs of every rank. Out: outputs of every rank, in the reference's types. Implemented over the reference here, and over
  * `EpBuffer` in drivers.ts. Calls are made on every unmasked rank without waiting between ranks; entries of masked ranks are ignored
- * in inputs and empty in outputs. A driver turns rows back into contiguous row-major bytes, whatever strides its tensors have.
+ * in inputs and empty or undefined in outputs. A driver turns rows back into contiguous row-major bytes, whatever strides its tensors have.
  */
 import type { ScaleStrides } from "../../lib/layout.ts";
 import {

@@ -49,13 +49,14 @@ async function checkedSend(
 /** Runs the experts on what arrived. */
 function expertOutputs(
   world: TestWorld,
-  ranks: readonly LowLatencyOutput[],
+  ranks: readonly (LowLatencyOutput | undefined)[],
   call: LowLatencyCall & { weights?: boolean; wild?: boolean },
 ): LowLatencyCombineInput[] {
   const received = call.fp8 ? { ...world, payload: { kind: "fp8", ue8m0: call.ue8m0 ?? false } as const } : world;
   const random = new Random(world.seed + 2);
   return ranks.map((recv, rank) => {
     const { numTokens, topkIdx, topkWeights } = world.inputs[rank]!;
+    if (recv === undefined) return { numTokens, topkIdx: topkIdx!, x: [] }; // a masked rank
     const wild = (): Uint16Array[] => recv.experts.map((e) => random.wildBf16(e.srcInfo.length * world.hidden));
     const x = call.wild ? wild() : lowLatencyOutput(received, rank, recv);
     return { numTokens, topkIdx: topkIdx!, x, ...(call.weights === false || !topkWeights ? {} : { topkWeights }) };
@@ -131,6 +132,11 @@ export function runLowLatencyCases({ name, newWorld, numRandom = 8, seed = runSe
         return everyWay(newWorld, makeWorld({ ...spec, name: `hidden ${hidden}`, tokens: [3, 1, 0, 2] }, hidden));
       });
     }
+
+    test("values at the edges of FP8 rounding", async () => {
+      const spec = { ...namedWorld("eight ranks, top 8"), name: "edges", hidden: 1024, values: "edges" } as const;
+      await everyWay(newWorld, makeWorld({ ...spec, numTopk: 1 }, 8));
+    });
 
     test("a dense sum taken another way agrees", async () => {
       for (const spec of [namedWorld("experts listed twice"), namedWorld("eight ranks, top 8"), namedWorld("top 1")]) {

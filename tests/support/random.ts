@@ -83,6 +83,20 @@ export class Random {
     });
   }
 
+  /**
+   * bf16 whose blocks of 128, counted from the start, begin with their largest magnitude; the others lie, as near as bf16 can, half way between two e4m3
+   * values once they are scaled by it. A scale that is off by one unit in its last place shows.
+   */
+  edgesOfFp8(count: number): Uint16Array {
+    let largest = 0;
+    const floats = Float32Array.from({ length: count }, (_, i) => {
+      if (i % 128 === 0) largest = (128 + this.int(0, 127)) * 2 ** this.int(-12, 4);
+      const middle = (17 + 2 * this.int(0, 7)) * 2 ** this.int(-6, 3); // 448 is 28 * 2 ** 4
+      return i % 128 === 0 ? largest : Math.min(largest, middle * largest / 448);
+    });
+    return Uint16Array.from(new Uint32Array(floats.buffer), (bits) => Math.min(bits + 0x8000, 0x7f7fffff) >>> 16);
+  }
+
   /** bf16 of integers from -limit to limit. */
   smallBf16(count: number, limit: number): Uint16Array {
     const floats = Float32Array.from({ length: count }, () => this.int(-limit, limit));

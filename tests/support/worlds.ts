@@ -41,8 +41,8 @@ export interface WorldSpec {
   /** Default true. */
   readonly weights?: boolean;
   readonly payload?: Payload;
-  /** bf16 rows: ordinary numbers, small integers (sums are exact), or any bits. */
-  readonly values?: "ordinary" | "integers" | "wild";
+  /** bf16 rows: ordinary numbers, small integers (sums are exact), any bits, or values at the edges of FP8 rounding. */
+  readonly values?: "ordinary" | "integers" | "wild" | "edges";
 }
 
 /** A world: its spec with the defaults filled in, what every rank sends, and what it needs of a buffer. */
@@ -181,6 +181,7 @@ function makeInput(spec: Required<WorldSpec>, numTokens: number, random: Random)
   const bf16 = (): Uint16Array => {
     const count = numTokens * hidden;
     if (spec.values === "integers") return random.smallBf16(count, 2);
+    if (spec.values === "edges") return random.edgesOfFp8(count);
     return spec.values === "wild" ? random.wildBf16(count) : random.bf16(count);
   };
   const rows = ((): Pick<RankInput, "x" | "scales"> => {
