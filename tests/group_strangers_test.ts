@@ -3,7 +3,15 @@ import { connect, createServer } from "node:net";
 import { test } from "node:test";
 import { assert, assertEquals } from "@std/assert";
 import { type ConnectOptions, Group } from "../lib/group/group.ts";
-import { disposeAll, freePort, optionsOf, rejection, type Stranger, stranger } from "./support/group_worlds.ts";
+import {
+  bounded,
+  disposeAll,
+  freePort,
+  optionsOf,
+  rejection,
+  type Stranger,
+  stranger,
+} from "./support/group_worlds.ts";
 
 /** Rank 0 of two waits; `disturb` does its worst; rank 1 comes and the group works. Gives what rank 0 logged. */
 async function disturbed(
@@ -30,7 +38,7 @@ function header(type: number, length: number, magic = 0x44504731): Uint8Array {
   return new Uint8Array(view.buffer);
 }
 
-test("strangers: garbage, another protocol, impossible frames are cut off and logged once", async () => {
+test("strangers: garbage, another protocol, impossible frames are cut off and logged once", bounded, async () => {
   const wrong: [Uint8Array, string][] = [
     [new Uint8Array(100_000).fill(0xa5), "it does not speak this protocol"],
     [new TextEncoder().encode("GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"), "it does not speak this protocol"],
@@ -49,7 +57,7 @@ test("strangers: garbage, another protocol, impossible frames are cut off and lo
   assertEquals(logged.length, 6, logged.join("\n"));
 });
 
-test("strangers: who says nothing, or not enough, is dropped at the handshake's deadline", async () => {
+test("strangers: who says nothing, or not enough, is dropped at the handshake's deadline", bounded, async () => {
   const logged = await disturbed(async (port) => {
     const silent = [
       await stranger(port),
@@ -63,7 +71,7 @@ test("strangers: who says nothing, or not enough, is dropped at the handshake's 
   assert(logged[0]!.includes("no handshake within 200 ms"), logged[0]);
 });
 
-test("strangers: a crowd does not keep a rank out", async () => {
+test("strangers: a crowd does not keep a rank out", bounded, async () => {
   const crowd: Stranger[] = [];
   const logged = await disturbed(async (port) => {
     for (let i = 0; i < 150; i++) crowd.push(await stranger(port));
@@ -73,7 +81,7 @@ test("strangers: a crowd does not keep a rank out", async () => {
   await Promise.all(crowd.map(({ closed }) => closed)); // the complete group keeps none of them
 });
 
-test("strangers: a wrong secret is refused on both sides, at once", async () => {
+test("strangers: a wrong secret is refused on both sides, at once", bounded, async () => {
   const logged = await disturbed(async (port) => {
     const error = await rejection(Group.connect({ ...optionsOf(1, 2, port), secret: "another secret" }), 3000);
     assertEquals(error.code, "mismatch");
@@ -85,7 +93,7 @@ test("strangers: a wrong secret is refused on both sides, at once", async () => 
   assert(logged.length === 1 && logged[0]!.includes("its job secret is not this job's"), logged.join("\n"));
 });
 
-test("strangers: a rank that is there already is refused, the first one stays", async () => {
+test("strangers: a rank that is there already is refused, the first one stays", bounded, async () => {
   const port = await freePort();
   const logged: string[] = [];
   const joining = [0, 1].map((rank) => Group.connect(optionsOf(rank, 3, port, logged)));
@@ -101,7 +109,7 @@ test("strangers: a rank that is there already is refused, the first one stays", 
   await disposeAll(groups);
 });
 
-test("strangers: a recorded handshake is worth nothing", async () => {
+test("strangers: a recorded handshake is worth nothing", bounded, async () => {
   const secret = "the secret of the job";
   const port = await freePort();
   const recorded: Uint8Array[] = [];
@@ -138,7 +146,7 @@ test("strangers: a recorded handshake is worth nothing", async () => {
   assert(logged.length === 1 && logged[0]!.includes("its job secret is not this job's"), logged.join("\n"));
 });
 
-test("strangers: a server that is not rank 0 ends in an error that says so", async () => {
+test("strangers: a server that is not rank 0 ends in an error that says so", bounded, async () => {
   const secret = "the secret of the job";
   for (const [greeting, text] of [["220 mail ready, be welcome\r\n", "speak this protocol"], ["", "does not answer"]]) {
     const server = createServer((socket) => void (greeting && socket.write(greeting)));

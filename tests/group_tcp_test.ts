@@ -4,6 +4,7 @@ import { assert, assertEquals } from "@std/assert";
 import { type ConnectOptions, Group } from "../lib/group/group.ts";
 import { runFailureCases, runHappyCases } from "./support/group_cases.ts";
 import {
+  bounded,
   type Child,
   disposeAll,
   freePort,
@@ -27,7 +28,7 @@ const childRank = (rank: number, size: number, port: number, then: string): Chil
     MASTER_PORT: `${port}`,
   });
 
-test("tcp: names of rank 0's machine, secrets, and a group of one that listens nowhere", async () => {
+test("tcp: names of rank 0's machine, secrets, and a group of one that listens nowhere", bounded, async () => {
   const port = await freePort();
   const secret = "a secret of this job";
   for (const host of ["localhost", "127.0.0.1"]) {
@@ -43,7 +44,7 @@ test("tcp: names of rank 0's machine, secrets, and a group of one that listens n
   assertEquals((await alone.allGather(new Uint8Array([7]))).map((part) => [...part]), [[7]]);
 });
 
-test("tcp: rank 0 may come last", async () => {
+test("tcp: rank 0 may come last", bounded, async () => {
   const port = await freePort();
   const others = [1, 2].map((rank) => Group.connect(optionsOf(rank, 3, port)));
   await new Promise((resolve) => setTimeout(resolve, 400));
@@ -52,7 +53,7 @@ test("tcp: rank 0 may come last", async () => {
   await disposeAll(groups);
 });
 
-test("tcp: missing ranks are named to every rank that waits, at the first deadline", async () => {
+test("tcp: missing ranks are named to every rank that waits, at the first deadline", bounded, async () => {
   const port = await freePort();
   const started = performance.now();
   const present = [0, 1, 3].map((rank) =>
@@ -66,14 +67,14 @@ test("tcp: missing ranks are named to every rank that waits, at the first deadli
   assert(performance.now() - started < 4000);
 });
 
-test("tcp: a missing rank 0 is named within the deadline", async () => {
+test("tcp: a missing rank 0 is named within the deadline", bounded, async () => {
   const port = await freePort();
   const error = await rejection(Group.connect({ ...optionsOf(2, 4, port), timeoutMs: 300 }), 4000);
   assert(error.message.startsWith(`Cannot join: rank 0 of 4 did not arrive at 127.0.0.1:${port} within 300 ms`));
   assertEquals([error.code, error.peer], ["timeout", 0]);
 });
 
-test("tcp: a rank that gives up before all are there may come again", async () => {
+test("tcp: a rank that gives up before all are there may come again", bounded, async () => {
   const port = await freePort();
   const logged: string[] = [];
   const groups = [Group.connect(optionsOf(0, 3, port, logged)), Group.connect(optionsOf(2, 3, port))];
@@ -85,30 +86,34 @@ test("tcp: a rank that gives up before all are there may come again", async () =
   assert(logged.some((line) => line.includes("its job has 4 ranks")), logged.join("\n"));
 });
 
-test("tcp: a killed rank ends pending and later collectives with its name; subsets without it go on", async () => {
-  const port = await freePort();
-  const logged: string[] = [];
-  const child = childRank(2, 4, port, "wait");
-  const groups = await Promise.all([0, 1, 3].map((rank) => Group.connect(optionsOf(rank, 4, port, logged))));
-  await Promise.all(groups.map((group) => group.barrier()));
-  const pending = groups.map((group) => rejection(group.barrier()));
-  await until(() => child.output.stdout.includes("joined"), "the child to join");
-  const killed = performance.now();
-  child.process.kill("SIGKILL");
-  for (const error of await Promise.all(pending)) {
-    assertEquals([error.code, error.peer], ["peerLost", 2]);
-    assert(error.message.startsWith("Cannot run barrier: rank 2 has ended ("), error.message);
-  }
-  assert(performance.now() - killed < 5000);
-  assertEquals((await rejection(groups[1]!.allGather(new Uint8Array(1)))).code, "peerLost");
-  const rest = groups.map((group) => group.allGather(new Uint8Array([group.rank]), { ranks: [0, 1, 3] }));
-  for (const parts of await Promise.all(rest)) assertEquals(parts.map((part) => [...part]), [[0], [1], [], [3]]);
-  await disposeAll(groups);
-  assertEquals(logged.length, 1, logged.join("\n"));
-  assert(logged[0]!.startsWith("deepep: rank 2 has ended ("));
-});
+test(
+  "tcp: a killed rank ends pending and later collectives with its name; subsets without it go on",
+  bounded,
+  async () => {
+    const port = await freePort();
+    const logged: string[] = [];
+    const child = childRank(2, 4, port, "wait");
+    const groups = await Promise.all([0, 1, 3].map((rank) => Group.connect(optionsOf(rank, 4, port, logged))));
+    await Promise.all(groups.map((group) => group.barrier()));
+    const pending = groups.map((group) => rejection(group.barrier()));
+    await until(() => child.output.stdout.includes("joined"), "the child to join");
+    const killed = performance.now();
+    child.process.kill("SIGKILL");
+    for (const error of await Promise.all(pending)) {
+      assertEquals([error.code, error.peer], ["peerLost", 2]);
+      assert(error.message.startsWith("Cannot run barrier: rank 2 has ended ("), error.message);
+    }
+    assert(performance.now() - killed < 5000);
+    assertEquals((await rejection(groups[1]!.allGather(new Uint8Array(1)))).code, "peerLost");
+    const rest = groups.map((group) => group.allGather(new Uint8Array([group.rank]), { ranks: [0, 1, 3] }));
+    for (const parts of await Promise.all(rest)) assertEquals(parts.map((part) => [...part]), [[0], [1], [], [3]]);
+    await disposeAll(groups);
+    assertEquals(logged.length, 1, logged.join("\n"));
+    assert(logged[0]!.startsWith("deepep: rank 2 has ended ("));
+  },
+);
 
-test("tcp: a killed rank 0 ends every collective, with its name", async () => {
+test("tcp: a killed rank 0 ends every collective, with its name", bounded, async () => {
   const port = await freePort();
   const child = childRank(0, 3, port, "wait");
   const logged: string[] = [];
@@ -126,7 +131,7 @@ test("tcp: a killed rank 0 ends every collective, with its name", async () => {
   assertEquals(logged.length, 2);
 });
 
-test("tcp: rank 0 that leaves says so; nothing of an orderly end is logged", async () => {
+test("tcp: rank 0 that leaves says so; nothing of an orderly end is logged", bounded, async () => {
   const logged: string[] = [];
   const groups = await tcpGroups(3, { log: (message) => logged.push(message) });
   const pending = rejection(groups[1]!.barrier({ ranks: [1, 2] }));
@@ -140,7 +145,7 @@ test("tcp: rank 0 that leaves says so; nothing of an orderly end is logged", asy
   assertEquals(logged, []);
 });
 
-test("tcp: processes leave, or just end, without a word and without delay", async () => {
+test("tcp: processes leave, or just end, without a word and without delay", bounded, async () => {
   for (const then of ["leave", "abandon"]) {
     const port = await freePort();
     const started = performance.now();
@@ -152,7 +157,7 @@ test("tcp: processes leave, or just end, without a word and without delay", asyn
   }
 });
 
-test("tcp: a port in use, and options out of range, are said plainly", async () => {
+test("tcp: a port in use, and options out of range, are said plainly", bounded, async () => {
   const port = await freePort();
   const first = Group.connect({ ...optionsOf(0, 2, port), timeoutMs: 4000 });
   const second = await rejection(Group.connect({ ...optionsOf(0, 2, port), timeoutMs: 200 }));

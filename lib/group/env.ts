@@ -38,6 +38,7 @@ interface Launcher {
   localSize: readonly string[];
 }
 
+const PMI = "MPICH or Intel MPI";
 const LAUNCHERS: readonly Launcher[] = [
   {
     name: "torchrun",
@@ -54,7 +55,7 @@ const LAUNCHERS: readonly Launcher[] = [
     localSize: ["OMPI_COMM_WORLD_LOCAL_SIZE"],
   },
   {
-    name: "MPICH or Intel MPI",
+    name: PMI,
     rank: "PMI_RANK",
     size: ["PMI_SIZE"],
     localRank: ["MPI_LOCALRANKID", "PMI_LOCAL_RANK", "SLURM_LOCALID", "LOCAL_RANK"],
@@ -89,7 +90,7 @@ const firstSet = (env: Environment, names: readonly string[]): string | undefine
 
 /** Reads the launcher's variables. @throws {RangeError} @throws {EpError} See `Group.fromEnv`. */
 export function readLauncher(env: Environment): LauncherFacts {
-  const launcher = LAUNCHERS.find(({ rank }) => env(rank) !== undefined);
+  const launcher = LAUNCHERS.find(({ name, rank }) => env(rank) !== undefined && !(name === PMI && isSrun(env)));
   if (!launcher) throw noLauncher(env);
   const sizeName = firstSet(env, launcher.size) ?? launcher.size[0]!;
   const size = wholeNumber(env, sizeName, 1, MAX_SIZE);
@@ -115,6 +116,10 @@ export function readLauncher(env: Environment): LauncherFacts {
     secret: env("DEEPEP_SECRET"),
   };
 }
+
+/** Whether the PMI variables are srun's: then Slurm's own say more. */
+const isSrun = (env: Environment): boolean =>
+  env("SLURM_PROCID") === env("PMI_RANK") && (env("SLURM_STEP_NUM_TASKS") ?? env("SLURM_NTASKS")) === env("PMI_SIZE");
 
 const oneSlurmNode = (env: Environment, { name }: Launcher): boolean =>
   name === "Slurm" && (env("SLURM_STEP_NUM_NODES") ?? env("SLURM_NNODES"))?.trim() === "1";

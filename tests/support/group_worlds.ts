@@ -7,6 +7,9 @@ import { connect, createServer, type Socket } from "node:net";
 import process from "node:process";
 import { type ConnectOptions, Group } from "../../lib/group/group.ts";
 
+/** Options of a test that starts processes or waits for deadlines. */
+export const bounded = { timeout: 60_000 };
+
 /** A port that nobody listens on now. */
 export function freePort(): Promise<number> {
   return new Promise((resolve) => {
