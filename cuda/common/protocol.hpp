@@ -84,7 +84,6 @@ static_assert(sizeof(MessageHeader) <= kMessageHeaderBytes);
 // Announcement of a low-latency combine, for one slot of the reader.
 struct ReadyLine {
   uint64_t epoch;  // stored last, with release
-  uint32_t slot;   // of the sender
   int32_t code;    // as in a message
 };
 static_assert(sizeof(ReadyLine) <= kLineBytes);

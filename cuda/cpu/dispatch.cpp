@@ -1,0 +1,436 @@
+// Dispatch, normal mode: counts first, then each row straight to its final place on every destination rank.
+//
+// In: deepep_dispatch_args. Out: rows, scales, top-k and source indices in a slot of every rank, and counts. The call is
+// checked and its outputs are named on the caller's thread; a DispatchRun then works on the communication stream, phase by
+// phase: NOTIFY (count, exchange, check), SEND (push), ARRIVE (wait for everyone's pushes). protocol.hpp says why two
+// synchronisations suffice. Called by the API layer.
+#include <optional>
+#include <utility>
+
+#include "exchange.hpp"
+#include "handle.hpp"
+#include "layout.hpp"
+#include "operations.hpp"
+#include "payload.hpp"
+#include "pushed.hpp"
+#include "rows.hpp"
+#include "wait.hpp"
+
+namespace deepep {
+namespace {
+
+constexpr uint32_t kTokensBetweenLooks = 16;  // tokens pushed between two looks at whether a peer left this rank out
+
+// One dispatch, from its checks to its end.
+struct DispatchJob {
+  deepep_dispatch_args args;
+  RoutingPlan plan;
+  std::shared_ptr<Handle> handle;  // nullptr = the routing is not kept
+  bool cached = false;
+  uint32_t slot = 0;
+};
+
+// Where a slot's received tensors lie, on any rank.
+struct SlotView {
+  uint8_t* x;
+  uint8_t* scales;
+  uint8_t* topk_idx;
+  float* topk_weights;
+  int32_t* src_idx;
+
+  SlotView(const Buffer& buffer, uint32_t rank, uint32_t slot) {
+    const Regions& r = buffer.regions;
+    uint8_t* base = buffer.symmetric(rank) + slot_offset(r, slot);
+    x = base + r.recv_x;
+    scales = base + r.recv_scales;
+    topk_idx = base + r.recv_topk_idx;
+    topk_weights = reinterpret_cast<float*>(base + r.recv_topk_weights);
+    src_idx = reinterpret_cast<int32_t*>(base + r.recv_src_idx);
+  }
+};
+
+// A run of rows.
+struct RowRange {
+  uint64_t begin = 0;
+  uint64_t end = 0;
+};
+
+class DispatchRun {
+ public:
+  DispatchRun(Operation& op, const DispatchJob& job)
+      : op_(op),
+        buffer_(op.buffer),
+        options_(op.buffer.options),
+        job_(job),
+        args_(job.args),
+        plan_(job.plan),
+        routing_(job.handle ? job.handle->routing : own_routing_),
+        payload_(payload_of(job.args)),
+        strides_(scale_strides(options_.max_recv_tokens, payload_.num_scales, payload_.scale_elem_bytes,
+                               (job.args.flags & DEEPEP_FLAG_SCALES_COLUMN_MAJOR) != 0)),
+        weights_(reinterpret_cast<const float*>(job.args.topk_weights)),
+        here_(op.buffer, op.buffer.rank, job.slot) {}
+
+  void run() {
+    if (!inject(op_, DEEPEP_PHASE_NOTIFY) || !notify()) return;
+    if (!inject(op_, DEEPEP_PHASE_SEND) || !send()) return;
+    if (!inject(op_, DEEPEP_PHASE_ARRIVE) || !arrive()) return;
+    routing_.valid = true;
+  }
+
+ private:
+  bool notify();
+  void route(Counts& counts);
+  Draft draft(const Counts& counts) const;
+  bool check_capacity();
+  void fill_counts();
+  bool send();
+  void push_token(uint32_t token);
+  void push_row(uint32_t token, uint32_t k, const SlotView& to, uint32_t dst, uint32_t row);
+  void put_topk(const SlotView& to, uint32_t dst, uint32_t row, uint32_t token);
+  void put_index(uint8_t* topk_idx, uint64_t i, int64_t value) const;
+  void clear_rows(RowRange rows, bool payload_too);
+  void clear_padding();
+  bool arrive();
+  void forget_rows_of(uint32_t src);
+  bool by_expert() const { return plan_.space == RowSpace::expert; }
+
+  Operation& op_;
+  Buffer& buffer_;
+  const Options& options_;
+  const DispatchJob& job_;
+  const deepep_dispatch_args& args_;
+  const RoutingPlan& plan_;
+  Routing own_routing_;
+  Routing& routing_;
+  const Payload payload_;
+  const ScaleStrides strides_;
+  const float* weights_;
+  const SlotView here_;
+  PeerSlots slots_{};
+  std::vector<uint32_t> bases_;
+  std::vector<SlotView> there_;  // by rank
+  std::optional<ExpertOwners> owners_;
+  uint64_t rows_sent_ = 0;
+};
+
+// Counts this rank's tokens, or takes the routing of the handle.
+void DispatchRun::route(Counts& counts) {
+  if (job_.cached) {
+    if (!routing_.valid) refuse(op_, DEEPEP_ERROR_INVALID_ARGUMENT, "the handle holds no routing: its dispatch failed");
+    return;
+  }
+  routing_.valid = false;
+  routing_.plan = plan_;
+  routing_.epoch = op_.epoch;
+  if (plan_.num_topk > 0) {
+    count_topk(op_, {reinterpret_cast<const void*>(args_.topk_idx), plan_.topk_idx_bytes, plan_.num_topk}, plan_.num_tokens,
+               counts, &routing_);
+  } else {
+    count_tokens_in_rank(op_, reinterpret_cast<const uint8_t*>(args_.is_token_in_rank),
+                         reinterpret_cast<const int32_t*>(args_.num_tokens_per_expert), plan_.num_tokens, counts, routing_);
+  }
+}
+
+Draft DispatchRun::draft(const Counts& counts) const {
+  Draft draft;
+  draft.agreed[kAgreedOp] = DEEPEP_OP_DISPATCH;
+  draft.agreed[kAgreedLayout] = static_cast<uint32_t>(plan_.space);
+  draft.agreed[kAgreedExpertAlignment] = plan_.expert_alignment;
+  draft.agreed[kAgreedRowBytes] = payload_.row_bytes;
+  draft.agreed[kAgreedNumScales] = payload_.num_scales;
+  draft.agreed[kAgreedScaleElemBytes] = payload_.scale_elem_bytes;
+  draft.agreed[kAgreedNumTopk] = plan_.num_topk;
+  draft.agreed[kAgreedTopkIdxBytes] = plan_.num_topk > 0 ? plan_.topk_idx_bytes : 0;
+  draft.agreed[kAgreedTopkWeights] = weights_ != nullptr ? 1 : plan_.num_tokens == 0 ? kNoOpinion : 0;
+  draft.agreed[kAgreedCached] = job_.cached ? 1 : 0;
+  draft.agreed[kAgreedFlags] = args_.flags & DEEPEP_FLAG_SCALES_COLUMN_MAJOR;
+  draft.agreed[kAgreedRouting] = job_.cached ? static_cast<uint32_t>(routing_.epoch) : 0;
+  draft.slot = job_.slot;
+  draft.num_tokens = plan_.num_tokens;
+  if (!job_.cached && op_.failure.code == 0) {
+    draft.tokens_per_rank = counts.tokens.data();
+    draft.entries_per_expert = counts.entries.data();
+  }
+  return draft;
+}
+
+// Every rank has the whole matrix, so every rank fails alike, before a row has moved.
+bool DispatchRun::check_capacity() {
+  const CountMatrix matrix = routing_.matrix(options_);
+  for (uint32_t dst = 0; dst < options_.num_ranks; ++dst) {
+    if (!in_view(routing_.view, dst)) continue;
+    const uint64_t need = by_expert() ? expert_layout_rows(matrix, dst, plan_.expert_alignment)
+                                      : tokens_before(matrix, options_.num_ranks, dst);
+    if (need <= options_.max_recv_tokens) continue;
+    refuse(op_, DEEPEP_ERROR_CAPACITY, "rank %u would receive %llu rows, a buffer holds %u", dst,
+           static_cast<unsigned long long>(need), options_.max_recv_tokens);
+    op_.failure.peer = static_cast<int32_t>(dst);
+    op_.failure.expected = options_.max_recv_tokens;
+    op_.failure.seen = static_cast<int64_t>(need);
+    return false;
+  }
+  return true;
+}
+
+// Device counts and host counts are one array here.
+void DispatchRun::fill_counts() {
+  const CountMatrix matrix = routing_.matrix(options_);
+  auto* counts = reinterpret_cast<int32_t*>(args_.recv_num_rows);
+  auto* per_expert = reinterpret_cast<int32_t*>(args_.recv_num_tokens_per_expert);
+  auto* per_rank = reinterpret_cast<int32_t*>(args_.recv_num_tokens_per_rank);
+  auto* stats = reinterpret_cast<int32_t*>(args_.expert_stats);
+  counts[0] = static_cast<int32_t>(tokens_before(matrix, options_.num_ranks, buffer_.rank));
+  counts[1] = by_expert() ? static_cast<int32_t>(expert_layout_rows(matrix, buffer_.rank, plan_.expert_alignment)) : counts[0];
+  for (uint32_t e = 0; e < buffer_.num_local_experts; ++e) {
+    const uint32_t entries = entries_before(matrix, options_.num_ranks, buffer_.first_expert + e);
+    per_expert[e] = static_cast<int32_t>(align_up(entries, plan_.expert_alignment));
+    if (stats != nullptr) stats[e] += static_cast<int32_t>(entries);
+  }
+  for (uint32_t src = 0; src < options_.num_ranks; ++src) {
+    const bool came = in_view(routing_.view, src);
+    per_rank[src] = came ? static_cast<int32_t>(routing_.tokens[size_t{src} * options_.num_ranks + buffer_.rank]) : 0;
+  }
+  op_.counts_ready();
+}
+
+bool DispatchRun::notify() {
+  Counts counts;
+  route(counts);  // A refusal stays in op_.failure: exchange() passes it on.
+  PeerWait wait(op_, 0);
+  Exchange exchanged;
+  if (!exchange(op_, draft(counts), wait, exchanged)) return false;
+  slots_ = slots_of(exchanged);
+  if (job_.cached) routing_.view = exchanged.view;
+  else keep_counts(exchanged, options_, routing_);
+  if (!check_capacity()) return false;
+  fill_counts();
+  return true;
+}
+
+// -1 source index and no weight in rows that nobody fills; with `payload_too` zeros in x and scales.
+void DispatchRun::clear_rows(RowRange rows, bool payload_too) {
+  const uint64_t weights_a_row = by_expert() ? 1 : plan_.num_topk;
+  for (uint64_t row = rows.begin; row < rows.end; ++row) {
+    here_.src_idx[row] = -1;
+    for (uint64_t k = 0; !by_expert() && k < plan_.num_topk; ++k) put_index(here_.topk_idx, row * plan_.num_topk + k, -1);
+    if (args_.recv_topk_weights != 0) {
+      std::memset(here_.topk_weights + row * weights_a_row, 0, weights_a_row * sizeof(float));
+    }
+    if (!payload_too) continue;
+    std::memset(here_.x + row * payload_.row_bytes, 0, payload_.row_bytes);
+    clear_scales(here_.scales + row * strides_.row, strides_, payload_.num_scales, payload_.scale_elem_bytes);
+  }
+}
+
+// The rows of this rank's slot that no rank pushes to.
+void DispatchRun::clear_padding() {
+  if (by_expert()) {
+    const CountMatrix matrix = routing_.matrix(options_);
+    uint64_t group = 0;
+    for (uint32_t e = 0; e < buffer_.num_local_experts; ++e) {
+      const uint64_t entries = entries_before(matrix, options_.num_ranks, buffer_.first_expert + e);
+      const uint64_t end = group + align_up(entries, plan_.expert_alignment);
+      clear_rows({group + entries, end}, (args_.flags & DEEPEP_FLAG_ZERO_PADDING) != 0);
+      group = end;
+    }
+  } else if ((args_.flags & DEEPEP_FLAG_NO_CPU_SYNC) != 0 && plan_.num_topk > 0) {
+    // -1 is all ones in either width.
+    const uint64_t used = tokens_before(routing_.matrix(options_), options_.num_ranks, buffer_.rank);
+    const uint64_t row_bytes = uint64_t{plan_.num_topk} * plan_.topk_idx_bytes;
+    std::memset(here_.topk_idx + used * row_bytes, 0xff, (options_.max_recv_tokens - used) * row_bytes);
+  }
+}
+
+void DispatchRun::put_index(uint8_t* topk_idx, uint64_t i, int64_t value) const {
+  if (plan_.topk_idx_bytes == 4) reinterpret_cast<int32_t*>(topk_idx)[i] = static_cast<int32_t>(value);
+  else reinterpret_cast<int64_t*>(topk_idx)[i] = value;
+}
+
+// Rank layout: the token's entries as rank `dst` sees them.
+void DispatchRun::put_topk(const SlotView& to, uint32_t dst, uint32_t row, uint32_t token) {
+  const auto first = static_cast<int32_t>(local_experts(options_.num_experts, options_.num_ranks, dst).first);
+  for (uint32_t k = 0; k < plan_.num_topk; ++k) {
+    const int32_t expert = routing_.experts[size_t{token} * plan_.num_topk + k];
+    const bool here = expert >= 0 && (*owners_)[expert] == dst;
+    const uint64_t i = uint64_t{row} * plan_.num_topk + k;
+    put_index(to.topk_idx, i, here ? expert - first : -1);
+    if (weights_ != nullptr) to.topk_weights[i] = here ? weights_[size_t{token} * plan_.num_topk + k] : 0.0f;
+  }
+}
+
+void DispatchRun::push_row(uint32_t token, uint32_t k, const SlotView& to, uint32_t dst, uint32_t row) {
+  stream_row(to.x + uint64_t{row} * payload_.row_bytes, payload_.row(token), payload_.row_bytes);
+  if (payload_.num_scales > 0) {
+    put_scales(to.scales + row * strides_.row, strides_, payload_.scales_of(token), payload_.scales_elem_stride,
+               payload_.num_scales, payload_.scale_elem_bytes);
+  }
+  to.src_idx[row] = static_cast<int32_t>(buffer_.rank * options_.max_tokens_per_rank + token);
+  if (!by_expert()) put_topk(to, dst, row, token);
+  else if (weights_ != nullptr) to.topk_weights[row] = weights_[size_t{token} * plan_.num_topk + k];
+}
+
+// The row is read from memory for the first destination and from the cache for the others.
+void DispatchRun::push_token(uint32_t token) {
+  for (uint32_t i = 0; i < routing_.width; ++i) {
+    const Hop hop = routing_.hops[size_t{token} * routing_.width + i];
+    if (hop.key < 0) continue;
+    const uint32_t dst = by_expert() ? (*owners_)[hop.key] : static_cast<uint32_t>(hop.key);
+    if (!in_view(routing_.view, dst)) continue;
+    push_row(token, i, there_[dst], dst, bases_[static_cast<size_t>(hop.key)] + hop.index);
+    rows_sent_ += 1;
+  }
+}
+
+bool DispatchRun::send() {
+  owners_.emplace(options_);
+  bases_ = row_bases(routing_, options_, buffer_.rank);
+  for (uint32_t dst = 0; dst < options_.num_ranks; ++dst) there_.emplace_back(buffer_, dst, slots_[dst]);
+  clear_padding();
+  for (uint32_t token = 0; token < plan_.num_tokens; ++token) {
+    if (token % kTokensBetweenLooks == 0 && is_left_out(op_)) return false;
+    push_token(token);
+  }
+  if (is_left_out(op_)) return false;
+  announce_pushed(op_, routing_.view, slots_);
+  const uint64_t scale_bytes = uint64_t{payload_.num_scales} * payload_.scale_elem_bytes;
+  buffer_.counters.rows_sent += rows_sent_;
+  buffer_.counters.bytes_sent += rows_sent_ * (payload_.row_bytes + scale_bytes);
+  return true;
+}
+
+// A rank that died between its counts and its rows: the places of its rows become padding, the others stay where they are,
+// because every rank has computed with them.
+void DispatchRun::forget_rows_of(uint32_t src) {
+  const CountMatrix matrix = routing_.matrix(options_);
+  if (by_expert()) {
+    uint64_t group = 0;
+    for (uint32_t e = buffer_.first_expert; e < buffer_.first_expert + buffer_.num_local_experts; ++e) {
+      clear_rows({group + entries_before(matrix, src, e), group + entries_before(matrix, src + 1, e)}, true);
+      group += group_rows(matrix, e, plan_.expert_alignment);
+    }
+  } else {
+    clear_rows({tokens_before(matrix, src, buffer_.rank), tokens_before(matrix, src + 1, buffer_.rank)}, true);
+  }
+  // The host may be reading the counts, which were handed out before.
+  auto* per_rank = reinterpret_cast<int32_t*>(args_.recv_num_tokens_per_rank);
+  std::atomic_ref<int32_t>(per_rank[src]).store(0, std::memory_order_relaxed);
+}
+
+bool DispatchRun::arrive() {
+  PeerWait wait(op_, 0);
+  for (uint32_t src = 0; src < options_.num_ranks; ++src) {
+    if (src == buffer_.rank || !in_view(routing_.view, src)) continue;
+    const Arrival arrival = wait_pushed(op_, wait, src, job_.slot, routing_.view);
+    if (arrival == Arrival::failed) return false;
+    if (arrival == Arrival::left_out) forget_rows_of(src);
+  }
+  return true;
+}
+
+// ---- On the caller's thread ----
+
+// The plan of a dispatch that routes by itself.
+RoutingPlan plan_routing(const deepep_dispatch_args& args) {
+  RoutingPlan plan;
+  plan.made = true;
+  plan.space = static_cast<RowSpace>(args.layout);
+  plan.expert_alignment = args.expert_alignment;
+  plan.num_tokens = static_cast<uint32_t>(args.num_tokens);
+  plan.num_topk = static_cast<uint32_t>(args.num_topk);
+  plan.topk_idx_bytes = args.num_topk > 0 ? args.topk_idx_bytes : 4;
+  if (args.num_topk > 0) {
+    if (args.is_token_in_rank != 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "topk_idx and is_token_in_rank exclude each other");
+    if (args.num_tokens > 0 && args.topk_idx == 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "topk_idx is missing");
+    return plan;
+  }
+  if (args.topk_idx != 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "topk_idx is given, but num_topk is 0");
+  if (args.layout != DEEPEP_LAYOUT_RANK) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the expert layout needs topk_idx");
+  if (args.num_tokens > 0 && args.is_token_in_rank == 0) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "there is neither topk_idx nor is_token_in_rank");
+  }
+  return plan;
+}
+
+// The plan of a cached dispatch: the handle's.
+RoutingPlan plan_cached(const Handle* handle, const deepep_dispatch_args& args) {
+  if (handle == nullptr || !handle->plan.made) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "a cached dispatch needs a handle that an earlier dispatch filled");
+  }
+  if (args.topk_idx != 0 || args.is_token_in_rank != 0) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "a cached dispatch takes its routing from the handle, not from topk_idx or "
+                                          "is_token_in_rank");
+  }
+  RoutingPlan plan = handle->plan;
+  if (static_cast<uint32_t>(args.num_tokens) != plan.num_tokens) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "x has %d tokens, the handle %u", args.num_tokens, plan.num_tokens);
+  }
+  if (args.layout != static_cast<uint32_t>(plan.space) || args.expert_alignment != plan.expert_alignment) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "layout %u with alignment %u is not the handle's: layout %u with alignment %u",
+           args.layout, args.expert_alignment, static_cast<uint32_t>(plan.space), plan.expert_alignment);
+  }
+  if (args.num_topk != 0 && static_cast<uint32_t>(args.num_topk) != plan.num_topk) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "num_topk is %d, the handle has %u", args.num_topk, plan.num_topk);
+  }
+  if (args.topk_idx_bytes == 4 || args.topk_idx_bytes == 8) plan.topk_idx_bytes = args.topk_idx_bytes;
+  return plan;
+}
+
+void name_outputs(const Buffer& buffer, const RoutingPlan& plan, deepep_dispatch_args& args) {
+  const Regions& regions = buffer.regions;
+  const auto base = reinterpret_cast<uint64_t>(buffer.symmetric(buffer.rank) +
+                                               slot_offset(regions, static_cast<uint32_t>(args.slot)));
+  const ScaleStrides strides = scale_strides(buffer.options.max_recv_tokens, args.num_scales, args.scale_elem_bytes,
+                                             (args.flags & DEEPEP_FLAG_SCALES_COLUMN_MAJOR) != 0);
+  const bool has_weights = plan.num_topk > 0 && (args.topk_weights != 0 || plan.num_tokens == 0);
+  args.max_rows = buffer.options.max_recv_tokens;
+  args.recv_x = base + regions.recv_x;
+  args.recv_scales = args.num_scales > 0 ? base + regions.recv_scales : 0;
+  args.recv_scales_row_stride = strides.row;
+  args.recv_scales_elem_stride = strides.elem;
+  args.recv_topk_idx = plan.num_topk > 0 && plan.space == RowSpace::rank ? base + regions.recv_topk_idx : 0;
+  args.recv_topk_weights = has_weights ? base + regions.recv_topk_weights : 0;
+  args.recv_src_idx = base + regions.recv_src_idx;
+  args.recv_num_rows = base + regions.counts;
+  args.recv_num_tokens_per_expert = args.recv_num_rows + 2 * sizeof(int32_t);
+  args.recv_num_tokens_per_rank = args.recv_num_tokens_per_expert + buffer.num_local_experts * sizeof(int32_t);
+  args.host_counts = args.recv_num_rows;
+}
+
+}  // namespace
+
+void dispatch(Buffer& buffer, deepep_dispatch_args& args) {
+  check_routing(buffer, args, buffer.options.max_tokens_per_rank);
+  check_payload(buffer, args);
+  if (args.layout > DEEPEP_LAYOUT_EXPERT) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "layout is %u", args.layout);
+  if (args.expert_alignment == 0 || args.expert_alignment > 65536) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "expert_alignment is %u, it must be 1 … 65536", args.expert_alignment);
+  }
+  DispatchJob job;
+  if (args.handle != 0) job.handle = find_handle(buffer, args.handle);
+  job.cached = (args.flags & DEEPEP_FLAG_CACHED) != 0;
+  job.plan = job.cached ? plan_cached(job.handle.get(), args) : plan_routing(args);
+  if (args.topk_weights != 0 && job.plan.num_topk == 0) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "topk_weights are given, but the routing has no topk_idx");
+  }
+  if (job.handle && (job.plan.num_tokens > job.handle->max_tokens || job.plan.num_topk > job.handle->max_topk)) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "x has %u tokens of %u entries, the handle holds %u of %u", job.plan.num_tokens,
+           job.plan.num_topk, job.handle->max_tokens, job.handle->max_topk);
+  }
+  const int32_t slot = buffer.take_slot(args.slot);
+  deepep_dispatch_args out = args;  // args stays as it was should enqueue reject
+  out.slot = slot;
+  name_outputs(buffer, job.plan, out);
+  job.args = out;
+  job.slot = static_cast<uint32_t>(slot);
+  const std::shared_ptr<Handle> handle = job.handle;
+  const RoutingPlan plan = job.plan;
+  const uint64_t epoch = buffer.enqueue(
+      DEEPEP_OP_DISPATCH, stream_fields(args), true, [job = std::move(job)](Operation& op) { DispatchRun(op, job).run(); },
+      args.counts_id);
+  buffer.slots[static_cast<size_t>(slot)].dispatch_epoch = epoch;
+  if (handle) handle->plan = plan;
+  args = out;
+}
+
+}  // namespace deepep

@@ -1,0 +1,136 @@
+// The first synchronisation of a call; see exchange.hpp.
+#include "exchange.hpp"
+
+#include <cstdarg>
+#include <cstring>
+
+#include "../common/routing.hpp"
+
+namespace deepep {
+namespace {
+
+// The first value in which a peer differs, kNumAgreed when there is none.
+uint32_t first_difference(const uint32_t* ours, const uint32_t* theirs) {
+  for (uint32_t i = 0; i < kNumAgreed; ++i) {
+    if (ours[i] == theirs[i]) continue;
+    if (i == kAgreedTopkWeights && (ours[i] == kNoOpinion || theirs[i] == kNoOpinion)) continue;
+    return i;
+  }
+  return kNumAgreed;
+}
+
+void set_agreed_failure(Operation& op, int32_t code, uint32_t peer) {
+  op.agreed = true;
+  op.failure.code = code;
+  op.failure.op = op.op;
+  op.failure.phase = op.phase;
+  op.failure.peer = static_cast<int32_t>(peer);
+}
+
+// What every rank finds alike in the messages: a refusal, or a disagreement.
+bool check_messages(Operation& op, const Draft& draft, const Exchange& exchanged) {
+  const uint32_t num_ranks = op.buffer.options.num_ranks;
+  for (uint32_t peer = 0; peer < num_ranks; ++peer) {
+    if (peer == op.buffer.rank || exchanged.from[peer] == nullptr || exchanged.from[peer]->code == 0) continue;
+    set_agreed_failure(op, DEEPEP_ERROR_ABORTED, peer);
+    set_message(op.failure, "Cannot %s: rank %u refused call %llu because of its own arguments (its error has code %d)",
+                doing(op.op), peer, static_cast<unsigned long long>(op.epoch), exchanged.from[peer]->code);
+    return false;
+  }
+  for (uint32_t peer = 0; peer < num_ranks; ++peer) {
+    if (peer == op.buffer.rank || exchanged.from[peer] == nullptr) continue;
+    const MessageHeader& message = *exchanged.from[peer];
+    const uint64_t epoch = load_acquire(&message.epoch);
+    const uint32_t i = first_difference(draft.agreed.data(), message.agreed);
+    if (epoch == op.epoch && i == kNumAgreed) continue;
+    set_agreed_failure(op, DEEPEP_ERROR_MISMATCH, peer);
+    if (epoch != op.epoch) {
+      op.failure.expected = static_cast<int64_t>(op.epoch);
+      op.failure.seen = static_cast<int64_t>(epoch);
+      set_message(op.failure, "Cannot %s: this is call %lld of this rank, but rank %u is at call %lld", doing(op.op),
+                  static_cast<long long>(op.epoch), peer, static_cast<long long>(epoch));
+      return false;
+    }
+    op.failure.expected = draft.agreed[i];
+    op.failure.seen = message.agreed[i];
+    if (i == kAgreedOp) {
+      set_message(op.failure, "Cannot %s: in call %llu rank %u does something else (%s)", doing(op.op),
+                  static_cast<unsigned long long>(op.epoch), peer, doing(static_cast<int32_t>(message.agreed[i])));
+    } else {
+      set_message(op.failure, "Cannot %s: ranks disagree about %s: %u on this rank %u, %u on rank %u", doing(op.op),
+                  kAgreedNames[i], draft.agreed[i], op.buffer.rank, message.agreed[i], peer);
+    }
+    return false;
+  }
+  return true;
+}
+
+}  // namespace
+
+void refuse(Operation& op, int32_t code, const char* format, ...) {
+  op.failure.code = code;
+  op.failure.op = op.op;
+  op.failure.phase = op.phase;
+  op.agreed = true;
+  const int begin = std::snprintf(op.failure.message, sizeof op.failure.message, "Cannot %s: ", doing(op.op));
+  va_list list;
+  va_start(list, format);
+  std::vsnprintf(op.failure.message + begin, sizeof op.failure.message - static_cast<size_t>(begin), format, list);
+  va_end(list);
+}
+
+void publish(Operation& op, const Draft& draft, uint32_t to) {
+  Buffer& buffer = op.buffer;
+  MessageHeader* message = message_at(buffer.symmetric(to), buffer.regions, buffer.rank, op.epoch);
+  std::memcpy(message->agreed, draft.agreed.data(), sizeof message->agreed);
+  message->slot = draft.slot;
+  message->num_tokens = draft.num_tokens;
+  message->code = op.failure.code;
+  if (draft.tokens_per_rank != nullptr) {
+    uint32_t* counts = message_counts(message);
+    std::memcpy(counts, draft.tokens_per_rank, buffer.options.num_ranks * sizeof(uint32_t));
+    std::memcpy(counts + buffer.options.num_ranks, draft.entries_per_expert, buffer.options.num_experts * sizeof(uint32_t));
+  }
+  store_release(&message->epoch, op.epoch);  // Pairs with the acquire of `to` in exchange().
+}
+
+bool exchange(Operation& op, const Draft& draft, PeerWait& wait, Exchange& out) {
+  Buffer& buffer = op.buffer;
+  const uint32_t num_ranks = buffer.options.num_ranks;
+  const Failure own = op.failure;  // a refusal of this rank; it gathers nevertheless, so that it never runs ahead of a reader
+  const uint64_t masked = buffer.masked.load(std::memory_order_relaxed);
+  for (uint32_t peer = 0; peer < num_ranks; ++peer) {
+    if (!in_view(masked, peer)) publish(op, draft, peer);
+  }
+  for (uint32_t peer = 0; peer < num_ranks; ++peer) {
+    if (!in_view(masked, peer)) ring(buffer, peer);
+  }
+  op.failure = Failure{};
+  out.view = 0;
+  for (uint32_t peer = 0; peer < num_ranks; ++peer) {
+    MessageHeader* message = message_at(buffer.symmetric(buffer.rank), buffer.regions, peer, op.epoch);
+    if (peer != buffer.rank) {
+      // Pairs with the release in publish() of the peer.
+      const Arrival arrival = wait.wait_for(peer, &message->epoch, op.epoch, {"the message of"});
+      if (arrival == Arrival::failed) {
+        op.agreed = false;
+        return false;
+      }
+      if (arrival == Arrival::left_out) continue;
+    }
+    out.view |= uint64_t{1} << peer;
+    out.from[peer] = message;
+  }
+  // A peer that came may have been left out while others were waited for: another rank has given it up.
+  out.view &= ~buffer.masked.load(std::memory_order_relaxed);
+  for (uint32_t peer = 0; peer < num_ranks; ++peer) {
+    if (!in_view(out.view, peer)) out.from[peer] = nullptr;
+  }
+  if (own.code != 0) {
+    op.failure = own;
+    return false;
+  }
+  return check_messages(op, draft, out);
+}
+
+}  // namespace deepep

@@ -1,0 +1,65 @@
+// Routings and handles; see handle.hpp.
+#include "handle.hpp"
+
+#include <cstring>
+
+#include "operations.hpp"
+#include "registry.hpp"
+
+namespace deepep {
+
+std::shared_ptr<Handle> find_handle(Buffer& buffer, uint64_t id) {
+  auto handle = find<Handle>(Kind::handle, id, "handle");
+  if (handle->buffer.lock().get() != &buffer) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the handle belongs to another buffer");
+  return handle;
+}
+
+void keep_counts(const Exchange& exchanged, const Options& options, Routing& routing) {
+  const size_t ranks = options.num_ranks;
+  const size_t experts = options.num_experts;
+  routing.view = exchanged.view;
+  routing.tokens.assign(ranks * ranks, 0);
+  routing.entries.assign(ranks * experts, 0);
+  for (uint32_t src = 0; src < ranks; ++src) {
+    if (exchanged.from[src] == nullptr) continue;
+    const uint32_t* counts = message_counts(exchanged.from[src]);
+    std::memcpy(&routing.tokens[src * ranks], counts, ranks * sizeof(uint32_t));
+    std::memcpy(&routing.entries[src * experts], counts + ranks, experts * sizeof(uint32_t));
+  }
+}
+
+ExpertOwners::ExpertOwners(const Options& options) : rank_(options.num_experts) {
+  for (uint32_t rank = 0; rank < options.num_ranks; ++rank) {
+    const ExpertRange experts = local_experts(options.num_experts, options.num_ranks, rank);
+    for (uint32_t e = 0; e < experts.count; ++e) rank_[experts.first + e] = static_cast<uint8_t>(rank);
+  }
+}
+
+std::vector<uint32_t> row_bases(const Routing& routing, const Options& options, uint32_t rank) {
+  const CountMatrix matrix = routing.matrix(options);
+  const RowSpace space = routing.plan.space;
+  std::vector<uint32_t> bases(space == RowSpace::rank ? options.num_ranks : options.num_experts);
+  if (space == RowSpace::rank) rank_layout_bases(matrix, rank, bases.data());
+  if (space == RowSpace::expert) expert_layout_bases(matrix, rank, routing.plan.expert_alignment, bases.data());
+  if (space == RowSpace::region) low_latency_bases(matrix, rank, bases.data());
+  return bases;
+}
+
+void handle_create(Buffer& buffer, deepep_handle_create_args& args) {
+  if (args.num_tokens > buffer.options.max_tokens_per_rank) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "num_tokens is %u, the buffer holds %u a rank", args.num_tokens,
+           buffer.options.max_tokens_per_rank);
+  }
+  if (args.num_topk > buffer.options.num_topk) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "num_topk is %u, the buffer has at most %u", args.num_topk, buffer.options.num_topk);
+  }
+  auto handle = std::make_shared<Handle>();
+  handle->buffer = buffer.weak_from_this();
+  handle->max_tokens = args.num_tokens;
+  handle->max_topk = args.num_topk;
+  args.handle = publish(Kind::handle, handle);
+}
+
+void handle_destroy(uint64_t handle) { retire(Kind::handle, handle, "handle"); }
+
+}  // namespace deepep

@@ -1,0 +1,250 @@
+// Low-latency combine: expert outputs are announced to the ranks of the dispatch, then each pulls and reduces its tokens' rows.
+//
+// In: deepep_low_latency_combine_args. Out: bf16 [num_tokens, hidden]. Phases on the communication stream: PUBLISH (wait until
+// earlier readers of the region are gone, copy in, announce), and in the receive half REDUCE (wait for the peers'
+// announcements, pull). The receive half may come many calls later, so announcements have lines of their own instead of the
+// message ring (protocol.hpp), and weights and routing are taken over in the send half. Called by the API layer.
+#include <cstring>
+#include <utility>
+
+#include "exchange.hpp"
+#include "expert_region.hpp"
+#include "layout.hpp"
+#include "low_latency.hpp"
+#include "operations.hpp"
+#include "rows.hpp"
+#include "wait.hpp"
+
+namespace deepep {
+namespace {
+
+// One combine, from its checks to the end of its receive half.
+struct LowLatencyCombine {
+  deepep_low_latency_combine_args args;
+  std::shared_ptr<LowLatencyState> state;
+  uint32_t slot = 0;
+  bool one_piece = false;  // no receive half: x may be read until the end
+
+  // Taken over by the send half; on the communication stream.
+  std::vector<int32_t> experts;  // [num_tokens, num_topk], -1 = left out by this combine
+  std::vector<float> weights;    // the same shape; empty = all ones
+  Failure refusal;               // an error in this rank's arguments
+};
+
+// Takes routing and weights over. An entry must be the dispatch's or -1.
+void take_routing(Operation& op, LowLatencyCombine& job) {
+  const Routing& routing = job.state->routing;
+  if (!routing.valid) {
+    refuse(op, DEEPEP_ERROR_INVALID_ARGUMENT, "the slot's dispatch failed");
+    return;
+  }
+  const size_t count = size_t{job.state->plan.num_tokens} * job.state->plan.num_topk;
+  const TopkIdx topk = {reinterpret_cast<const void*>(job.args.topk_idx), job.args.topk_idx_bytes, job.state->plan.num_topk};
+  job.experts.resize(count);
+  for (size_t i = 0; i < count; ++i) {
+    const int64_t value = topk.at(i);
+    if (value != -1 && value != routing.experts[i]) {
+      refuse(op, DEEPEP_ERROR_INVALID_ARGUMENT, "entry %zu of token %zu is expert %lld, it was %d in the dispatch",
+             i % topk.num_topk, i / topk.num_topk, static_cast<long long>(value), routing.experts[i]);
+      op.failure.expected = routing.experts[i];
+      op.failure.seen = value;
+      return;
+    }
+    job.experts[i] = static_cast<int32_t>(value);
+  }
+  const auto* weights = reinterpret_cast<const float*>(job.args.topk_weights);
+  if (weights != nullptr) job.weights.assign(weights, weights + count);
+}
+
+void copy_rows(Buffer& buffer, const LowLatencyCombine& job, uint32_t local, uint64_t begin, uint64_t end) {
+  const uint64_t row_bytes = uint64_t{buffer.options.hidden} * 2;
+  const auto* x = reinterpret_cast<const uint8_t*>(job.args.x);
+  uint8_t* region =
+      buffer.symmetric(buffer.rank) + slot_offset(buffer.regions, job.slot) + buffer.regions.expert_output;
+  for (uint64_t row = begin; row < end; ++row) {
+    const uint64_t at = region_row(buffer, local, row) * row_bytes;
+    stream_row(region + at, x + at, row_bytes);
+  }
+}
+
+// Copies what the peers will pull; this rank's own rows too when x may be gone before the receive half.
+void copy_in(Buffer& buffer, const LowLatencyCombine& job) {
+  const uint8_t* region =
+      buffer.symmetric(buffer.rank) + slot_offset(buffer.regions, job.slot) + buffer.regions.expert_output;
+  if (job.args.x == 0 || reinterpret_cast<const uint8_t*>(job.args.x) == region) return;
+  const CountMatrix matrix = job.state->routing.matrix(buffer.options);
+  for (uint32_t local = 0; local < buffer.num_local_experts; ++local) {
+    const uint32_t expert = buffer.first_expert + local;
+    const uint32_t own_begin = entries_before(matrix, buffer.rank, expert);
+    const uint32_t own_end = entries_before(matrix, buffer.rank + 1, expert);
+    copy_rows(buffer, job, local, 0, own_begin);
+    if (!job.one_piece) copy_rows(buffer, job, local, own_begin, own_end);
+    copy_rows(buffer, job, local, own_end, entries_before(matrix, buffer.options.num_ranks, expert));
+  }
+  stream_fence();  // stream_row() may have used non-temporal stores, which the announcement does not order by itself.
+}
+
+// Tells the ranks of the dispatch; a header in the ring as well, so that a rank which is in another call notices.
+void announce_outputs(Operation& op, const LowLatencyCombine& job) {
+  Buffer& buffer = op.buffer;
+  const uint64_t masked = buffer.masked.load(std::memory_order_relaxed);
+  const LowLatencyState& state = *job.state;
+  Draft draft;
+  draft.agreed[kAgreedOp] = DEEPEP_OP_LOW_LATENCY_COMBINE;
+  draft.slot = job.slot;
+  for (uint32_t peer = 0; peer < buffer.options.num_ranks; ++peer) {
+    if (peer == buffer.rank || in_view(masked, peer)) continue;
+    publish(op, draft, peer);
+    if (!in_view(state.routing.view, peer)) continue;
+    ReadyLine* line = ready_at(buffer.symmetric(peer), buffer.regions, buffer.rank, state.slots[peer]);
+    line->code = op.failure.code;
+    store_release(&line->epoch, op.epoch);  // Pairs with the acquire in receive() of the peer.
+  }
+  for (uint32_t peer = 0; peer < buffer.options.num_ranks; ++peer) {
+    if (!in_view(masked, peer)) ring(buffer, peer);
+  }
+}
+
+// The send half. False when the operation has failed half-way; a refusal is kept for the receive half.
+bool send(Operation& op, LowLatencyCombine& job) {
+  if (!inject(op, DEEPEP_PHASE_PUBLISH)) return false;
+  PeerWait wait(op, 1, reinterpret_cast<int64_t*>(job.args.wait_stats));
+  if (!wait_for_readers(op, job.slot, wait)) return false;
+  take_routing(op, job);
+  begin_reading(op, job.slot);
+  if (op.failure.code == 0) copy_in(op.buffer, job);
+  announce_outputs(op, job);
+  job.refusal = op.failure;
+  return true;
+}
+
+// Waits for the outputs of every rank that takes part. False when the call fails, on all ranks alike or half-way.
+bool wait_for_outputs(Operation& op, const LowLatencyCombine& job, PeerWait& wait, uint64_t& view) {
+  Buffer& buffer = op.buffer;
+  int32_t refused = -1;
+  for (uint32_t src = 0; src < buffer.options.num_ranks; ++src) {
+    if (src == buffer.rank || !in_view(view, src)) continue;
+    const ReadyLine* line = ready_at(buffer.symmetric(buffer.rank), buffer.regions, src, job.slot);
+    // Pairs with the release in announce_outputs() of src.
+    const Arrival arrival = wait.wait_for(src, &line->epoch, op.epoch, {"the expert outputs of"});
+    if (arrival == Arrival::failed) return false;
+    if (arrival == Arrival::left_out) view &= ~(uint64_t{1} << src);
+    else if (line->code != 0 && refused < 0) refused = static_cast<int32_t>(src);
+  }
+  if (job.refusal.code != 0) {
+    op.failure = job.refusal;
+    op.agreed = true;
+  } else if (refused >= 0) {
+    refuse(op, DEEPEP_ERROR_ABORTED, "rank %d refused call %llu because of its own arguments", refused,
+           static_cast<unsigned long long>(op.epoch));
+    op.failure.peer = refused;
+  }
+  return op.failure.code == 0;
+}
+
+void reduce(Operation& op, const LowLatencyCombine& job, uint64_t view) {
+  Buffer& buffer = op.buffer;
+  const Options& options = buffer.options;
+  const Routing& routing = job.state->routing;
+  const ExpertOwners owners(options);
+  const std::vector<uint32_t> bases = row_bases(routing, options, buffer.rank);
+  const uint64_t row_bytes = uint64_t{options.hidden} * 2;
+  std::vector<const uint8_t*> regions(options.num_ranks);
+  for (uint32_t rank = 0; rank < options.num_ranks; ++rank) {
+    regions[rank] = buffer.symmetric(rank) + slot_offset(buffer.regions, job.state->slots[rank]) + buffer.regions.expert_output;
+  }
+  if (job.one_piece && job.args.x != 0) regions[buffer.rank] = reinterpret_cast<const uint8_t*>(job.args.x);
+  const uint16_t* rows[DEEPEP_MAX_TOPK];
+  float weights[DEEPEP_MAX_TOPK];
+  uint64_t rows_pulled = 0;
+  for (uint32_t token = 0; token < job.state->plan.num_tokens; ++token) {
+    uint32_t count = 0;
+    for (uint32_t k = 0; k < routing.width; ++k) {
+      const size_t i = size_t{token} * routing.width + k;
+      const int32_t expert = job.experts[i];
+      if (expert < 0 || !in_view(view, owners[expert])) continue;
+      const uint32_t first = local_experts(options.num_experts, options.num_ranks, owners[expert]).first;
+      const auto key = static_cast<uint32_t>(expert);
+      const uint64_t at = region_row(buffer, key - first, bases[key] + routing.hops[i].index);
+      rows[count] = reinterpret_cast<const uint16_t*>(regions[owners[expert]] + at * row_bytes);
+      if (!job.weights.empty()) weights[count] = job.weights[i];
+      count += 1;
+    }
+    reduce_rows({.rows = rows,
+                 .weights = job.weights.empty() ? nullptr : weights,
+                 .num_rows = count,
+                 .hidden = options.hidden,
+                 .out = reinterpret_cast<uint16_t*>(job.args.out) + size_t{token} * options.hidden});
+    rows_pulled += count;
+  }
+  buffer.counters.rows_pulled += rows_pulled;
+}
+
+// The receive half.
+void receive(Operation& op, LowLatencyCombine& job) {
+  if (!inject(op, DEEPEP_PHASE_REDUCE)) return;
+  PeerWait wait(op, 1, job.one_piece ? reinterpret_cast<int64_t*>(job.args.wait_stats) : nullptr);
+  op.failure = Failure{};
+  uint64_t view = job.state->routing.view & ~op.buffer.masked.load(std::memory_order_relaxed);
+  const bool came = wait_for_outputs(op, job, wait, view);
+  if (!came && !op.agreed) return;
+  if (came) reduce(op, job, view);
+  // When the call was refused nobody reads, and says so too: then the announcements may be made anew.
+  for (uint32_t rank = 0; rank < op.buffer.options.num_ranks; ++rank) {
+    if (in_view(view, rank)) end_reading(op, rank, job.state->slots[rank]);
+  }
+}
+
+// ---- On the caller's thread ----
+
+void check_combine(Buffer& buffer, const deepep_low_latency_combine_args& args, const LowLatencyState& state) {
+  check_routing(buffer, args, buffer.options.max_low_latency_tokens_per_rank);
+  if ((args.flags & DEEPEP_FLAG_LOGFMT) != 0) reject(DEEPEP_ERROR_UNSUPPORTED, "the cpu backend has no LOGFMT");
+  if (!state.received) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the receive half of the dispatch in slot %d is still to come", args.slot);
+  }
+  if (state.combine != nullptr) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the receive half of a combine of slot %d is still to come", args.slot);
+  }
+  if (static_cast<uint32_t>(args.num_tokens) != state.plan.num_tokens ||
+      static_cast<uint32_t>(args.num_topk) != state.plan.num_topk) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "topk_idx is [%d, %d], it was [%u, %u] in the dispatch", args.num_tokens,
+           args.num_topk, state.plan.num_tokens, state.plan.num_topk);
+  }
+  if (args.num_tokens > 0 && args.num_topk > 0 && args.topk_idx == 0) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "topk_idx is missing");
+  }
+  if (args.num_tokens > 0 && args.out == 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "out is missing");
+}
+
+}  // namespace
+
+void low_latency_combine(Buffer& buffer, const deepep_low_latency_combine_args& args) {
+  const auto state = low_latency_state(buffer, args.slot);
+  check_combine(buffer, args, *state);
+  auto job = std::make_shared<LowLatencyCombine>();
+  job->args = args;
+  job->state = state;
+  job->slot = static_cast<uint32_t>(args.slot);
+  job->one_piece = (args.flags & DEEPEP_FLAG_RECEIVE_HOOK) == 0;
+  const uint64_t epoch = buffer.enqueue(DEEPEP_OP_LOW_LATENCY_COMBINE, stream_fields(args), true, [job](Operation& op) {
+    if (send(op, *job) && job->one_piece) receive(op, *job);
+  });
+  if (job->one_piece) return;
+  state->combine = job;
+  state->combine_epoch = epoch;
+}
+
+void low_latency_combine_receive(Buffer& buffer, const deepep_receive_args& args) {
+  const auto state = low_latency_state(buffer, args.slot);
+  if (state->combine == nullptr) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "slot %d awaits no receive half of a combine", args.slot);
+  }
+  const auto job = std::static_pointer_cast<LowLatencyCombine>(state->combine);
+  buffer.enqueue(
+      DEEPEP_OP_LOW_LATENCY_COMBINE, stream_fields(args), false, [job](Operation& op) { receive(op, *job); }, 0,
+      state->combine_epoch);
+  state->combine = nullptr;
+}
+
+}  // namespace deepep

@@ -1,0 +1,344 @@
+// Low-latency dispatch: rows go straight into the region of their expert, cast to FP8 on the way if asked.
+//
+// In: deepep_low_latency_dispatch_args. Out: [num_local_experts, max_rows, row bytes] packed from 0 for each expert, with
+// counts, source tokens and ranges. Phases on the communication stream: NOTIFY (count, exchange), SEND (cast and push), and in
+// the receive half ARRIVE (wait for everyone's rows); without RECEIVE_HOOK the two halves are one operation. Counts are
+// exchanged first, as in normal mode, so rows are packed and nothing is gathered afterwards. Called by the API layer.
+#include "low_latency.hpp"
+
+#include <utility>
+
+#include "exchange.hpp"
+#include "layout.hpp"
+#include "operations.hpp"
+#include "rows.hpp"
+#include "wait.hpp"
+
+namespace deepep {
+namespace {
+
+constexpr uint32_t kTokensBetweenLooks = 16;  // tokens pushed between two looks at whether a peer left this rank out
+constexpr uint32_t kAgreedFlagBits =
+    DEEPEP_FLAG_SCALES_COLUMN_MAJOR | DEEPEP_FLAG_FP8 | DEEPEP_FLAG_ROUND_SCALE | DEEPEP_FLAG_UE8M0;
+
+struct SendJob {
+  deepep_low_latency_dispatch_args args;
+  std::shared_ptr<LowLatencyState> state;
+  uint32_t slot = 0;
+};
+
+class LowLatencySend {
+ public:
+  LowLatencySend(Operation& op, const SendJob& job)
+      : op_(op),
+        buffer_(op.buffer),
+        options_(op.buffer.options),
+        job_(job),
+        args_(job.args),
+        state_(*job.state),
+        routing_(job.state->routing),
+        layout_(job.state->layout),
+        payload_(payload_of(job.args)) {}
+
+  bool run() {
+    const bool ok = inject(op_, DEEPEP_PHASE_NOTIFY) && notify() && inject(op_, DEEPEP_PHASE_SEND) && send();
+    if (!ok && op_.agreed) state_.failure = op_.failure;
+    routing_.valid = ok;
+    return ok;
+  }
+
+ private:
+  bool notify();
+  Draft draft(const Counts& counts) const;
+  bool check_capacity();
+  void fill_counts();
+  bool send();
+  void push_token(uint32_t token, const ExpertOwners& owners, const std::vector<uint32_t>& bases);
+  void push_row(uint32_t token, uint32_t dst, uint64_t local_expert, uint32_t row, const uint8_t* x, const uint8_t* scales);
+  bool casts() const { return (args_.flags & DEEPEP_FLAG_FP8) != 0; }
+
+  Operation& op_;
+  Buffer& buffer_;
+  const Options& options_;
+  const SendJob& job_;
+  const deepep_low_latency_dispatch_args& args_;
+  LowLatencyState& state_;
+  Routing& routing_;
+  const LowLatencyLayout& layout_;
+  const Payload payload_;
+  std::vector<uint8_t> cast_row_;     // FP8: the token at hand
+  std::vector<uint8_t> cast_scales_;
+  uint64_t rows_sent_ = 0;
+};
+
+Draft LowLatencySend::draft(const Counts& counts) const {
+  Draft draft;
+  draft.agreed[kAgreedOp] = DEEPEP_OP_LOW_LATENCY_DISPATCH;
+  draft.agreed[kAgreedRowBytes] = payload_.row_bytes;
+  draft.agreed[kAgreedNumScales] = payload_.num_scales;
+  draft.agreed[kAgreedScaleElemBytes] = payload_.scale_elem_bytes;
+  draft.agreed[kAgreedFlags] = args_.flags & kAgreedFlagBits;
+  draft.slot = job_.slot;
+  draft.num_tokens = state_.plan.num_tokens;
+  if (op_.failure.code == 0) {
+    draft.tokens_per_rank = counts.tokens.data();
+    draft.entries_per_expert = counts.entries.data();
+  }
+  return draft;
+}
+
+// Only tokens that list an expert twice can overfill a region.
+bool LowLatencySend::check_capacity() {
+  const CountMatrix matrix = routing_.matrix(options_);
+  for (uint32_t e = 0; e < options_.num_experts; ++e) {
+    const uint32_t dst = expert_rank(e, options_.num_experts, options_.num_ranks);
+    const uint32_t need = entries_before(matrix, options_.num_ranks, e);
+    if (need <= layout_.max_rows || !in_view(routing_.view, dst)) continue;
+    refuse(op_, DEEPEP_ERROR_CAPACITY, "rank %u would receive %u rows for expert %u, a buffer holds %u an expert", dst, need, e,
+           layout_.max_rows);
+    op_.failure.peer = static_cast<int32_t>(dst);
+    op_.failure.expected = layout_.max_rows;
+    op_.failure.seen = need;
+    return false;
+  }
+  return true;
+}
+
+void LowLatencySend::fill_counts() {
+  const CountMatrix matrix = routing_.matrix(options_);
+  auto* count = reinterpret_cast<int32_t*>(args_.recv_count);
+  auto* range = reinterpret_cast<int64_t*>(args_.recv_layout_range);
+  auto* stats = reinterpret_cast<int32_t*>(args_.expert_stats);
+  for (uint32_t local = 0; local < buffer_.num_local_experts; ++local) {
+    uint64_t begin = 0;
+    for (uint32_t src = 0; src < options_.num_ranks; ++src) {
+      const uint64_t end = entries_before(matrix, src + 1, buffer_.first_expert + local);
+      range[local * options_.num_ranks + src] = static_cast<int64_t>(begin << 32 | (end - begin));
+      begin = end;
+    }
+    count[local] = static_cast<int32_t>(begin);
+    if (stats != nullptr) stats[local] += static_cast<int32_t>(begin);
+  }
+}
+
+bool LowLatencySend::notify() {
+  Counts counts;
+  routing_.plan = state_.plan;
+  routing_.epoch = op_.epoch;
+  // A refusal stays in op_.failure: exchange() passes it on.
+  count_topk(op_, {reinterpret_cast<const void*>(args_.topk_idx), state_.plan.topk_idx_bytes, state_.plan.num_topk},
+             state_.plan.num_tokens, counts, &routing_);
+  PeerWait wait(op_, 0, reinterpret_cast<int64_t*>(args_.wait_stats));
+  Exchange exchanged;
+  if (!exchange(op_, draft(counts), wait, exchanged)) return false;
+  state_.slots = slots_of(exchanged);
+  keep_counts(exchanged, options_, routing_);
+  if (!check_capacity()) return false;
+  fill_counts();
+  return true;
+}
+
+void LowLatencySend::push_row(uint32_t token, uint32_t dst, uint64_t local_expert, uint32_t row, const uint8_t* x,
+                              const uint8_t* scales) {
+  uint8_t* slot = buffer_.symmetric(dst) + slot_offset(buffer_.regions, state_.slots[dst]);
+  const uint64_t at = local_expert * layout_.max_rows + row;
+  stream_row(slot + buffer_.regions.recv_x + at * layout_.row_bytes, x, layout_.row_bytes);
+  if (layout_.num_scales > 0) {
+    const uint64_t elem_stride = casts() ? layout_.elem_bytes : payload_.scales_elem_stride;
+    put_scales(slot + buffer_.regions.recv_scales + local_expert * layout_.expert_stride + row * layout_.strides.row,
+               layout_.strides, scales, elem_stride, layout_.num_scales, layout_.elem_bytes);
+  }
+  reinterpret_cast<int32_t*>(slot + buffer_.regions.recv_src_idx)[at] = static_cast<int32_t>(token);
+}
+
+void LowLatencySend::push_token(uint32_t token, const ExpertOwners& owners, const std::vector<uint32_t>& bases) {
+  bool is_cast = false;
+  for (uint32_t k = 0; k < routing_.width; ++k) {
+    const Hop hop = routing_.hops[size_t{token} * routing_.width + k];
+    if (hop.key < 0) continue;
+    const uint32_t dst = owners[hop.key];
+    if (!in_view(routing_.view, dst)) continue;
+    const uint8_t* x = payload_.row(token);
+    const uint8_t* scales = payload_.num_scales > 0 ? payload_.scales_of(token) : nullptr;
+    if (casts()) {
+      if (!is_cast) {
+        cast_row_to_fp8(reinterpret_cast<const uint16_t*>(x), layout_.row_bytes, (args_.flags & DEEPEP_FLAG_ROUND_SCALE) != 0,
+                        (args_.flags & DEEPEP_FLAG_UE8M0) != 0, cast_row_.data(), cast_scales_.data());
+      }
+      is_cast = true;
+      x = cast_row_.data();
+      scales = cast_scales_.data();
+    }
+    const auto expert = static_cast<uint32_t>(hop.key);
+    const uint32_t first = local_experts(options_.num_experts, options_.num_ranks, dst).first;
+    push_row(token, dst, expert - first, bases[expert] + hop.index, x, scales);
+    rows_sent_ += 1;
+  }
+}
+
+bool LowLatencySend::send() {
+  const ExpertOwners owners(options_);
+  const std::vector<uint32_t> bases = row_bases(routing_, options_, buffer_.rank);
+  if (casts()) {
+    cast_row_.resize(layout_.row_bytes);
+    cast_scales_.resize(size_t{layout_.num_scales} * layout_.elem_bytes);
+  }
+  for (uint32_t token = 0; token < state_.plan.num_tokens; ++token) {
+    if (token % kTokensBetweenLooks == 0 && is_left_out(op_)) return false;
+    push_token(token, owners, bases);
+  }
+  if (is_left_out(op_)) return false;
+  announce_pushed(op_, routing_.view, state_.slots);
+  buffer_.counters.rows_sent += rows_sent_;
+  buffer_.counters.bytes_sent += rows_sent_ * (layout_.row_bytes + uint64_t{layout_.num_scales} * layout_.elem_bytes);
+  return true;
+}
+
+// A rank that died between its counts and its rows: the places of its rows become zeros without a source, the others stay
+// where they are, because every rank has computed with them.
+void forget_rows_of(Operation& op, const LowLatencyState& state, uint32_t slot, uint32_t src) {
+  Buffer& buffer = op.buffer;
+  uint8_t* base = buffer.symmetric(buffer.rank) + slot_offset(buffer.regions, slot);
+  const CountMatrix matrix = state.routing.matrix(buffer.options);
+  const LowLatencyLayout& layout = state.layout;
+  for (uint32_t local = 0; local < buffer.num_local_experts; ++local) {
+    const uint64_t begin = entries_before(matrix, src, buffer.first_expert + local);
+    const uint64_t end = entries_before(matrix, src + 1, buffer.first_expert + local);
+    for (uint64_t row = begin; row < end; ++row) {
+      const uint64_t at = region_row(buffer, local, row);
+      std::memset(base + buffer.regions.recv_x + at * layout.row_bytes, 0, layout.row_bytes);
+      clear_scales(base + buffer.regions.recv_scales + local * layout.expert_stride + row * layout.strides.row, layout.strides,
+                   layout.num_scales, layout.elem_bytes);
+      reinterpret_cast<int32_t*>(base + buffer.regions.recv_src_idx)[at] = -1;
+    }
+    auto* range = reinterpret_cast<int64_t*>(base + buffer.regions.layout_range);
+    range[local * buffer.options.num_ranks + src] = static_cast<int64_t>(begin << 32);
+  }
+}
+
+// The receive half.
+bool receive(Operation& op, LowLatencyState& state, uint32_t slot, int64_t* wait_stats) {
+  if (!state.routing.valid) {  // Every rank has found the send half's failure alike.
+    op.failure = state.failure;
+    op.agreed = true;
+    return false;
+  }
+  if (!inject(op, DEEPEP_PHASE_ARRIVE)) return false;
+  PeerWait wait(op, 0, wait_stats);
+  for (uint32_t src = 0; src < op.buffer.options.num_ranks; ++src) {
+    if (src == op.buffer.rank || !in_view(state.routing.view, src)) continue;
+    const Arrival arrival = wait_pushed(op, wait, src, slot, state.routing.view);
+    if (arrival == Arrival::failed) return false;
+    if (arrival == Arrival::left_out) forget_rows_of(op, state, slot, src);
+  }
+  return true;
+}
+
+// ---- On the caller's thread ----
+
+void check_fp8(const Buffer& buffer, const deepep_low_latency_dispatch_args& args) {
+  const bool fp8 = (args.flags & DEEPEP_FLAG_FP8) != 0;
+  const bool round = (args.flags & DEEPEP_FLAG_ROUND_SCALE) != 0;
+  const bool ue8m0 = (args.flags & DEEPEP_FLAG_UE8M0) != 0;
+  if (!fp8 && (round || ue8m0)) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "ROUND_SCALE and UE8M0 need FP8");
+  if (ue8m0 && !round) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "UE8M0 needs ROUND_SCALE");
+  if (!fp8) return;
+  if (args.num_scales != 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "num_scales is %u, but FP8 makes its own", args.num_scales);
+  const uint64_t blocks = ceil_div(args.row_bytes / 2, kFp8BlockChannels);
+  const uint64_t bytes = ue8m0 ? align_up(blocks, 4) : blocks * 4;
+  if (bytes > buffer.options.max_scale_bytes) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "FP8 makes %llu bytes of scales a row, the buffer holds %u",
+           static_cast<unsigned long long>(bytes), buffer.options.max_scale_bytes);
+  }
+}
+
+LowLatencyLayout make_layout(const Buffer& buffer, const deepep_low_latency_dispatch_args& args) {
+  LowLatencyLayout layout;
+  const bool column_major = (args.flags & DEEPEP_FLAG_SCALES_COLUMN_MAJOR) != 0;
+  layout.max_rows = buffer.regions.low_latency_rows;
+  layout.row_bytes = args.row_bytes;
+  layout.num_scales = args.num_scales;
+  layout.elem_bytes = args.num_scales > 0 ? args.scale_elem_bytes : 0;
+  if ((args.flags & DEEPEP_FLAG_FP8) != 0) {
+    const uint64_t blocks = ceil_div(args.row_bytes / 2, kFp8BlockChannels);
+    layout.row_bytes = args.row_bytes / 2;
+    layout.num_scales = static_cast<uint32_t>((args.flags & DEEPEP_FLAG_UE8M0) != 0 ? ceil_div(blocks, 4) : blocks);
+    layout.elem_bytes = 4;
+  }
+  layout.strides = scale_strides(layout.max_rows, layout.num_scales, layout.elem_bytes, column_major);
+  layout.expert_stride = column_major ? layout.num_scales * layout.strides.elem : layout.max_rows * layout.strides.row;
+  return layout;
+}
+
+void name_outputs(const Buffer& buffer, const LowLatencyLayout& layout, deepep_low_latency_dispatch_args& args) {
+  const Regions& regions = buffer.regions;
+  const auto base = reinterpret_cast<uint64_t>(buffer.symmetric(buffer.rank) +
+                                               slot_offset(regions, static_cast<uint32_t>(args.slot)));
+  args.max_rows = layout.max_rows;
+  args.recv_x = base + regions.recv_x;
+  args.recv_scales = layout.num_scales > 0 ? base + regions.recv_scales : 0;
+  args.recv_scales_expert_stride = layout.expert_stride;
+  args.recv_scales_row_stride = layout.strides.row;
+  args.recv_scales_elem_stride = layout.strides.elem;
+  args.recv_count = base + regions.counts;
+  args.recv_src_info = base + regions.recv_src_idx;
+  args.recv_layout_range = base + regions.layout_range;
+}
+
+}  // namespace
+
+std::shared_ptr<LowLatencyState> low_latency_state(Buffer& buffer, int32_t slot) {
+  const Slot& held = buffer.held_slot(slot);
+  if (held.state == nullptr) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "slot %d holds no low-latency dispatch", slot);
+  return std::static_pointer_cast<LowLatencyState>(held.state);
+}
+
+void low_latency_dispatch(Buffer& buffer, deepep_low_latency_dispatch_args& args) {
+  if (buffer.options.max_low_latency_tokens_per_rank == 0) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the buffer has no low-latency mode: max_low_latency_tokens_per_rank is 0");
+  }
+  check_routing(buffer, args, buffer.options.max_low_latency_tokens_per_rank);
+  check_payload(buffer, args);
+  check_fp8(buffer, args);
+  if (args.num_tokens > 0 && args.num_topk > 0 && args.topk_idx == 0) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "topk_idx is missing");
+  }
+  SendJob job;
+  job.state = std::make_shared<LowLatencyState>();
+  LowLatencyState& state = *job.state;
+  state.plan = {true, RowSpace::region, 1, static_cast<uint32_t>(args.num_tokens), static_cast<uint32_t>(args.num_topk),
+                args.topk_idx_bytes};
+  state.layout = make_layout(buffer, args);
+  state.received = (args.flags & DEEPEP_FLAG_RECEIVE_HOOK) == 0;
+  const int32_t slot = buffer.take_slot(args.slot);
+  deepep_low_latency_dispatch_args out = args;  // args stays as it was should enqueue reject
+  out.slot = slot;
+  name_outputs(buffer, state.layout, out);
+  job.args = out;
+  job.slot = static_cast<uint32_t>(slot);
+  const std::shared_ptr<LowLatencyState> kept = job.state;
+  kept->dispatch_epoch = buffer.enqueue(
+      DEEPEP_OP_LOW_LATENCY_DISPATCH, stream_fields(args), true, [job = std::move(job)](Operation& op) {
+        const bool sent = LowLatencySend(op, job).run();
+        const bool both_halves = (job.args.flags & DEEPEP_FLAG_RECEIVE_HOOK) == 0;
+        if (sent && both_halves) receive(op, *job.state, job.slot, reinterpret_cast<int64_t*>(job.args.wait_stats));
+      });
+  Slot& taken = buffer.slots[static_cast<size_t>(slot)];
+  taken.state = kept;
+  taken.dispatch_epoch = kept->dispatch_epoch;
+  args = out;
+}
+
+void low_latency_dispatch_receive(Buffer& buffer, const deepep_receive_args& args) {
+  const auto state = low_latency_state(buffer, args.slot);
+  if (state->received) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "slot %d awaits no receive half: its dispatch had none, or it came already", args.slot);
+  }
+  const auto slot = static_cast<uint32_t>(args.slot);
+  buffer.enqueue(
+      DEEPEP_OP_LOW_LATENCY_DISPATCH, stream_fields(args), false,
+      [state, slot](Operation& op) { receive(op, *state, slot, nullptr); }, 0, state->dispatch_epoch);
+  state->received = true;
+}
+
+}  // namespace deepep

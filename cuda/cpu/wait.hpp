@@ -1,0 +1,74 @@
+// Waiting for peers, and waking them: every wait of an operation is bounded, watched and accounted for.
+//
+// In: a word in this rank's control area that a peer raises. Out: it has arrived, or the peer was left out, or the operation
+// has failed and says why. Callers: every collective operation, on the communication stream. A wait spins for some
+// microseconds, then sleeps on the rank's doorbell, a futex in shared memory: several ranks share a core.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+
+#include "../common/protocol.hpp"
+#include "buffer.hpp"
+
+namespace deepep {
+
+// Words of control areas are plain in the structs that device code shares; this is how the CPU touches them.
+inline uint64_t load_acquire(const uint64_t* word) {
+  return std::atomic_ref<uint64_t>(*const_cast<uint64_t*>(word)).load(std::memory_order_acquire);
+}
+inline void store_release(uint64_t* word, uint64_t value) {
+  std::atomic_ref<uint64_t>(*word).store(value, std::memory_order_release);
+}
+
+enum class Arrival {
+  arrived,
+  left_out,  // the peer is masked, before or since
+  failed,    // op.failure is filled and the peers have been told
+};
+
+// What a wait is for, for the message of its failure.
+struct Awaited {
+  const char* what;             // "the counts of", …: comes before "rank 3"
+  bool satisfied_by_abort = false;  // also over once the peer has given up in this epoch or a later one: it no longer reads
+};
+
+// The waits of one phase. They share a deadline, so that several missing peers cost one timeout.
+class PeerWait {
+ public:
+  // `kind` is Buffer::wait_ns's, -1 = not accounted. `wait_stats` is the caller's i64 [num_ranks] or nullptr.
+  explicit PeerWait(Operation& op, int kind = -1, int64_t* wait_stats = nullptr);
+
+  // Waits until `word`, which only `peer` raises, is at least `at_least`: an acquire, which pairs with the release that the
+  // peer's store made before it rang. Not for this rank itself.
+  Arrival wait_for(uint32_t peer, const uint64_t* word, uint64_t at_least, const Awaited& awaited);
+
+ private:
+  Arrival sleep_until(uint32_t peer, const uint64_t* word, uint64_t at_least, const Awaited& awaited, uint64_t begin_ns);
+  Arrival heed_aborts(uint32_t peer, uint64_t at_least, uint64_t seen, uint64_t waited_ns);
+  Arrival give_up(uint32_t peer, int32_t code, const uint64_t* word, uint64_t at_least, const Awaited& awaited,
+                  uint64_t waited_ns);
+
+  Operation& op_;
+  Buffer& buffer_;
+  int kind_;
+  int64_t* wait_stats_;
+  uint64_t deadline_ns_;
+};
+
+// Wakes `peer` if it waits for this rank. After the release stores that it may wait for.
+void ring(Buffer& buffer, uint32_t peer);
+
+// Tells every peer, masked ones too, that this rank ends `op` half-way because of op.failure.
+void announce_failure(Operation& op);
+
+// Whether some peer has left this rank out of this call: then it must not write into that peer's memory any more. Fills
+// op.failure. Called every few rows by those who push.
+bool is_left_out(Operation& op);
+
+// What an operation does, for messages: "dispatch" in "Cannot dispatch: …".
+const char* doing(int32_t op);
+
+uint64_t now_ns();
+
+}  // namespace deepep
