@@ -12,7 +12,7 @@
  */
 import { bytesOf, castToFp8, type DType } from "../../lib/dtype.ts";
 import { expertRank, localExperts, maxLocalExperts } from "../../lib/layout.ts";
-import type { RankInput, TopkIdx } from "../../lib/reference/mod.ts";
+import { gateDeepSeekV3, type RankInput, type TopkIdx } from "../../lib/reference/mod.ts";
 import { Random } from "./random.ts";
 
 /** What rows are. */
@@ -21,8 +21,11 @@ export type Payload =
   | { readonly kind: "fp8"; readonly ue8m0?: boolean }
   | { readonly kind: "opaque"; readonly rowBytes: number; readonly numScales: number; readonly scaleElemBytes: number };
 
-/** Who gets the tokens. `mixed`: any expert, listed any number of times; `distinct`: different experts a token. */
-export type RoutingKind = "distinct" | "mixed" | "oneExpert" | "oneRank" | "none" | "inRank" | "skewed";
+/**
+ * Who gets the tokens. `mixed`: any expert, listed any number of times; `distinct`: different experts a token; `gate`: the gate of
+ * DeepSeek-V3 over drawn logits, 8 groups of which 4 are open.
+ */
+export type RoutingKind = "distinct" | "mixed" | "oneExpert" | "oneRank" | "none" | "inRank" | "skewed" | "gate";
 
 /** What a world is made from. */
 export interface WorldSpec {
@@ -97,6 +100,15 @@ export const specs: readonly WorldSpec[] = [
   { ...base, name: "fewer experts than ranks", numRanks: 5, numExperts: 3, tokens: [4, 4, 4, 4, 4] },
   { ...base, name: "top 1", numTopk: 1, tokens: [5, 4, 3, 2] },
   { ...base, name: "skewed", numExperts: 16, numTopk: 4, tokens: [32, 20, 9, 25], routing: "skewed" },
+  {
+    numRanks: 8,
+    numExperts: 256,
+    numTopk: 8,
+    hidden: 128,
+    name: "gated",
+    tokens: [4, 4, 4, 4, 4, 4, 4, 3],
+    routing: "gate",
+  },
   { ...base, name: "no weights", tokens: [5, 4, 3, 2], weights: false },
   { ...base, name: "any bits", tokens: [8, 8, 8, 8], values: "wild" },
   { ...base, name: "wide rows", hidden: 7168, tokens: [3, 2, 1, 4] },
@@ -199,6 +211,12 @@ function makeInput(spec: Required<WorldSpec>, numTokens: number, random: Random)
     const numTokensPerExpert = Int32Array.from({ length: numExperts }, () => random.int(0, 5));
     return { numTokens, ...rows, ...shape, isTokenInRank, numTokensPerExpert };
   }
+  if (spec.routing === "gate") {
+    const logits = Float32Array.from({ length: numTokens * numExperts }, () => random.float() * 8 - 4);
+    const { topkIdx, topkWeights } = gateDeepSeekV3(logits, numTokens, { numExperts, numTopk });
+    const typed = spec.topkType === "i64" ? BigInt64Array.from(topkIdx, BigInt) : topkIdx;
+    return { numTokens, ...rows, ...shape, topkIdx: typed, ...(spec.weights ? { topkWeights } : {}) };
+  }
   const topkIdx = makeRouting(spec, numTokens, random);
   const integers = (): Float32Array => Float32Array.from({ length: numTokens * numTopk }, () => random.int(1, 2));
   const topkWeights = spec.values === "integers" ? integers() : random.weights(numTokens * numTopk);
@@ -219,6 +237,7 @@ function makeRouting(spec: Required<WorldSpec>, numTokens: number, random: Rando
     oneRank: () => any(numTopk, own.count).map((e) => own.first + e),
     none: () => Array.from({ length: numTopk }, () => -1),
     inRank: () => [],
+    gate: () => [],
   };
   const experts = Array.from({ length: numTokens }, choose[spec.routing]).flat()
     .map((expert) => random.chance(spec.dropped) ? -1 : expert);
