@@ -25,6 +25,8 @@ export function runProcesses(options: DemoOptions, args: readonly string[]): Pro
     stdio: "inherit",
     env: { ...process.env, [TERMINAL]: streams },
   });
+  process.on("SIGINT", () => {}); // a terminal sends it to the launcher too, which ends the ranks
+  process.on("SIGTERM", () => child.kill("SIGTERM"));
   return new Promise((resolve, reject) => {
     child.once("error", reject);
     child.once("exit", (code, signal) => resolve(code ?? (signal === "SIGINT" ? 130 : 143)));

@@ -74,7 +74,7 @@ export function heading(h: Heading, paint: Painter): string {
     } different`,
     `  layer     top-${NUM_TOPK} of ${NUM_EXPERTS} experts from ${NUM_TOPK_GROUPS} of ${NUM_GROUPS} groups, hidden ${h.hidden}, ` +
     `intermediate ${h.intermediate}, ${(h.weights / 1e6).toFixed(1)} M weights`,
-    `  ranks     ${h.ranks} ${where}, ${h.runtime}, backend ${h.backend} (${h.reason})`,
+    `  ranks     ${h.ranks} ${where}, ${h.runtime}, backend ${h.backend} (${h.reason.replace(/, tried:$/, "")})`,
     `  setup     ${phases(h.times)}`,
     "",
   ].join("\n");
@@ -93,19 +93,16 @@ export function modeLines(report: ModeReport, rows: string, paint: Painter): str
       count(report.rowsPulled)
     } rows back`,
     `  result    ${report.ok ? paint.good("✓ right") : paint.bad("✗ WRONG")}: ${verdict(report)}`,
-    ...complaints(report).map((line) => `            ${paint.bad(line)}`),
+    `  rounding  ${percent(report.rmsError)} rms from the unrounded layer (at most ${percent(report.rmsBound)})`,
+    ...complaints(report).map((line) => `  ${paint.bad(`wrong     ${line}`)}`),
     "",
   ].join("\n");
 }
 
 function verdict(r: ModeReport): string {
-  const exact = r.bitExactValues === r.values
-    ? `all ${count(r.values)} values are the dense layer's, bit for bit`
-    : `${count(r.bitExactValues)} of ${count(r.values)} values (${
-      percent(r.bitExactValues / r.values)
-    }) are the dense layer's`;
-  return `${exact}; max |error| ${r.maxAbsError.toPrecision(3).replace(/^0\.00$/, "0")}; ` +
-    `rounding ${percent(r.rmsError)} rms (at most ${percent(r.rmsBound)})`;
+  const all = r.bitExactValues === r.values, share = all ? "" : ` (${percent(r.bitExactValues / r.values)})`;
+  const exact = `${all ? "all" : `${count(r.bitExactValues)} of`} ${count(r.values)} values${share}`;
+  return `${exact} are the dense layer's, bit for bit; max |error| ${Number(r.maxAbsError.toPrecision(3))}`;
 }
 
 /** What is wrong, a line each. */
@@ -113,7 +110,9 @@ export function complaints(r: ModeReport): string[] {
   const lines: string[] = [], w = r.firstWrong;
   if (w) {
     lines.push(
-      `${count(r.wrongTokens)} wrong tokens, first token ${w.token} of rank ${w.rank} (${JSON.stringify(w.word)}): ` +
+      `${count(r.wrongTokens)} wrong token${
+        r.wrongTokens === 1 ? "" : "s"
+      }, first token ${w.token} of rank ${w.rank} (${JSON.stringify(w.word)}): ` +
         `channel ${w.channel} is ${w.got}, must be ${w.expected}`,
     );
   }
