@@ -81,6 +81,7 @@ export function tinyWorld(): TestWorld {
 
 const base = { numRanks: 4, numExperts: 8, numTopk: 2, hidden: 16 } as const;
 const nvfp4 = { kind: "opaque", rowBytes: 64, numScales: 8, scaleElemBytes: 1 } as const; // 128 channels of 4 bits
+const words = { kind: "opaque", rowBytes: 16, numScales: 8, scaleElemBytes: 4 } as const; // as f32 some would be NaN
 const mxfp8 = { kind: "opaque", rowBytes: 128, numScales: 4, scaleElemBytes: 1 } as const;
 
 /** Worlds worth a name. */
@@ -117,6 +118,7 @@ export const specs: readonly WorldSpec[] = [
   { ...base, name: "fp8, ue8m0", hidden: 640, tokens: [5, 4, 3, 8], payload: { kind: "fp8", ue8m0: true } },
   { ...base, name: "nvfp4 bytes", hidden: 128, tokens: [5, 4, 3, 8], payload: nvfp4 },
   { ...base, name: "mxfp8 bytes", hidden: 128, tokens: [5, 4, 3, 8], payload: mxfp8, topkType: "i64" },
+  { ...base, name: "scales of any bits", hidden: 64, tokens: [40, 40, 40, 40], payload: words },
 ];
 
 /** Every named world, `tiny` first. */
