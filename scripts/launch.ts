@@ -21,7 +21,8 @@ const USAGE = `Usage: launch.ts --ranks N [options] script.ts [arguments of the 
 Starts N processes of script.ts on this machine, each with RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR
 (127.0.0.1), MASTER_PORT and DEEPEP_SECRET, which Group.fromEnv() reads. When a rank fails, the others are ended
 (SIGTERM, after 5 s SIGKILL) and the launcher exits with that rank's code, or 128 + the signal's number.
-SIGINT, SIGTERM and SIGHUP are passed on to the ranks. The ranks have no standard input.
+SIGINT, SIGTERM and SIGHUP are passed on to the ranks; those that still run 5 s after the first rank has ended by it, or
+failed for it, get SIGTERM, after 5 s more SIGKILL. The ranks have no standard input.
 
   -n, --ranks N          number of ranks, 1 to 4096
       --runtime bun|deno what runs the ranks (default: what runs the launcher; deno as "deno run -A")
@@ -185,8 +186,8 @@ class Job {
   #left: number;
   #code = 0;
   #failed = false;
-  #killTimer: ReturnType<typeof setTimeout> | undefined;
-  #lastSignal: string | undefined;
+  #endTimer: ReturnType<typeof setTimeout> | undefined;
+  #signalled = false;
 
   constructor(options: Options, port: number) {
     this.#left = options.ranks;
@@ -203,17 +204,19 @@ class Job {
 
   /** Passes a signal on to the ranks. */
   forward(signal: NodeJS.Signals): void {
-    this.#lastSignal = signal;
+    this.#signalled = true;
     this.#signal(signal);
   }
 
-  /** Ends what is left: SIGTERM, five seconds later SIGKILL. */
+  /** Ends what is left: SIGTERM, five seconds later SIGKILL; after a signal passed on, which may do it, both later. */
   end(code: number): void {
     if (this.#failed) return;
     this.#failed = true;
     this.#code = code;
-    if (this.#lastSignal !== "SIGTERM") this.#signal("SIGTERM");
-    this.#killTimer = setTimeout(() => this.#signal("SIGKILL"), KILL_AFTER_MS);
+    this.#endTimer = setTimeout(() => {
+      this.#signal("SIGTERM");
+      this.#endTimer = setTimeout(() => this.#signal("SIGKILL"), KILL_AFTER_MS);
+    }, this.#signalled ? KILL_AFTER_MS : 0);
   }
 
   /** Output goes nowhere from now on, so that no rank waits for a reader. */
@@ -264,7 +267,7 @@ class Job {
 
   #oneLess(): void {
     if (--this.#left > 0) return;
-    clearTimeout(this.#killTimer);
+    clearTimeout(this.#endTimer);
     this.#watch.end();
     this.#ended.resolve(this.#code);
   }

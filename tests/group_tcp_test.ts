@@ -1,4 +1,6 @@
 /** Groups over TCP: the rules of every group, ranks that are late, missing or die, and rank 0 that dies. */
+import { spawn } from "node:child_process";
+import process from "node:process";
 import { test } from "node:test";
 import { assert, assertEquals } from "@std/assert";
 import { type ConnectOptions, Group } from "../lib/group/group.ts";
@@ -178,4 +180,33 @@ test("tcp: a port in use, and options out of range, are said plainly", bounded, 
     const error = await rejection(Group.connect({ ...optionsOf(0, 2, port), ...option }));
     assert(error instanceof RangeError && error.message.includes(text), error.message);
   }
+});
+
+const sandbox = { ...bounded, skip: "Bun" in globalThis };
+test("tcp: Deno needs the rank's address and the launcher's variables, and says so at once", sandbox, async () => {
+  const port = await freePort();
+  const url = new URL("../lib/group/group.ts", import.meta.url).href;
+  const program = `import { Group } from "${url}";
+    try { await using group = await Group.fromEnv(); await group.barrier(); console.log("met"); }
+    catch (error) { console.log(error.code, error.message); }`;
+  const run = async (rank: number, flags: string[]): Promise<string> => {
+    const names = {
+      RANK: `${rank}`,
+      WORLD_SIZE: "2",
+      LOCAL_RANK: `${rank}`,
+      MASTER_ADDR: "127.0.0.1",
+      MASTER_PORT: `${port}`,
+    };
+    const args = ["run", "--no-prompt", `--allow-env=${Object.keys(names)}`, ...flags, "-"];
+    const child = spawn(process.execPath, args, { env: { ...process.env, ...names } });
+    let text = "";
+    child.stdout.on("data", (data) => text += data);
+    child.stdin.end(program);
+    await new Promise((resolve) => child.on("close", resolve));
+    return text.trim();
+  };
+  const allowed = [`--allow-net=127.0.0.1:${port}`];
+  assertEquals(await Promise.all([run(0, allowed), run(1, allowed)]), ["met", "met"]);
+  const forbidden = `rank 1 is not allowed to connect to 127.0.0.1:${port}; Deno needs --allow-net=127.0.0.1:${port}`;
+  assertEquals(await run(1, []), `system Cannot join: ${forbidden}`);
 });

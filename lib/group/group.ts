@@ -119,8 +119,8 @@ export interface GroupStatic {
   fromEnv(options?: JoinOptions): Promise<Group>;
 
   /**
-   * Joins a group over TCP. Collective: resolves when all ranks have joined, whichever starts first. Needs
-   * `--allow-net=host:port` under Deno. Rank 0 listens on the loopback interface if `host` is loopback (127.x.x.x, ::1,
+   * Joins a group over TCP. Collective: resolves when all ranks have joined, whichever starts first. Deno needs
+   * `--allow-net=host:port`, or all of `--allow-net` on rank 0 if the host is not loopback. Rank 0 listens on the loopback interface if `host` is loopback (127.x.x.x, ::1,
    * localhost), else on all interfaces, and stops listening when the group is complete.
    *
    * Every connection proves that it knows the secret, by a challenge from both sides, and every message is signed, numbered
@@ -131,7 +131,7 @@ export interface GroupStatic {
    * 16 characters.
    * @throws {EpError} `timeout` if ranks are missing at the deadline: every rank that waits gets the message that names
    * them; `mismatch` if rank 0 refuses this one (other secret, other size, rank taken), at once; `system` if rank 0 cannot
-   * listen.
+   * listen or the network is forbidden.
    */
   connect(options: ConnectOptions): Promise<Group>;
 }

@@ -95,18 +95,28 @@ export class Client implements Channel {
     const { host, port } = this.#facts;
     return new Promise((resolve, reject) => {
       const socket = connect({ host, port });
-      const fail = (why: string): void => {
+      const fail = (error: Error): void => {
         clearTimeout(timer);
         socket.destroy();
-        reject(new TryAgain(why));
+        reject(error);
       };
-      const timer = setTimeout(() => fail("no answer"), timeoutMs);
-      socket.on("error", (error: NodeJS.ErrnoException) => fail(explain(error)));
+      const timer = setTimeout(() => fail(new TryAgain("no answer")), timeoutMs);
+      socket.on("error", (error: NodeJS.ErrnoException) => {
+        const forbidden = error.code === "EPERM" || error.name === "NotCapable";
+        fail(forbidden ? this.#notAllowed(error) : new TryAgain(explain(error)));
+      });
       socket.once("connect", () => {
         clearTimeout(timer);
         resolve(socket);
       });
     });
+  }
+
+  #notAllowed(error: Error): EpError {
+    const { rank, host, port } = this.#facts;
+    const message =
+      `Cannot join: rank ${rank} is not allowed to connect to ${host}:${port}; Deno needs --allow-net=${host}:${port}`;
+    return new EpError(message, { code: "system", op: "connect", rank, peer: 0, cause: error });
   }
 
   /** From the challenge to the start of the group. */

@@ -56,10 +56,10 @@ export async function rejection(
   throw new Error("expected a rejection");
 }
 
-/** Waits until `condition` holds, five seconds at most. */
+/** Waits until `condition` holds, 20 seconds at most. */
 export async function until(condition: () => boolean, what: string): Promise<void> {
   for (let i = 0; !condition(); i++) {
-    if (i === 1000) throw new Error(`waited 5 s for: ${what}`);
+    if (i === 4000) throw new Error(`waited 20 s for: ${what}`);
     await new Promise((resolve) => setTimeout(resolve, 5));
   }
 }
