@@ -33,14 +33,9 @@ export interface CombineResult extends Disposable {
   readonly event: EpEvent;
 }
 
-function checkShapes(
-  core: Core,
-  y: Tensor,
-  handle: DispatchHandle,
-  o: CombineOptions,
-): { hidden: number; rows: number } {
+function checkShapes(core: Core, y: Tensor, handle: DispatchHandle, o: CombineOptions): number {
   checkTensor(core, "combine", "x", y, ["bf16"], [undefined, undefined]);
-  const [rows, hidden] = y.shape as [number, number];
+  const hidden = y.shape[1]!;
   if (hidden === 0 || hidden % 8 !== 0 || hidden > core.options.hidden) {
     throw new RangeError(
       `Cannot combine: x is ${describe(y)}, hidden needs a multiple of 8 up to the buffer's ${core.options.hidden}`,
@@ -48,31 +43,30 @@ function checkShapes(
   }
   const { counts, layout } = handle;
   const need = counts === undefined ? 0 : layout === "rank" ? counts.numTokens : counts.numRows;
-  if (rows < need) {
-    throw new RangeError(`Cannot combine: x has ${rows} rows, the dispatch received ${need}`);
+  for (const [name, tensor] of [["x", y], ["topkWeights", o.topkWeights]] as const) {
+    if (tensor && tensor.shape[0]! < need) {
+      throw new RangeError(`Cannot combine: ${name} is ${describe(tensor)}, the dispatch received ${need} rows`);
+    }
   }
   if (o.weights && layout !== "expert") {
     throw new TypeError(
       "Cannot combine: weights need the expert layout; a row of the rank layout is already the sum of its experts, weight them before",
     );
   }
-  return { hidden, rows };
+  return hidden;
 }
 
 /** Enqueues a combine. Nothing to wait for: failures show at `await result.event` and when the result is read. */
 export function combine(core: Core, y: Tensor, handle: DispatchHandle, o: CombineOptions): CombineResult {
   core.open("combine");
   const native = handle.use(core, "combine");
-  const { hidden, rows } = checkShapes(core, y, handle, o);
+  const hidden = checkShapes(core, y, handle, o);
   const { numTokens, numTopk, layout } = handle;
   const tokens = [numTokens, hidden], perEntry = [numTokens, numTopk];
   const biases = o.bias === undefined ? [] : "address" in o.bias ? [o.bias] : o.bias;
   if (biases.length > 2) throw new RangeError(`Cannot combine: ${biases.length} biases, at most 2`);
   const weightsShape = layout === "rank" ? [undefined, numTopk] : [undefined];
   const topk_weights = flat(core, "combine", "topkWeights", o.topkWeights, ["f32"], weightsShape);
-  if (o.topkWeights && o.topkWeights.shape[0] !== rows) {
-    throw new RangeError(`Cannot combine: topkWeights are ${describe(o.topkWeights)} for ${rows} rows of x`);
-  }
   const fixed = {
     hidden,
     handle: native,

@@ -6,7 +6,7 @@
 import { constants, type StructName } from "./ffi/abi.ts";
 import { struct, type StructCodec } from "./ffi/struct.ts";
 import type { Device } from "./device.ts";
-import { type DType, itemSize, type TypedArrayOf, viewAs } from "./dtype.ts";
+import { type DType, itemSize } from "./dtype.ts";
 import { EpError } from "./error.ts";
 import type { ResolvedOptions } from "./plan.ts";
 import { EpEvent, type EventOwner, Stream } from "./stream.ts";
@@ -347,9 +347,14 @@ function spanOf(tensor: Tensor): number {
 function gather(tensor: Tensor, bytes: ArrayBuffer): ArrayBuffer {
   const { shape, strides, dtype } = tensor;
   const out = new ArrayBuffer(tensor.byteLength);
-  // Which elements they are does not matter to a gather, as long as both sides agree.
-  const source = viewAs(dtype, new Uint8Array(bytes)) as TypedArrayOf<"i32">;
-  const to = viewAs(dtype, new Uint8Array(out)) as TypedArrayOf<"i32">;
+  // Elements travel as integers of their width: a float array may change the bits of a NaN.
+  const Words = {
+    1: Uint8Array,
+    2: Uint16Array,
+    4: Uint32Array,
+    8: BigUint64Array,
+  }[itemSize[dtype]] as typeof Uint32Array;
+  const source = new Words(bytes), to = new Words(out);
   const index: number[] = shape.map(() => 0);
   for (let i = 0, at = 0; i < to.length; i++) {
     to[i] = source[at]!;

@@ -272,6 +272,9 @@ export class RankHost {
         layoutRange: await recv.layoutRange.read(),
         expertStats: stats ? await stats.read() : new Int32Array(counts.length),
       };
+    } catch (error) {
+      this.release(id);
+      throw error;
     } finally {
       this.#collect();
     }
