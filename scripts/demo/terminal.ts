@@ -12,6 +12,8 @@ const BARS = " ▁▂▃▄▅▆▇█", SHADES = "░▒▓█";
 const HEAT = [24, 31, 37, 71, 142, 178, 208, 196];
 /** With more ranks a cell of the heat map has no room for its number. */
 const MAX_NUMBERED = 12;
+/** With more still, a cell is one column. */
+const MAX_WIDE = 48;
 
 /** Writes text, painted if the terminal can and may. */
 export class Painter {
@@ -136,28 +138,26 @@ export function loadChart(load: readonly number[], paint: Painter): string {
 /** Rows from each rank to each rank, more where it is darker. */
 export function heatMap(report: ModeReport, paint: Painter): string {
   const { traffic } = report, all = traffic.flat(), least = Math.min(...all), most = Math.max(...all);
-  const numbered = traffic.length <= MAX_NUMBERED, width = numbered ? String(most).length : 0;
+  const ranks = traffic.length, numbered = ranks <= MAX_NUMBERED, width = String(most).length;
+  const wide = numbered || ranks <= MAX_WIDE ? 2 : 1, gap = numbered ? "  " : "";
   const share = (n: number) => most === least ? 1 : (n - least) / (most - least);
   const cell = (n: number): string => {
-    const shade = SHADES[Math.min(3, Math.floor(share(n) * 4))]!;
-    return paint.heat(share(n), shade + shade) + (numbered ? ` ${String(n).padStart(width)}` : "");
+    const shade = SHADES[Math.min(3, Math.floor(share(n) * 4))]!.repeat(wide);
+    return paint.heat(share(n), shade) + (numbered ? ` ${String(n).padStart(width)}` : "");
   };
-  const head = traffic.map((_, to) => `${to}`.padStart(numbered ? width + 3 : 2)).join(numbered ? "  " : "");
-  const lines = traffic.map((row, from) =>
-    `  ${`from ${from}`.padStart(9)}  ${row.map(cell).join(numbered ? "  " : "")}  ${
-      count(row.reduce((a, b) => a + b, 0)).padStart(7)
-    }`
-  );
-  const total = traffic.map((_, to) => traffic.reduce((sum, row) => sum + row[to]!, 0));
-  const sums = numbered
-    ? [`  ${"received".padStart(9)}  ${total.map((n) => `${n}`.padStart(width + 3)).join("  ")}`]
-    : [];
-  const scale = `${SHADES[0]} ${least} … ${SHADES[3]} ${most}`;
+  const line = (name: string, cells: string, sum: string) => `  ${name.padStart(9)}  ${cells}  ${sum.padStart(7)}`;
+  // Without numbers there is room to name every fourth rank.
+  const head = numbered
+    ? traffic.map((_, to) => `${to}`.padStart(width + 3)).join(gap)
+    : traffic.map((_, to) => to % 4 === 0 ? `${to}`.padEnd(4 * wide) : "").join("").slice(0, wide * ranks)
+      .padEnd(wide * ranks);
+  const received = traffic.map((_, to) => traffic.reduce((sum, row) => sum + row[to]!, 0));
+  const total = count(all.reduce((a, b) => a + b, 0));
   return [
-    `${paint.bold("Traffic")}: rows from rank to rank, ${report.title}: ${scale}`,
-    `  ${"to".padStart(9)}  ${head}  ${"sent".padStart(7)}`,
-    ...lines,
-    ...sums,
+    `${paint.bold("Traffic")}: rows from rank to rank, ${report.title}: ${SHADES[0]} ${least} … ${SHADES[3]} ${most}`,
+    line("to", head, "sent"),
+    ...traffic.map((row, from) => line(`from ${from}`, row.map(cell).join(gap), count(row.reduce((a, b) => a + b, 0)))),
+    ...(numbered ? [line("received", received.map((n) => `${n}`.padStart(width + 3)).join(gap), total)] : []),
     "",
   ].join("\n");
 }
