@@ -45,9 +45,17 @@ export type { Payload, ScaledRows } from "./lib/payload.ts";
 export { Tensor } from "./lib/tensor.ts";
 export { EpEvent, Stream } from "./lib/stream.ts";
 export { EpError, type EpErrorCode, type EpErrorDetails, LibraryError } from "./lib/error.ts";
-export { Group } from "./lib/group/group.ts";
+export {
+  type CollectiveOptions,
+  type ConnectOptions,
+  Group,
+  type GroupStatic,
+  type JoinOptions,
+  type LocalOptions,
+} from "./lib/group/group.ts";
 export {
   bf16FromF32,
+  castFromFp8,
   castToFp8,
   type DType,
   e4m3FromF32,

@@ -186,7 +186,8 @@ export async function openBest(path?: string): Promise<{ device: Device; reason:
         reason: tried.length === 0 ? `${backend} works here` : `${backend}, because ${tried.join("; ")}`,
       };
     } catch (error) {
-      tried.push(`${backend}: ${(error as Error).message.split("\n")[0]}`);
+      const [first] = (error as Error).message.split("\n"); // the rest lists the places that were looked at
+      tried.push(`${backend}: ${first!.replace(/, tried:$/, "")}`);
     }
   }
   throw new LibraryError(`Cannot find a backend that works here: ${tried.join("; ")}`);

@@ -14,7 +14,7 @@ import {
   type RowLayout,
   SlotResult,
 } from "./handle.ts";
-import { flat, parts, type Payload, payloadFields, type RoutingFields, routingFields } from "./payload.ts";
+import { checkTensor, flat, parts, type Payload, payloadFields, type RoutingFields, routingFields } from "./payload.ts";
 import { type DispatchLayout } from "./dispatch_layout.ts";
 import { type Hold, Tensor } from "./tensor.ts";
 import type { EpEvent } from "./stream.ts";
@@ -119,7 +119,9 @@ function routing(
   if (given !== 1) {
     throw new TypeError(`Cannot dispatch: needs one of topkIdx, dispatchLayout and handle, got ${given}`);
   }
-  const rows = parts(x).data.shape[0]!;
+  const { data } = parts("dispatch", x);
+  checkTensor(core, "dispatch", "x", data, [], [undefined, undefined]);
+  const rows = data.shape[0]!;
   const none = {
     topk_idx: 0n,
     topk_idx_bytes: 0,
@@ -319,7 +321,7 @@ function received(
   out: { recv_x: bigint; recv_scales: bigint; recv_scales_row_stride: bigint; recv_scales_elem_stride: bigint },
   hold: { hold: Hold },
 ): Payload {
-  const { data, scales } = parts(x);
+  const { data, scales } = parts("dispatch", x);
   const recvX = new Tensor(out.recv_x, data.dtype, [rows, data.shape[1]!], hold);
   if (!scales) return recvX;
   const width = itemSize[scales.dtype];

@@ -219,7 +219,7 @@ function received(
   out: ReturnType<typeof dispatchStruct.read>,
   held: { hold: Hold },
 ): Payload {
-  const rows = [core.numLocalExperts, maxRows(core)], { data, scales } = parts(x);
+  const rows = [core.numLocalExperts, maxRows(core)], { data, scales } = parts("lowLatencyDispatch", x);
   const strides = (width: number) =>
     [out.recv_scales_expert_stride, out.recv_scales_row_stride, out.recv_scales_elem_stride].map((s) =>
       Number(s) / width

@@ -91,16 +91,16 @@ export interface PayloadFields {
 }
 
 /** The parts of a payload. */
-export function parts(x: Payload): { data: Tensor; scales: Tensor | undefined } {
+export function parts(op: string, x: Payload): { data: Tensor; scales: Tensor | undefined } {
+  if (x === null || typeof x !== "object") {
+    throw new TypeError(`Cannot ${op}: x is ${x === null ? "null" : typeof x}, needs a tensor`);
+  }
   return "data" in x ? { data: x.data, scales: x.scales } : { data: x, scales: undefined };
 }
 
 /** Checks rows and scales of `numTokens` tokens. */
 export function payloadFields(core: Core, op: string, x: Payload, numTokens: number): PayloadFields {
-  if (x === null || typeof x !== "object") {
-    throw new TypeError(`Cannot ${op}: x is ${x === null ? "null" : typeof x}, needs a tensor`);
-  }
-  const { data, scales } = parts(x);
+  const { data, scales } = parts(op, x);
   checkTensor(core, op, "x", data, scales ? [] : ["bf16", "f8e4m3", "u8", "i8"], [numTokens, undefined]);
   const rowBytes = data.shape[1]! * itemSize[data.dtype], { maxRowBytes, maxScaleBytes } = core.options;
   if (rowBytes === 0 || rowBytes % 16 !== 0 || rowBytes > maxRowBytes) {

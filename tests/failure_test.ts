@@ -123,7 +123,7 @@ describe("a peer that never comes", () => {
         assert(reason.message.includes("rank 2") || reason.message.includes("2"), reason.message);
         assertEquals(b.failed, true);
         const next = await reasonOf(normalLayer(b));
-        assert(next instanceof EpError && next.code === "needsRecovery", String(next));
+        assert(next instanceof EpError && next.code === "needsRecovery" && next.peer === 2, String(next));
       }
       await b.recover();
       assertEquals(b.failed, false);

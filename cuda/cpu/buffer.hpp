@@ -189,6 +189,7 @@ class Buffer : public std::enable_shared_from_this<Buffer> {
   void run(Operation& op, const std::function<void(Operation&)>& work);
   void finish(Operation& op, Record& record, int32_t borrowed_slot);
   std::shared_ptr<const Status> make_status(Operation& op);
+  Failure needs_recovery() const;  // The caller holds `mutex`.
 
   struct Kept {
     uint64_t ids[2] = {};
@@ -208,6 +209,7 @@ class Buffer : public std::enable_shared_from_this<Buffer> {
   uint64_t generation_ = 0;          // recoveries so far
   uint64_t num_pending_ = 0;         // operations enqueued and not ended
   int32_t failed_peer_ = -1;
+  Failure first_failure_;            // what made the buffer fail; of use while `failed`
   std::vector<std::shared_ptr<Stream>> streams_;
   std::unordered_set<uint64_t> events_;
   uint32_t streams_made_ = 0;

@@ -53,9 +53,8 @@ uint64_t Buffer::enqueue(int32_t op_kind, const StreamFields& fields, bool colle
                          uint64_t counts_id, uint64_t epoch_of_send, int32_t borrowed_slot) {
   check_usable();
   if (failed && needs_peers(op_kind)) {
-    reject(DEEPEP_ERROR_NEEDS_RECOVERY, "an earlier call failed half-way%s: recover the buffer%s",
-           failed_peer_ >= 0 ? (" because of rank " + std::to_string(failed_peer_)).c_str() : "",
-           failed_peer_ >= 0 && failed_peer_ != static_cast<int32_t>(rank) ? " or mask the rank" : "");
+    Rejected rejected{needs_recovery()};
+    throw rejected;
   }
   if (epoch_of_send != 0 && epoch_of_send <= base_epoch) {
     reject(DEEPEP_ERROR_ABORTED, "its send half, epoch %llu, was given up in a recovery at epoch %llu",
@@ -115,9 +114,21 @@ uint64_t Buffer::enqueue(int32_t op_kind, const StreamFields& fields, bool colle
   return this_epoch;
 }
 
+// What a call is told that comes after a failure half-way: whose fault it was, and in the words of then.
+Failure Buffer::needs_recovery() const {
+  Failure failure = first_failure_;
+  failure.code = DEEPEP_ERROR_NEEDS_RECOVERY;
+  const bool other = failed_peer_ >= 0 && failed_peer_ != static_cast<int32_t>(rank);
+  set_message(failure, "An earlier call failed half-way; recover the buffer%s. %s", other ? " or mask the rank" : "",
+              first_failure_.message);
+  return failure;
+}
+
 void Buffer::run(Operation& op, const std::function<void(Operation&)>& work) {
   if (needs_peers(op.op) && static_cast<int64_t>(op.generation) <= failed_generation_) {
-    return set_failure(op, DEEPEP_ERROR_NEEDS_RECOVERY, "an earlier call failed half-way");
+    const std::lock_guard lock(mutex);
+    op.failure = needs_recovery();
+    return;
   }
   try {
     work(op);
@@ -156,6 +167,7 @@ void Buffer::finish(Operation& op, Record& record, int32_t borrowed_slot) {
     if (code != DEEPEP_OK && needs_peers(op.op) && !op.agreed && !is_harmless(code)) {
       failed_generation_ = static_cast<int64_t>(op.generation);
       failed_peer_ = op.failure.peer;
+      first_failure_ = op.failure;
       failed = true;
     }
     if (borrowed_slot >= 0) give_slot(borrowed_slot);
