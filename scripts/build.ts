@@ -23,6 +23,9 @@ const root = fileURLToPath(new URL("..", import.meta.url));
 const platform = "linux-x64";
 const nativeFolder = "lib/native";
 
+/** The oldest glibc that the libraries run on, 2.x. */
+const MAX_GLIBC = 28;
+
 /** The registry refuses more; a margin is left for its own files. */
 const MAX_PACKAGE_BYTES = 20_000_000;
 
@@ -40,17 +43,19 @@ interface Recipe {
 const recipes: Readonly<Record<string, Recipe>> = {
   cpu: {
     compiler: "g++",
-    sources: ["cuda/cpu", "cuda/common"],
-    includes: ["cuda/abi/deepep.h"],
+    sources: ["cuda/cpu", "cuda/common", "cuda/compat"],
+    includes: ["cuda/abi"],
     // No FMA contraction and no -march: every machine gives the same bits.
     compile: ["-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
       .concat(["-pthread", "-Wall", "-Wextra", "-ffile-prefix-map=.=", "-I."]),
     // nodelete: Deno unloads a worker's libraries when the worker ends, while native threads run.
+    // libpthread is named although new systems have it in libc: old ones do not. See cuda/compat/glibc.cpp.
     link: ["-shared", "-pthread", "-s", "-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
+      .concat(["-Wl,--version-script=cuda/abi/exports.map", "-Wl,-z,nodelete", "-Wl,-z,relro,-z,now"])
       .concat([
-        "-Wl,-z,nodelete",
-        "-Wl,-z,relro,-z,now",
         "-Wl,--no-undefined",
+        "-Wl,--no-as-needed",
+        "-l:libpthread.so.0",
         "-Wl,--as-needed",
         "-Wl,--build-id=none",
       ]),
@@ -73,7 +78,7 @@ function filesOf(path: string): string[] {
 /** SHA-256 of what a backend is built from: the sorted inputs with their names, and the flags. */
 function sourceHash(recipe: Recipe): string {
   const inputs = [...recipe.sources, ...recipe.includes].flatMap(filesOf)
-    .filter((path) => /\.(cpp|hpp|h|cu|cuh)$/.test(path)).sort();
+    .filter((path) => /\.(cpp|hpp|h|cu|cuh|map)$/.test(path)).sort();
   const flags = JSON.stringify([recipe.compiler, recipe.compile, recipe.link]);
   return sha256([flags, ...inputs.map((path) => `${path} ${sha256(readFileSync(join(root, path)))}`)].join("\n"));
 }
@@ -95,7 +100,17 @@ async function build(backend: string, recipe: Recipe, folder: string, strict: bo
   await Promise.all(Array.from({ length: availableParallelism() }, worker));
   const file = join(folder, libraryName(backend));
   await run(recipe.compiler, [...units.map((unit) => unit.object), ...recipe.link, "-o", file], { cwd: root });
+  const needs = glibcOf(file);
+  if (needs > MAX_GLIBC) {
+    throw new Error(`${file} needs glibc 2.${needs}, at most 2.${MAX_GLIBC} is wanted: see cuda/compat/glibc.cpp`);
+  }
   return file;
+}
+
+/** The newest glibc 2.x whose symbols a library needs, by the version names in its string table. */
+function glibcOf(file: string): number {
+  const names = readFileSync(file, "latin1").matchAll(/\0GLIBC_2\.(\d+)(?=[.\0])/g);
+  return Math.max(0, ...[...names].map((match) => Number(match[1])));
 }
 
 /** The text of the manifest, from its present self and what has just been built. */
