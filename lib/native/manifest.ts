@@ -18,6 +18,13 @@ export interface Manifest {
 /** The native libraries of this release. */
 export const manifest: Manifest = {
   abiVersion: 1,
-  sourceHash: {},
-  files: {},
+  sourceHash: {
+    cpu: "4bd3248b5c69796716a6e2e15f11d7b502d07addcb0c7dcaa315d3b400940bed",
+  },
+  files: {
+    "linux-x64/libdeepep_cpu.so": {
+      sha256: "6f0b785f62288a82cd985a582aab15e2a99007e5808340056bcf9358a1a8d828",
+      bytes: 453040,
+    },
+  },
 };
