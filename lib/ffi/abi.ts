@@ -598,10 +598,7 @@ export const structs = {
 /** The name of a struct. */
 export type StructName = keyof typeof structs;
 
-const self = <const N extends string, const S extends StructName>(name: N, args: S) =>
-  [[name, "u64"], ["args", args], ["error", "deepep_error"]] as const satisfies readonly Argument[];
-
-/** The functions. */
+/** The functions. Spelled out, since JSR wants types that need no inference of calls. */
 export const functions = {
   deepep_abi_version: { args: [], ret: "u32", doc: "The ABI version of the library. Call it first." },
   deepep_get_capabilities: {
@@ -620,7 +617,11 @@ export const functions = {
     ret: "i32",
     doc: "Copies from the caller's memory to memory of the library that the host can write. At once.",
   },
-  deepep_queue_create: { args: self("zero", "deepep_queue_create_args"), ret: "i32", doc: "Makes a completion queue." },
+  deepep_queue_create: {
+    args: [["zero", "u64"], ["args", "deepep_queue_create_args"], ["error", "deepep_error"]],
+    ret: "i32",
+    doc: "Makes a completion queue.",
+  },
   deepep_queue_drain: {
     args: [["queue", "u64"], ["out", "buf"], ["capacity", "u32"]],
     ret: "i32",
@@ -628,7 +629,7 @@ export const functions = {
       "Takes up to `capacity` deepep_completion entries off the queue; returns how many, or minus a DEEPEP_ERROR_* code when `queue` is none. Never blocks; a few nanoseconds when empty.",
   },
   deepep_queue_wake: {
-    args: self("queue", "deepep_queue_wake_args"),
+    args: [["queue", "u64"], ["args", "deepep_queue_wake_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc: "Optional wake-up by callback.",
   },
@@ -638,24 +639,24 @@ export const functions = {
     doc: "Frees a queue, after the buffers that use it.",
   },
   deepep_buffer_size: {
-    args: self("device", "deepep_buffer_create_args"),
+    args: [["device", "u64"], ["args", "deepep_buffer_create_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc:
       "Writes the sizes that deepep_buffer_create would allocate, and the defaults it would take for zeros. Allocates nothing.",
   },
   deepep_buffer_create: {
-    args: self("device", "deepep_buffer_create_args"),
+    args: [["device", "u64"], ["args", "deepep_buffer_create_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc:
       "Makes a rank's buffer: symmetric memory, communication stream, slots. Local. Then export, exchange, import all, connect.",
   },
   deepep_buffer_export: {
-    args: self("buffer", "deepep_peer_handle"),
+    args: [["buffer", "u64"], ["args", "deepep_peer_handle"], ["error", "deepep_error"]],
     ret: "i32",
     doc: "Writes the handle that the peers import. Local.",
   },
   deepep_buffer_import: {
-    args: self("buffer", "deepep_peer_handle"),
+    args: [["buffer", "u64"], ["args", "deepep_peer_handle"], ["error", "deepep_error"]],
     ret: "i32",
     doc:
       "Maps a peer's memory. MISMATCH, naming field and values, when its options differ. Local; once per peer, own rank allowed.",
@@ -666,9 +667,13 @@ export const functions = {
     doc:
       "Checks that every peer was imported and makes the buffer ready. Local, but no rank may call an operation before all connected.",
   },
-  deepep_buffer_get_info: { args: self("buffer", "deepep_buffer_info"), ret: "i32", doc: "Facts and counters. Local." },
+  deepep_buffer_get_info: {
+    args: [["buffer", "u64"], ["args", "deepep_buffer_info"], ["error", "deepep_error"]],
+    ret: "i32",
+    doc: "Facts and counters. Local.",
+  },
   deepep_buffer_recover: {
-    args: self("buffer", "deepep_buffer_recover_args"),
+    args: [["buffer", "u64"], ["args", "deepep_buffer_recover_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc:
       "After a failure: forgets it and continues at an epoch agreed by the survivors. Every survivor calls it with the same arguments, none with work enqueued.",
@@ -680,34 +685,42 @@ export const functions = {
       "Waits for the buffer's own streams (bounded by their deadlines), then frees everything. Local: never waits for a peer's destroy.",
   },
   deepep_mask: {
-    args: self("buffer", "deepep_mask_args"),
+    args: [["buffer", "u64"], ["args", "deepep_mask_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc: "Masks or unmasks a peer, from the next enqueued call on. Local.",
   },
   deepep_slot_release: {
-    args: self("buffer", "deepep_slot_release_args"),
+    args: [["buffer", "u64"], ["args", "deepep_slot_release_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc: "Gives a slot back in stream order. Tensors in it must not be read by work enqueued later.",
   },
   deepep_alloc: {
-    args: self("buffer", "deepep_alloc_args"),
+    args: [["buffer", "u64"], ["args", "deepep_alloc_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc: "Allocates memory on the buffer's device.",
   },
-  deepep_free: { args: self("buffer", "deepep_alloc_args"), ret: "i32", doc: "Frees memory of deepep_alloc." },
+  deepep_free: {
+    args: [["buffer", "u64"], ["args", "deepep_alloc_args"], ["error", "deepep_error"]],
+    ret: "i32",
+    doc: "Frees memory of deepep_alloc.",
+  },
   deepep_copy: {
-    args: self("buffer", "deepep_copy_args"),
+    args: [["buffer", "u64"], ["args", "deepep_copy_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc: "Enqueues a copy between addresses of the device or of MEMORY_HOST.",
   },
-  deepep_fill: { args: self("buffer", "deepep_fill_args"), ret: "i32", doc: "Enqueues a fill with a byte value." },
+  deepep_fill: {
+    args: [["buffer", "u64"], ["args", "deepep_fill_args"], ["error", "deepep_error"]],
+    ret: "i32",
+    doc: "Enqueues a fill with a byte value.",
+  },
   deepep_stream_create: {
-    args: self("buffer", "deepep_stream_create_args"),
+    args: [["buffer", "u64"], ["args", "deepep_stream_create_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc: "Makes a stream on the buffer's device.",
   },
   deepep_stream_synchronize: {
-    args: self("stream", "deepep_stream_sync_args"),
+    args: [["stream", "u64"], ["args", "deepep_stream_sync_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc: "Blocks the calling thread until the stream's present work has ended. For C; never called from an event loop.",
   },
@@ -716,24 +729,28 @@ export const functions = {
     ret: "i32",
     doc: "Ends a stream after its work.",
   },
-  deepep_event_create: { args: self("buffer", "deepep_event_create_args"), ret: "i32", doc: "Makes an event." },
+  deepep_event_create: {
+    args: [["buffer", "u64"], ["args", "deepep_event_create_args"], ["error", "deepep_error"]],
+    ret: "i32",
+    doc: "Makes an event.",
+  },
   deepep_event_record: {
-    args: self("event", "deepep_event_args"),
+    args: [["event", "u64"], ["args", "deepep_event_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc: "Records the present work of a stream.",
   },
   deepep_event_wait: {
-    args: self("event", "deepep_event_args"),
+    args: [["event", "u64"], ["args", "deepep_event_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc: "Makes a stream wait for what the event has recorded.",
   },
   deepep_event_query: {
-    args: self("event", "deepep_event_args"),
+    args: [["event", "u64"], ["args", "deepep_event_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc: "Says whether the recorded work has ended, and how.",
   },
   deepep_event_notify: {
-    args: self("event", "deepep_event_args"),
+    args: [["event", "u64"], ["args", "deepep_event_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc: "Queues a completion, with the operation's status, once the recorded work has ended.",
   },
@@ -743,12 +760,12 @@ export const functions = {
     doc: "Frees an event; pending work keeps what it needs.",
   },
   deepep_get_dispatch_layout: {
-    args: self("buffer", "deepep_dispatch_layout_args"),
+    args: [["buffer", "u64"], ["args", "deepep_dispatch_layout_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc: "Enqueues the counting of a routing. Not collective. Graph-safe.",
   },
   deepep_handle_create: {
-    args: self("buffer", "deepep_handle_create_args"),
+    args: [["buffer", "u64"], ["args", "deepep_handle_create_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc: "Makes an empty handle: it keeps where every token of a dispatch went, for combine and for cached dispatch.",
   },
@@ -758,56 +775,56 @@ export const functions = {
     doc: "Frees a handle; operations already enqueued keep what they need.",
   },
   deepep_dispatch: {
-    args: self("buffer", "deepep_dispatch_args"),
+    args: [["buffer", "u64"], ["args", "deepep_dispatch_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc:
       "Enqueues a dispatch: counts, then each row straight to its final place on every destination rank. Collective. Graph-safe with NO_CPU_SYNC.",
   },
   deepep_combine: {
-    args: self("buffer", "deepep_combine_args"),
+    args: [["buffer", "u64"], ["args", "deepep_combine_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc:
       "Enqueues a combine: out = bias_0 + bias_1 + the token's rows, in f32, rows in ascending rank (rank layout) or top-k order (expert layout), each product and sum rounded to f32, the end to bf16. Collective. Graph-safe.",
   },
   deepep_low_latency_dispatch: {
-    args: self("buffer", "deepep_low_latency_dispatch_args"),
+    args: [["buffer", "u64"], ["args", "deepep_low_latency_dispatch_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc: "Enqueues a low-latency dispatch into the masked expert-major layout. Collective. Graph-safe.",
   },
   deepep_low_latency_dispatch_receive: {
-    args: self("buffer", "deepep_receive_args"),
+    args: [["buffer", "u64"], ["args", "deepep_receive_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc: "Enqueues the receive half after a dispatch with RECEIVE_HOOK.",
   },
   deepep_low_latency_combine: {
-    args: self("buffer", "deepep_low_latency_combine_args"),
+    args: [["buffer", "u64"], ["args", "deepep_low_latency_combine_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc:
       "Enqueues a low-latency combine: out = sum of weight * row in top-k order, in f32, each product and sum rounded to f32, the end to bf16. Collective. Graph-safe.",
   },
   deepep_low_latency_combine_receive: {
-    args: self("buffer", "deepep_receive_args"),
+    args: [["buffer", "u64"], ["args", "deepep_receive_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc: "Enqueues the receive half after a combine with RECEIVE_HOOK.",
   },
   deepep_expert_output: {
-    args: self("buffer", "deepep_expert_output_args"),
+    args: [["buffer", "u64"], ["args", "deepep_expert_output_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc: "The expert-output region of a held slot. `stream` waits until every peer has read what was there before.",
   },
   deepep_barrier: {
-    args: self("buffer", "deepep_barrier_args"),
+    args: [["buffer", "u64"], ["args", "deepep_barrier_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc: "Enqueues a barrier of all unmasked ranks. Collective. Graph-safe.",
   },
   deepep_get_status: {
-    args: self("buffer", "deepep_status_args"),
+    args: [["buffer", "u64"], ["args", "deepep_status_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc:
       "Writes the record of a failed operation into `error`; returns DEEPEP_OK when there is none. The last 64 failures are kept.",
   },
   deepep_inject: {
-    args: self("buffer", "deepep_inject_args"),
+    args: [["buffer", "u64"], ["args", "deepep_inject_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc: "For tests: makes this rank late, silent or dead in a phase of its next operations.",
   },
