@@ -1,0 +1,74 @@
+/**
+ * The bench: verifies dispatch, combine and low latency, then times them.
+ *
+ *   bun scripts/bench.ts [options]      deno run -A scripts/bench.ts [options]      --help lists the options
+ *
+ * In: flags. Out: a table for people, and with --json a line a figure for machines. Exits with 1 when a result is not the
+ * reference's, without having timed it. How things are timed stands in bench/timing.ts, what the bound is in bench/ceiling.ts,
+ * the naive way in bench/naive.ts.
+ */
+import process from "node:process";
+import { benchHost } from "./bench/host.ts";
+import { benchLowLatency } from "./bench/low_latency.ts";
+import { benchNormal } from "./bench/normal.ts";
+import { type BenchOptions, isDefaultShape, parseOptions, USAGE } from "./bench/options.ts";
+import { nowUs, Ranks } from "./bench/ranks.ts";
+import { appendJson, type Figure, goals, machineOf, table } from "./bench/report.ts";
+import { copyOverheadUs } from "./bench/ceiling.ts";
+import { Stopwatch } from "./bench/timing.ts";
+import { VerificationError, Verifier } from "./bench/verify.ts";
+
+async function* figuresOf(options: BenchOptions): AsyncGenerator<Figure> {
+  const verifier = new Verifier(options.corrupt);
+  yield* benchNormal(options, verifier);
+  yield* benchLowLatency(options, verifier);
+  yield* benchHost(options);
+}
+
+async function bench(options: BenchOptions): Promise<void> {
+  const begin = nowUs();
+  const { machine, overheadUs } = await (async () => {
+    await using ranks = await Ranks.create(options.ranks, options, {
+      hidden: options.hidden,
+      numExperts: options.experts,
+      numTopk: options.topk,
+      maxTokensPerRank: 1,
+    });
+    return {
+      machine: machineOf(ranks.buffers[0]!),
+      overheadUs: await copyOverheadUs(ranks, new Stopwatch(ranks, options)),
+    };
+  })();
+  console.log(
+    `${machine.gpu}, driver ${machine.driver}, backend ${machine.backend}, ${machine.runtime}, ${machine.commit}`,
+  );
+  console.log(
+    `${options.ranks} ranks in one process, hidden ${options.hidden}, top-${options.topk} of ${options.experts} experts; ` +
+      `us a call of all ranks: median and spread of ${options.repetitions} chains; ` +
+      `of each copy in the bounds ${overheadUs.toFixed(3)} us are not the memcpy`,
+  );
+  const figures: Figure[] = [];
+  for await (const figure of figuresOf(options)) {
+    figures.push(figure);
+    if (options.json !== undefined) appendJson(options.json, figure, machine, options);
+    console.error(`  ${figure.op}, ${figure.tokens} tokens: ${figure.measured.median.toFixed(1)} us`);
+  }
+  console.log(`\n${table(figures)}`);
+  if (machine.backend === "cpu") console.log(`\n${goals(figures, isDefaultShape(options)).join("\n")}`);
+  console.log(`\n${figures.length} figures in ${((nowUs() - begin) / 1e6).toFixed(0)} s`);
+}
+
+async function main(): Promise<number> {
+  try {
+    const options = parseOptions(process.argv.slice(2));
+    if (options) await bench(options);
+    else console.log(USAGE);
+    return 0;
+  } catch (error) {
+    if (error instanceof VerificationError) console.error(`Refused to time a wrong result: ${error.message}`);
+    else console.error((error as Error).stack ?? error);
+    return 1;
+  }
+}
+
+if (import.meta.main) process.exitCode = await main();
