@@ -4,6 +4,7 @@
 // checked and its outputs are named on the caller's thread; a DispatchRun then works on the communication stream, phase by
 // phase: NOTIFY (count, exchange, check), SEND (push), ARRIVE (wait for everyone's pushes). protocol.hpp says why two
 // synchronisations suffice. Called by the API layer.
+#include <cstring>
 #include <optional>
 #include <utility>
 
@@ -14,6 +15,7 @@
 #include "payload.hpp"
 #include "pushed.hpp"
 #include "rows.hpp"
+#include "scales.hpp"
 #include "wait.hpp"
 
 namespace deepep {
@@ -66,8 +68,8 @@ class DispatchRun {
         plan_(job.plan),
         routing_(job.handle ? job.handle->routing : own_routing_),
         payload_(payload_of(job.args)),
-        strides_(scale_strides(options_.max_recv_tokens, payload_.num_scales, payload_.scale_elem_bytes,
-                               (job.args.flags & DEEPEP_FLAG_SCALES_COLUMN_MAJOR) != 0)),
+        scale_copy_({payload_.num_scales, payload_.scale_elem_bytes,
+                     {job.args.recv_scales_row_stride, job.args.recv_scales_elem_stride}, payload_.scales_elem_stride}),
         weights_(reinterpret_cast<const float*>(job.args.topk_weights)),
         here_(op.buffer, op.buffer.rank, job.slot) {}
 
@@ -87,12 +89,14 @@ class DispatchRun {
   bool send();
   void push_token(uint32_t token);
   void push_row(uint32_t token, uint32_t k, const SlotView& to, uint32_t dst, uint32_t row);
+  void push_scale_columns();
   void put_topk(const SlotView& to, uint32_t dst, uint32_t row, uint32_t token);
   void put_index(uint8_t* topk_idx, uint64_t i, int64_t value) const;
   void clear_rows(RowRange rows, bool payload_too);
   void clear_padding();
   bool arrive();
   void forget_rows_of(uint32_t src);
+  bool by_column() const { return (args_.flags & DEEPEP_FLAG_SCALES_COLUMN_MAJOR) != 0; }
   bool by_expert() const { return plan_.space == RowSpace::expert; }
 
   Operation& op_;
@@ -104,7 +108,7 @@ class DispatchRun {
   Routing own_routing_;
   Routing& routing_;
   const Payload payload_;
-  const ScaleStrides strides_;
+  const ScaleCopy scale_copy_;
   const float* weights_;
   const SlotView here_;
   PeerSlots slots_{};
@@ -219,7 +223,7 @@ void DispatchRun::clear_rows(RowRange rows, bool payload_too) {
     }
     if (!payload_too) continue;
     std::memset(here_.x + row * payload_.row_bytes, 0, payload_.row_bytes);
-    clear_scales(here_.scales + row * strides_.row, strides_, payload_.num_scales, payload_.scale_elem_bytes);
+    clear_scales(scale_copy_, here_.scales + row * scale_copy_.to.row);
   }
 }
 
@@ -261,9 +265,8 @@ void DispatchRun::put_topk(const SlotView& to, uint32_t dst, uint32_t row, uint3
 
 void DispatchRun::push_row(uint32_t token, uint32_t k, const SlotView& to, uint32_t dst, uint32_t row) {
   stream_row(to.x + uint64_t{row} * payload_.row_bytes, payload_.row(token), payload_.row_bytes);
-  if (payload_.num_scales > 0) {
-    put_scales(to.scales + row * strides_.row, strides_, payload_.scales_of(token), payload_.scales_elem_stride,
-               payload_.num_scales, payload_.scale_elem_bytes);
+  if (payload_.num_scales > 0 && !by_column()) {
+    put_scales(scale_copy_, to.scales + row * scale_copy_.to.row, payload_.scales_of(token));
   }
   to.src_idx[row] = static_cast<int32_t>(buffer_.rank * options_.max_tokens_per_rank + token);
   if (!by_expert()) put_topk(to, dst, row, token);
@@ -282,6 +285,19 @@ void DispatchRun::push_token(uint32_t token) {
   }
 }
 
+// The scales of all rows, for the ranks in the view.
+void DispatchRun::push_scale_columns() {
+  const TokensByKey by_key = tokens_by_key(routing_, options_, buffer_.rank);
+  std::vector<const uint8_t*> from(by_key.tokens.size());
+  for (size_t i = 0; i < from.size(); ++i) from[i] = payload_.scales_of(by_key.tokens[i]);
+  for (uint32_t key = 0; key + 1 < by_key.begin.size(); ++key) {
+    const uint32_t dst = by_expert() ? (*owners_)[static_cast<int32_t>(key)] : key;
+    if (!in_view(routing_.view, dst)) continue;
+    put_scale_rows(scale_copy_, there_[dst].scales + bases_[key] * scale_copy_.to.row, from.data() + by_key.begin[key],
+                   by_key.begin[key + 1] - by_key.begin[key]);
+  }
+}
+
 bool DispatchRun::send() {
   owners_.emplace(options_);
   bases_ = row_bases(routing_, options_, buffer_.rank);
@@ -292,6 +308,7 @@ bool DispatchRun::send() {
     push_token(token);
   }
   if (is_left_out(op_)) return false;
+  if (payload_.num_scales > 0 && by_column()) push_scale_columns();
   announce_pushed(op_, routing_.view, slots_);
   const uint64_t scale_bytes = uint64_t{payload_.num_scales} * payload_.scale_elem_bytes;
   buffer_.counters.rows_sent += rows_sent_;

@@ -35,6 +35,21 @@ ExpertOwners::ExpertOwners(const Options& options) : rank_(options.num_experts) 
   }
 }
 
+TokensByKey tokens_by_key(const Routing& routing, const Options& options, uint32_t rank) {
+  const bool by_rank = routing.plan.space == RowSpace::rank;
+  const uint32_t num_keys = by_rank ? options.num_ranks : options.num_experts;
+  const uint32_t* counts = by_rank ? &routing.tokens[size_t{rank} * num_keys] : &routing.entries[size_t{rank} * num_keys];
+  TokensByKey result;
+  result.begin.resize(num_keys + 1, 0);
+  for (uint32_t key = 0; key < num_keys; ++key) result.begin[key + 1] = result.begin[key] + counts[key];
+  result.tokens.resize(result.begin[num_keys]);
+  for (size_t i = 0; i < size_t{routing.plan.num_tokens} * routing.width; ++i) {
+    const Hop hop = routing.hops[i];
+    if (hop.key >= 0) result.tokens[result.begin[static_cast<size_t>(hop.key)] + hop.index] = static_cast<uint32_t>(i / routing.width);
+  }
+  return result;
+}
+
 std::vector<uint32_t> row_bases(const Routing& routing, const Options& options, uint32_t rank) {
   const CountMatrix matrix = routing.matrix(options);
   const RowSpace space = routing.plan.space;

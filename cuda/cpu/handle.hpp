@@ -83,6 +83,13 @@ class ExpertOwners {
   std::vector<uint8_t> rank_;
 };
 
+// This rank's tokens of each key, in the order of their rows: those of key i are tokens[begin[i]] … tokens[begin[i + 1] - 1].
+struct TokensByKey {
+  std::vector<uint32_t> begin;
+  std::vector<uint32_t> tokens;
+};
+TokensByKey tokens_by_key(const Routing& routing, const Options& options, uint32_t rank);
+
 // First row of this rank for every key of the routing's space, over the ranks in routing.view.
 std::vector<uint32_t> row_bases(const Routing& routing, const Options& options, uint32_t rank);
 

@@ -12,6 +12,7 @@
 #include "handle.hpp"
 #include "payload.hpp"
 #include "pushed.hpp"
+#include "scales.hpp"
 
 namespace deepep {
 
@@ -19,9 +20,7 @@ namespace deepep {
 struct LowLatencyLayout {
   uint32_t max_rows = 0;     // of an expert
   uint32_t row_bytes = 0;    // as received: e4m3 with FLAG_FP8
-  uint32_t num_scales = 0;   // elements as received
-  uint32_t elem_bytes = 0;
-  ScaleStrides strides;
+  ScaleCopy scales;            // elements as received; from the caller's or from the cast's
   uint64_t expert_stride = 0;  // of scales, bytes
 };
 

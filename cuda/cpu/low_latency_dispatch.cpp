@@ -6,6 +6,7 @@
 // exchanged first, as in normal mode, so rows are packed and nothing is gathered afterwards. Called by the API layer.
 #include "low_latency.hpp"
 
+#include <cstring>
 #include <utility>
 
 #include "exchange.hpp"
@@ -54,8 +55,13 @@ class LowLatencySend {
   void fill_counts();
   bool send();
   void push_token(uint32_t token, const ExpertOwners& owners, const std::vector<uint32_t>& bases);
-  void push_row(uint32_t token, uint32_t dst, uint64_t local_expert, uint32_t row, const uint8_t* x, const uint8_t* scales);
+  void push_row(uint32_t token, uint32_t dst, uint64_t local_expert, uint32_t row, const uint8_t* x);
+  void push_scale_columns(const ExpertOwners& owners, const std::vector<uint32_t>& bases);
+  const uint8_t* scales_of(uint32_t token) const;
+  uint8_t* scales_at(uint32_t dst, uint64_t local_expert, uint32_t row) const;
+  uint64_t scale_bytes() const { return uint64_t{layout_.scales.num_scales} * layout_.scales.elem_bytes; }
   bool casts() const { return (args_.flags & DEEPEP_FLAG_FP8) != 0; }
+  bool by_column() const { return (args_.flags & DEEPEP_FLAG_SCALES_COLUMN_MAJOR) != 0; }
 
   Operation& op_;
   Buffer& buffer_;
@@ -67,7 +73,7 @@ class LowLatencySend {
   const LowLatencyLayout& layout_;
   const Payload payload_;
   std::vector<uint8_t> cast_row_;     // FP8: the token at hand
-  std::vector<uint8_t> cast_scales_;
+  std::vector<uint8_t> cast_scales_;  // FP8: of all tokens
   uint64_t rows_sent_ = 0;
 };
 
@@ -138,15 +144,22 @@ bool LowLatencySend::notify() {
   return true;
 }
 
-void LowLatencySend::push_row(uint32_t token, uint32_t dst, uint64_t local_expert, uint32_t row, const uint8_t* x,
-                              const uint8_t* scales) {
+// Where a token's scales come from: the caller, or the cast.
+const uint8_t* LowLatencySend::scales_of(uint32_t token) const {
+  return casts() ? cast_scales_.data() + token * scale_bytes() : payload_.scales_of(token);
+}
+
+uint8_t* LowLatencySend::scales_at(uint32_t dst, uint64_t local_expert, uint32_t row) const {
+  return buffer_.symmetric(dst) + slot_offset(buffer_.regions, state_.slots[dst]) + buffer_.regions.recv_scales +
+         local_expert * layout_.expert_stride + row * layout_.scales.to.row;
+}
+
+void LowLatencySend::push_row(uint32_t token, uint32_t dst, uint64_t local_expert, uint32_t row, const uint8_t* x) {
   uint8_t* slot = buffer_.symmetric(dst) + slot_offset(buffer_.regions, state_.slots[dst]);
   const uint64_t at = local_expert * layout_.max_rows + row;
   stream_row(slot + buffer_.regions.recv_x + at * layout_.row_bytes, x, layout_.row_bytes);
-  if (layout_.num_scales > 0) {
-    const uint64_t elem_stride = casts() ? layout_.elem_bytes : payload_.scales_elem_stride;
-    put_scales(slot + buffer_.regions.recv_scales + local_expert * layout_.expert_stride + row * layout_.strides.row,
-               layout_.strides, scales, elem_stride, layout_.num_scales, layout_.elem_bytes);
+  if (layout_.scales.num_scales > 0 && !by_column()) {
+    put_scales(layout_.scales, scales_at(dst, local_expert, row), scales_of(token));
   }
   reinterpret_cast<int32_t*>(slot + buffer_.regions.recv_src_idx)[at] = static_cast<int32_t>(token);
 }
@@ -158,21 +171,29 @@ void LowLatencySend::push_token(uint32_t token, const ExpertOwners& owners, cons
     if (hop.key < 0) continue;
     const uint32_t dst = owners[hop.key];
     if (!in_view(routing_.view, dst)) continue;
-    const uint8_t* x = payload_.row(token);
-    const uint8_t* scales = payload_.num_scales > 0 ? payload_.scales_of(token) : nullptr;
-    if (casts()) {
-      if (!is_cast) {
-        cast_row_to_fp8(reinterpret_cast<const uint16_t*>(x), layout_.row_bytes, (args_.flags & DEEPEP_FLAG_ROUND_SCALE) != 0,
-                        (args_.flags & DEEPEP_FLAG_UE8M0) != 0, cast_row_.data(), cast_scales_.data());
-      }
+    if (casts() && !is_cast) {
+      cast_row_to_fp8(reinterpret_cast<const uint16_t*>(payload_.row(token)), layout_.row_bytes,
+                      (args_.flags & DEEPEP_FLAG_ROUND_SCALE) != 0, (args_.flags & DEEPEP_FLAG_UE8M0) != 0, cast_row_.data(),
+                      cast_scales_.data() + token * scale_bytes());
       is_cast = true;
-      x = cast_row_.data();
-      scales = cast_scales_.data();
     }
     const auto expert = static_cast<uint32_t>(hop.key);
     const uint32_t first = local_experts(options_.num_experts, options_.num_ranks, dst).first;
-    push_row(token, dst, expert - first, bases[expert] + hop.index, x, scales);
+    push_row(token, dst, expert - first, bases[expert] + hop.index, casts() ? cast_row_.data() : payload_.row(token));
     rows_sent_ += 1;
+  }
+}
+
+void LowLatencySend::push_scale_columns(const ExpertOwners& owners, const std::vector<uint32_t>& bases) {
+  const TokensByKey by_key = tokens_by_key(routing_, options_, buffer_.rank);
+  std::vector<const uint8_t*> from(by_key.tokens.size());
+  for (size_t i = 0; i < from.size(); ++i) from[i] = scales_of(by_key.tokens[i]);
+  for (uint32_t expert = 0; expert < options_.num_experts; ++expert) {
+    const uint32_t dst = owners[static_cast<int32_t>(expert)];
+    if (!in_view(routing_.view, dst)) continue;
+    const uint32_t first = local_experts(options_.num_experts, options_.num_ranks, dst).first;
+    put_scale_rows(layout_.scales, scales_at(dst, expert - first, bases[expert]), from.data() + by_key.begin[expert],
+                   by_key.begin[expert + 1] - by_key.begin[expert]);
   }
 }
 
@@ -181,16 +202,17 @@ bool LowLatencySend::send() {
   const std::vector<uint32_t> bases = row_bases(routing_, options_, buffer_.rank);
   if (casts()) {
     cast_row_.resize(layout_.row_bytes);
-    cast_scales_.resize(size_t{layout_.num_scales} * layout_.elem_bytes);
+    cast_scales_.resize(state_.plan.num_tokens * scale_bytes());
   }
   for (uint32_t token = 0; token < state_.plan.num_tokens; ++token) {
     if (token % kTokensBetweenLooks == 0 && is_left_out(op_)) return false;
     push_token(token, owners, bases);
   }
   if (is_left_out(op_)) return false;
+  if (layout_.scales.num_scales > 0 && by_column()) push_scale_columns(owners, bases);
   announce_pushed(op_, routing_.view, state_.slots);
   buffer_.counters.rows_sent += rows_sent_;
-  buffer_.counters.bytes_sent += rows_sent_ * (layout_.row_bytes + uint64_t{layout_.num_scales} * layout_.elem_bytes);
+  buffer_.counters.bytes_sent += rows_sent_ * (layout_.row_bytes + scale_bytes());
   return true;
 }
 
@@ -207,8 +229,8 @@ void forget_rows_of(Operation& op, const LowLatencyState& state, uint32_t slot, 
     for (uint64_t row = begin; row < end; ++row) {
       const uint64_t at = region_row(buffer, local, row);
       std::memset(base + buffer.regions.recv_x + at * layout.row_bytes, 0, layout.row_bytes);
-      clear_scales(base + buffer.regions.recv_scales + local * layout.expert_stride + row * layout.strides.row, layout.strides,
-                   layout.num_scales, layout.elem_bytes);
+      clear_scales(layout.scales,
+                   base + buffer.regions.recv_scales + local * layout.expert_stride + row * layout.scales.to.row);
       reinterpret_cast<int32_t*>(base + buffer.regions.recv_src_idx)[at] = -1;
     }
     auto* range = reinterpret_cast<int64_t*>(base + buffer.regions.layout_range);
@@ -257,16 +279,18 @@ LowLatencyLayout make_layout(const Buffer& buffer, const deepep_low_latency_disp
   const bool column_major = (args.flags & DEEPEP_FLAG_SCALES_COLUMN_MAJOR) != 0;
   layout.max_rows = buffer.regions.low_latency_rows;
   layout.row_bytes = args.row_bytes;
-  layout.num_scales = args.num_scales;
-  layout.elem_bytes = args.num_scales > 0 ? args.scale_elem_bytes : 0;
+  ScaleCopy& scales = layout.scales;
+  scales.num_scales = args.num_scales;
+  scales.elem_bytes = args.num_scales > 0 ? args.scale_elem_bytes : 0;
+  scales.from_elem_stride = args.scales_elem_stride;
   if ((args.flags & DEEPEP_FLAG_FP8) != 0) {
     const uint64_t blocks = ceil_div(args.row_bytes / 2, kFp8BlockChannels);
     layout.row_bytes = args.row_bytes / 2;
-    layout.num_scales = static_cast<uint32_t>((args.flags & DEEPEP_FLAG_UE8M0) != 0 ? ceil_div(blocks, 4) : blocks);
-    layout.elem_bytes = 4;
+    scales.num_scales = static_cast<uint32_t>((args.flags & DEEPEP_FLAG_UE8M0) != 0 ? ceil_div(blocks, 4) : blocks);
+    scales.elem_bytes = scales.from_elem_stride = 4;
   }
-  layout.strides = scale_strides(layout.max_rows, layout.num_scales, layout.elem_bytes, column_major);
-  layout.expert_stride = column_major ? layout.num_scales * layout.strides.elem : layout.max_rows * layout.strides.row;
+  scales.to = scale_strides(layout.max_rows, scales.num_scales, scales.elem_bytes, column_major);
+  layout.expert_stride = column_major ? scales.num_scales * scales.to.elem : layout.max_rows * scales.to.row;
   return layout;
 }
 
@@ -276,10 +300,10 @@ void name_outputs(const Buffer& buffer, const LowLatencyLayout& layout, deepep_l
                                                slot_offset(regions, static_cast<uint32_t>(args.slot)));
   args.max_rows = layout.max_rows;
   args.recv_x = base + regions.recv_x;
-  args.recv_scales = layout.num_scales > 0 ? base + regions.recv_scales : 0;
+  args.recv_scales = layout.scales.num_scales > 0 ? base + regions.recv_scales : 0;
   args.recv_scales_expert_stride = layout.expert_stride;
-  args.recv_scales_row_stride = layout.strides.row;
-  args.recv_scales_elem_stride = layout.strides.elem;
+  args.recv_scales_row_stride = layout.scales.to.row;
+  args.recv_scales_elem_stride = layout.scales.to.elem;
   args.recv_count = base + regions.counts;
   args.recv_src_info = base + regions.recv_src_idx;
   args.recv_layout_range = base + regions.layout_range;

@@ -1,11 +1,9 @@
 // Rows of bytes with scale elements beside them: what dispatch carries without looking at it.
 //
-// In: the payload fields of an args struct. Out: where a token's row and scales are, and how scales are laid out where they
-// arrive. Callers: dispatch and low latency.
+// In: the payload fields of an args struct. Out: where a token's row and scales are. Callers: dispatch and low latency.
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "buffer.hpp"
 
@@ -24,19 +22,6 @@ struct Payload {
   const uint8_t* row(uint64_t token) const { return x + token * x_stride; }
   const uint8_t* scales_of(uint64_t token) const { return scales + token * scales_row_stride; }
 };
-
-// Strides of received scales, bytes.
-struct ScaleStrides {
-  uint64_t row = 0;
-  uint64_t elem = 0;
-};
-
-// Row-major, or column-major with every column padded to 16 bytes so that TMA can load it; as in lib/layout.ts.
-inline ScaleStrides scale_strides(uint32_t max_rows, uint32_t num_scales, uint32_t elem_bytes, bool column_major) {
-  if (num_scales == 0) return {};
-  if (!column_major) return {uint64_t{num_scales} * elem_bytes, elem_bytes};
-  return {elem_bytes, align_up(max_rows, 16 / elem_bytes) * elem_bytes};
-}
 
 template <class Args>
 Payload payload_of(const Args& args) {
@@ -67,32 +52,6 @@ void check_payload(const Buffer& buffer, const Args& args) {
            buffer.options.max_scale_bytes);
   }
   if (args.num_tokens > 0 && args.scales == 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "scales are missing");
-}
-
-template <uint32_t Bytes>
-void copy_elements(uint8_t* dst, uint64_t dst_stride, const uint8_t* src, uint64_t src_stride, uint32_t count) {
-  for (uint32_t i = 0; i < count; ++i) std::memcpy(dst + i * dst_stride, src + i * src_stride, Bytes);
-}
-
-// Copies the scale elements of one token, whatever their strides.
-inline void put_scales(uint8_t* dst, const ScaleStrides& strides, const uint8_t* src, uint64_t src_elem_stride,
-                       uint32_t num_scales, uint32_t elem_bytes) {
-  if (strides.elem == elem_bytes && src_elem_stride == elem_bytes) {
-    std::memcpy(dst, src, size_t{num_scales} * elem_bytes);
-    return;
-  }
-  switch (elem_bytes) {
-    case 1: return copy_elements<1>(dst, strides.elem, src, src_elem_stride, num_scales);
-    case 2: return copy_elements<2>(dst, strides.elem, src, src_elem_stride, num_scales);
-    case 4: return copy_elements<4>(dst, strides.elem, src, src_elem_stride, num_scales);
-    case 8: return copy_elements<8>(dst, strides.elem, src, src_elem_stride, num_scales);
-    case 16: return copy_elements<16>(dst, strides.elem, src, src_elem_stride, num_scales);
-  }
-}
-
-// Sets the scale elements of one row to zero.
-inline void clear_scales(uint8_t* dst, const ScaleStrides& strides, uint32_t num_scales, uint32_t elem_bytes) {
-  for (uint32_t i = 0; i < num_scales; ++i) std::memset(dst + i * strides.elem, 0, elem_bytes);
 }
 
 }  // namespace deepep

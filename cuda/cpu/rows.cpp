@@ -22,12 +22,13 @@ namespace {
 
 constexpr uint64_t kStreamBytes = 1024;  // shorter rows are copied plainly: they would end in half-filled cache lines
 
+// Vectors of 32-bit lanes. A lane holds two neighbouring channels of a bf16 row: the even one below, the odd one above. Split
+// and joined by shifts and masks, they need no shuffles.
 template <int Lanes>
 struct Vector {
   typedef float f32 __attribute__((vector_size(Lanes * 4)));
   typedef uint32_t u32 __attribute__((vector_size(Lanes * 4)));
   typedef uint16_t u16 __attribute__((vector_size(Lanes * 2)));
-  typedef uint8_t u8 __attribute__((vector_size(Lanes)));
 };
 
 template <class T>
@@ -37,73 +38,94 @@ DEEPEP_INLINE T load(const void* from) {
   return value;
 }
 
+// 2 * Lanes channels in f32.
 template <int Lanes>
-DEEPEP_INLINE typename Vector<Lanes>::f32 load_bf16(const uint16_t* from) {
+struct Pair {
+  typename Vector<Lanes>::f32 even;
+  typename Vector<Lanes>::f32 odd;
+};
+
+template <int Lanes>
+DEEPEP_INLINE Pair<Lanes> load_bf16(const uint16_t* from) {
   typedef typename Vector<Lanes>::u32 u32;
-  return (typename Vector<Lanes>::f32)(__builtin_convertvector(load<typename Vector<Lanes>::u16>(from), u32) << 16);
+  typedef typename Vector<Lanes>::f32 f32;
+  const u32 both = load<u32>(from);
+  return {(f32)(both << 16), (f32)(both & 0xffff0000)};
 }
 
-// bf16_from_f32, lane by lane.
+// bf16_from_f32 lane by lane, in the upper half of the lane; the lower half is anything.
 template <int Lanes>
-DEEPEP_INLINE void store_bf16(uint16_t* to, const typename Vector<Lanes>::f32& value) {
+DEEPEP_INLINE typename Vector<Lanes>::u32 round_to_bf16(const typename Vector<Lanes>::f32& value) {
   typedef typename Vector<Lanes>::u32 u32;
   const u32 bits = (u32)value;
-  const u32 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  const u32 nan = (u32)((bits & kMagnitudeMask) > kInfinityBits);
-  const u32 result = (nan & kBf16Nan) | (~nan & rounded);
-  const auto narrow = __builtin_convertvector(result, typename Vector<Lanes>::u16);
-  std::memcpy(to, &narrow, sizeof narrow);
+  const u32 rounded = bits + 0x7fff + ((bits >> 16) & 1);
+  const u32 nan = u32{} + (uint32_t{kBf16Nan} << 16);
+  return (bits & kMagnitudeMask) > kInfinityBits ? nan : rounded;
 }
 
-// e4m3_from_f32, lane by lane.
 template <int Lanes>
-DEEPEP_INLINE void store_e4m3(uint8_t* to, const typename Vector<Lanes>::f32& value) {
+DEEPEP_INLINE void store_bf16(uint16_t* to, const Pair<Lanes>& value) {
+  typedef typename Vector<Lanes>::u32 u32;
+  const u32 both = round_to_bf16<Lanes>(value.even) >> 16 | (round_to_bf16<Lanes>(value.odd) & 0xffff0000);
+  std::memcpy(to, &both, sizeof both);
+}
+
+// e4m3_from_f32 lane by lane. The largest finite value is a fixed point of the rounding, so saturating comes first.
+template <int Lanes>
+DEEPEP_INLINE typename Vector<Lanes>::u32 round_to_e4m3(const typename Vector<Lanes>::f32& value) {
   typedef typename Vector<Lanes>::u32 u32;
   typedef typename Vector<Lanes>::f32 f32;
   const u32 bits = (u32)value;
-  const u32 sign = (bits >> 24) & 0x80;
   const u32 magnitude = bits & kMagnitudeMask;
-  const u32 normal = ((magnitude + 0x7ffff + ((magnitude >> 20) & 1)) >> 20) - (120u << 3);
-  const u32 subnormal = (u32)((f32)magnitude + 16384.0f) & 0xff;
-  const u32 is_subnormal = (u32)(magnitude < 0x3c800000);
-  const u32 saturates = (u32)(magnitude >= 0x43e00000);
-  u32 result = (is_subnormal & subnormal) | (~is_subnormal & normal);
-  result = sign | (saturates & 0x7e) | (~saturates & result);
-  const u32 nan = (u32)(magnitude > kInfinityBits);
-  result = (nan & kE4m3Nan) | (~nan & result);
-  const auto narrow = __builtin_convertvector(result, typename Vector<Lanes>::u8);
+  const u32 most = u32{} + 0x43e00000;
+  const u32 finite = magnitude > most ? most : magnitude;
+  const u32 normal = ((finite + 0x7ffff + ((finite >> 20) & 1)) >> 20) - (120u << 3);
+  const u32 subnormal = (u32)((f32)finite + 16384.0f) & 0xff;
+  const u32 code = (finite < 0x3c800000 ? subnormal : normal) | ((bits >> 24) & 0x80);
+  const u32 nan = u32{} + kE4m3Nan;
+  return magnitude > kInfinityBits ? nan : code;
+}
+
+template <int Lanes>
+DEEPEP_INLINE void store_e4m3(uint8_t* to, const Pair<Lanes>& value) {
+  const auto both = round_to_e4m3<Lanes>(value.even) | round_to_e4m3<Lanes>(value.odd) << 8;
+  const auto narrow = __builtin_convertvector(both, typename Vector<Lanes>::u16);
   std::memcpy(to, &narrow, sizeof narrow);
 }
 
 // A chunk of channels stays in registers while the rows pass by, so every input is read once and nothing is spilled.
 template <int Lanes, int Vectors, bool Weighted>
 DEEPEP_INLINE void reduce_chunk(const Reduction& r, uint32_t at) {
-  typedef typename Vector<Lanes>::f32 f32;
-  f32 sum[Vectors];
+  constexpr int kChannels = 2 * Lanes;  // of a pair
+  Pair<Lanes> sum[Vectors];
   for (int v = 0; v < Vectors; ++v) {
-    sum[v] = r.bias_0 != nullptr ? load_bf16<Lanes>(r.bias_0 + at + v * Lanes) : f32{};
+    sum[v] = r.bias_0 != nullptr ? load_bf16<Lanes>(r.bias_0 + at + v * kChannels) : Pair<Lanes>{};
   }
   if (r.bias_1 != nullptr) {
-    for (int v = 0; v < Vectors; ++v) sum[v] = sum[v] + load_bf16<Lanes>(r.bias_1 + at + v * Lanes);
+    for (int v = 0; v < Vectors; ++v) {
+      const Pair<Lanes> value = load_bf16<Lanes>(r.bias_1 + at + v * kChannels);
+      sum[v] = {sum[v].even + value.even, sum[v].odd + value.odd};
+    }
   }
   for (uint32_t row = 0; row < r.num_rows; ++row) {
     const uint16_t* values = r.rows[row] + at;
     for (int v = 0; v < Vectors; ++v) {
-      f32 value = load_bf16<Lanes>(values + v * Lanes);
-      if constexpr (Weighted) value = value * r.weights[row];
-      sum[v] = sum[v] + value;
+      Pair<Lanes> value = load_bf16<Lanes>(values + v * kChannels);
+      if constexpr (Weighted) value = {value.even * r.weights[row], value.odd * r.weights[row]};
+      sum[v] = {sum[v].even + value.even, sum[v].odd + value.odd};
     }
   }
-  for (int v = 0; v < Vectors; ++v) store_bf16<Lanes>(r.out + at + v * Lanes, sum[v]);
+  for (int v = 0; v < Vectors; ++v) store_bf16<Lanes>(r.out + at + v * kChannels, sum[v]);
 }
+
+constexpr int kLeastLanes = 4;  // hidden is a multiple of 8
 
 template <int Lanes, int Vectors, bool Weighted>
 DEEPEP_INLINE void reduce_body(const Reduction& r) {
-  constexpr uint32_t kChunk = Lanes * Vectors;
+  constexpr uint32_t kChunk = 2 * Lanes * Vectors;
   uint32_t at = 0;
   for (; at + kChunk <= r.hidden; at += kChunk) reduce_chunk<Lanes, Vectors, Weighted>(r, at);
-  constexpr int kLeast = Lanes < 8 ? Lanes : 8;  // hidden is a multiple of 8
-  for (; at < r.hidden; at += kLeast) reduce_chunk<kLeast, 1, Weighted>(r, at);
+  for (; at < r.hidden; at += 2 * kLeastLanes) reduce_chunk<kLeastLanes, 1, Weighted>(r, at);
 }
 
 template <int Lanes, int Vectors>
@@ -115,36 +137,39 @@ DEEPEP_INLINE void reduce_either(const Reduction& r) {
 // The largest magnitude of a block as bf16 bits, NaN left out. `count` is a multiple of 8.
 template <int Lanes>
 DEEPEP_INLINE uint16_t block_magnitude(const uint16_t* x, uint32_t count) {
-  typedef typename Vector<Lanes>::u16 u16;
+  typedef typename Vector<2 * Lanes>::u16 u16;
   u16 most = {};
-  for (uint32_t i = 0; i < count; i += Lanes) {
+  for (uint32_t i = 0; i < count; i += 2 * Lanes) {
     u16 magnitude = load<u16>(x + i) & 0x7fff;
     magnitude = magnitude & (u16)(magnitude <= 0x7f80);
     most = magnitude > most ? magnitude : most;
   }
   uint16_t result = 0;
-  for (int lane = 0; lane < Lanes; ++lane) result = most[lane] > result ? most[lane] : result;
+  for (int lane = 0; lane < 2 * Lanes; ++lane) result = most[lane] > result ? most[lane] : result;
   return result;
 }
 
 template <int Lanes>
 DEEPEP_INLINE void scale_block(const uint16_t* x, uint32_t count, float scale, uint8_t* out) {
-  for (uint32_t i = 0; i < count; i += Lanes) store_e4m3<Lanes>(out + i, load_bf16<Lanes>(x + i) * scale);
+  for (uint32_t i = 0; i < count; i += 2 * Lanes) {
+    const Pair<Lanes> value = load_bf16<Lanes>(x + i);
+    store_e4m3<Lanes>(out + i, {value.even * scale, value.odd * scale});
+  }
 }
 
 template <int Lanes>
 DEEPEP_INLINE void cast_body(const uint16_t* x, uint32_t hidden, bool round, bool ue8m0, uint8_t* out, uint8_t* scales) {
-  constexpr int kLeast = Lanes < 8 ? Lanes : 8;
   const uint32_t num_blocks = static_cast<uint32_t>(ceil_div(hidden, kFp8BlockChannels));
   if (ue8m0) std::memset(scales, 0, align_up(num_blocks, 4));
   for (uint32_t block = 0; block < num_blocks; ++block) {
     const uint32_t begin = block * kFp8BlockChannels;
     const bool whole = hidden - begin >= kFp8BlockChannels;
     const uint32_t count = whole ? kFp8BlockChannels : hidden - begin;
-    const uint16_t magnitude = whole ? block_magnitude<Lanes * 2>(x + begin, count) : block_magnitude<kLeast>(x + begin, count);
+    const uint16_t magnitude =
+        whole ? block_magnitude<Lanes>(x + begin, kFp8BlockChannels) : block_magnitude<kLeastLanes>(x + begin, count);
     const Fp8Scale scale = fp8_scale(magnitude, round);
-    if (whole) scale_block<Lanes>(x + begin, count, scale.scale, out + begin);
-    else scale_block<kLeast>(x + begin, count, scale.scale, out + begin);
+    if (whole) scale_block<Lanes>(x + begin, kFp8BlockChannels, scale.scale, out + begin);
+    else scale_block<kLeastLanes>(x + begin, count, scale.scale, out + begin);
     if (ue8m0) scales[block] = ue8m0_from_f32(scale.inverse);
     else std::memcpy(scales + block * 4, &scale.inverse, 4);
   }
@@ -155,7 +180,7 @@ struct Variant {
   void (*cast)(const uint16_t*, uint32_t, bool, bool, uint8_t*, uint8_t*);
 };
 
-void reduce_plain(const Reduction& r) { reduce_either<4, 2>(r); }
+void reduce_plain(const Reduction& r) { reduce_either<4, 3>(r); }
 void cast_plain(const uint16_t* x, uint32_t hidden, bool round, bool ue8m0, uint8_t* out, uint8_t* scales) {
   cast_body<4>(x, hidden, round, ue8m0, out, scales);
 }

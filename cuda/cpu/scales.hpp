@@ -1,0 +1,38 @@
+// Scale elements: how they are laid out where they arrive, and how they get there.
+//
+// In: addresses and strides. Out: elements of 1 to 16 bytes, never looked at. Callers: dispatch and low latency. Row-major
+// scales are put beside each row as it is pushed; column-major ones in blocks of rows afterwards, because neighbours in memory
+// are then the elements of consecutive rows, and a row alone would touch a cache line and a page for every element.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/regions.hpp"
+
+namespace deepep {
+
+// Strides of received scales, bytes.
+struct ScaleStrides {
+  uint64_t row = 0;
+  uint64_t elem = 0;
+};
+
+// Row-major, or column-major with every column padded to 16 bytes so that TMA can load it; as in lib/layout.ts.
+ScaleStrides scale_strides(uint32_t max_rows, uint32_t num_scales, uint32_t elem_bytes, bool column_major);
+
+// How the scales of one row or of many are copied.
+struct ScaleCopy {
+  uint32_t num_scales = 0;
+  uint32_t elem_bytes = 0;
+  ScaleStrides to;
+  uint64_t from_elem_stride = 0;
+};
+
+// Copies the scales of one row.
+void put_scales(const ScaleCopy& copy, uint8_t* to, const uint8_t* from);
+// Copies the scales of `count` consecutive rows; `from` has where each row's scales are.
+void put_scale_rows(const ScaleCopy& copy, uint8_t* to, const uint8_t* const* from, uint32_t count);
+// Sets the scales of one row to zero.
+void clear_scales(const ScaleCopy& copy, uint8_t* to);
+
+}  // namespace deepep
