@@ -8,11 +8,11 @@ import { createServer } from "node:net";
 import { Group } from "@deepep/deepep";
 import type { CombineInput, CombineOutput, DispatchLayout, LowLatencyCombineInput } from "../../lib/reference/mod.ts";
 import type { LowLatencyOutput, RankInput } from "../../lib/reference/mod.ts";
-import { settleWorld, type WorldDriver, type WorldOptions } from "./driver.ts";
+import { type NewWorld, settleWorld, type WorldDriver, type WorldOptions } from "./driver.ts";
 import type { CombineCall, Delay, DispatchCall, Dispatched, LowLatencyCall, LowLatencyCombineCall } from "./driver.ts";
 import type { LowLatencyDispatched } from "./driver.ts";
 import type { HostDispatch } from "./rank_host.ts";
-import { localRank, processRank, type RemoteRank, workerRank } from "./transport.ts";
+import { localRank, pooled, processRank, type RankPlace, type RemoteRank, workerRank } from "./transport.ts";
 
 /** The backend under test. */
 export type DriverBackend = "cpu" | "cuda";
@@ -37,7 +37,7 @@ export const localWorlds = (backend: DriverBackend) => async (options: WorldOpti
 async function farWorld(
   options: WorldOptions,
   backend: DriverBackend,
-  start: (place: Parameters<typeof workerRank>[0]) => Promise<RemoteRank>,
+  start: (place: RankPlace) => Promise<RemoteRank>,
 ): Promise<WorldDriver> {
   const port = await freePort(), secret = crypto.randomUUID();
   const ranks = await Promise.all(
@@ -50,12 +50,16 @@ async function farWorld(
 }
 
 /** Ranks in Web Workers. */
-export const workerWorlds = (backend: DriverBackend) => (options: WorldOptions): Promise<WorldDriver> =>
-  farWorld(options, backend, workerRank);
+export function workerWorlds(backend: DriverBackend): NewWorld {
+  const start = pooled(workerRank);
+  return (options) => farWorld(options, backend, start);
+}
 
 /** Ranks in processes. */
-export const processWorlds = (backend: DriverBackend) => (options: WorldOptions): Promise<WorldDriver> =>
-  farWorld(options, backend, processRank);
+export function processWorlds(backend: DriverBackend): NewWorld {
+  const start = pooled(processRank);
+  return (options) => farWorld(options, backend, start);
+}
 
 interface Remembered {
   readonly id: number;
@@ -91,7 +95,7 @@ class BufferDriver implements WorldDriver {
   async dispatch(inputs: readonly RankInput[], call: DispatchCall): Promise<Dispatched> {
     const id = this.#nextId++, { cached, ...plain } = call;
     const before = cached && this.#results.get(cached);
-    const got = await this.#all<HostDispatch>("dispatch", (rank) => [id, inputs[rank], plain, before?.id]);
+    const got = await this.#all<HostDispatch>("dispatch", (rank) => [id, inputs[rank], plain, before?.id ?? -1]);
     const result: Dispatched = {
       ranks: got.map((g) => g?.output),
       scaleStrides: got.map((g) => g?.scaleStrides),

@@ -31,7 +31,7 @@ export interface HostDispatch {
   readonly scaleStrides: ScaleStrides | undefined;
 }
 
-/** One rank. Results are kept by a number that the driver chooses. */
+/** One rank. Results are kept by a number that the driver chooses; -1 is none. */
 export class RankHost {
   readonly #buffer: EpBuffer;
   readonly #options: WorldOptions;
@@ -126,18 +126,18 @@ export class RankHost {
     }
   }
 
-  async dispatch(id: number, input: RankInput, call: DispatchCall, cached?: number): Promise<HostDispatch> {
+  async dispatch(id: number, input: RankInput, call: DispatchCall, cached: number): Promise<HostDispatch> {
     const { numTopk, layout, expertAlignment, zeroPadding, noCpuSync, scalesColumnMajor } = call;
     const { numRanks, numExperts } = this.#options;
     const stats = input.expertStats && this.#tensor("i32", [this.#buffer.numLocalExperts], input.expertStats);
-    const topkIdx = cached === undefined ? this.#topkIdx(input, numTopk) : undefined;
-    const dispatchLayout = input.isTokenInRank && cached === undefined && {
+    const topkIdx = cached < 0 ? this.#topkIdx(input, numTopk) : undefined;
+    const dispatchLayout = input.isTokenInRank && cached < 0 && {
       isTokenInRank: this.#tensor("bool", [input.numTokens, numRanks], input.isTokenInRank),
       ...(input.numTokensPerExpert &&
         { numTokensPerExpert: this.#tensor("i32", [numExperts], input.numTokensPerExpert) }),
     };
     const weights = this.#f32(input.topkWeights, [input.numTokens, numTopk]);
-    const handle = cached === undefined ? undefined : this.#results.get(cached)!.handle;
+    const handle = cached < 0 ? undefined : this.#results.get(cached)!.handle;
     try {
       const recv = await this.#buffer.dispatch(this.#payload(input, call.inputStrides), {
         ...(topkIdx && { topkIdx }),

@@ -1,24 +1,21 @@
-/** A rank in a Web Worker: takes its place in the first message, then one method a message. */
-import { packError, type RankPlace, serve } from "./transport.ts";
+/**
+ * A rank in a Web Worker: says that it listens, then runs one method a message. It says so because a message that comes
+ * while the module still loads may find no listener.
+ */
+import { farSide, packError } from "./transport.ts";
 
 const self = globalThis as unknown as {
   onmessage: (event: MessageEvent) => void;
   postMessage(message: unknown): void;
 };
-let run: Promise<(method: string, args: readonly unknown[]) => Promise<unknown>> | undefined;
+const run = farSide();
 
 self.onmessage = async (event) => {
   const { id, method, args } = event.data as { id: number; method: string; args: readonly unknown[] };
-  const number = run === undefined ? 0 : id;
   try {
-    if (run === undefined) {
-      run = serve(event.data as RankPlace);
-      await run;
-      self.postMessage({ id: number, value: true });
-    } else {
-      self.postMessage({ id: number, value: await (await run)(method, args) });
-    }
+    self.postMessage({ id, value: await run(method, args) });
   } catch (error) {
-    self.postMessage({ id: number, error: packError(error) });
+    self.postMessage({ id, error: packError(error) });
   }
 };
+self.postMessage({ id: -1, value: "listening" });

@@ -7,6 +7,7 @@
 import { type ChildProcess, spawn } from "node:child_process";
 import { createInterface } from "node:readline";
 import process from "node:process";
+import { after } from "node:test";
 import { fileURLToPath } from "node:url";
 import { EpError, Group } from "@deepep/deepep";
 import type { WorldOptions } from "./driver.ts";
@@ -48,14 +49,18 @@ function unpackError(e: Record<string, unknown>): Error {
   return error;
 }
 
-/** Runs a host for a place; the far side of workers and processes. */
-export async function serve(place: RankPlace): Promise<(method: string, args: readonly unknown[]) => Promise<unknown>> {
-  const { rank, size, port, secret } = place;
-  const group = await Group.connect({ rank, size, host: "127.0.0.1", port, secret, timeoutMs: 60_000 });
-  const host = await RankHost.create(group, place.options);
+/** The far side of workers and processes: `open` makes a host for a place, `close` ends it, other methods are the host's. */
+export function farSide(): (method: string, args: readonly unknown[]) => Promise<unknown> {
+  let group: Group | undefined, host: RankHost | undefined;
   return async (method, args) => {
+    if (method === "open") {
+      const { rank, size, port, secret, options } = args[0] as RankPlace;
+      group = await Group.connect({ rank, size, host: "127.0.0.1", port, secret, timeoutMs: 60_000 });
+      host = await RankHost.create(group, options);
+      return true;
+    }
     const result = await (host as unknown as Record<string, (...a: unknown[]) => unknown>)[method]!(...args);
-    if (method === "close") await group[Symbol.asyncDispose]();
+    if (method === "close") await group![Symbol.asyncDispose]();
     return result;
   };
 }
@@ -93,25 +98,60 @@ export async function localRank(group: Group, options: RankPlace["options"]): Pr
   };
 }
 
-/** A rank in a Web Worker. */
-export async function workerRank(place: RankPlace): Promise<RemoteRank> {
-  const worker = new Worker(new URL("./rank_worker.ts", import.meta.url), { type: "module" });
-  const pending = new Pending(), ready = pending.add();
-  worker.onmessage = (event: MessageEvent<Answer>) => pending.settle(event.data);
-  worker.onerror = (event: ErrorEvent) => pending.fail(new Error(event.message));
-  worker.postMessage(place);
-  await ready.promise;
-  const call = (method: string, args: readonly unknown[]) => {
-    const { id, promise } = pending.add();
-    worker.postMessage({ id, method, args });
-    return promise;
+/** A worker or process that waits for a place, or has one. */
+interface Far {
+  call(method: string, args: readonly unknown[]): Promise<unknown>;
+  end(): Promise<void>;
+}
+
+/** A rank somewhere else: `close()` ends it and where it ran. */
+const place = async <F extends Far>(far: F, at: RankPlace): Promise<RemoteRank & F> => {
+  await far.call("open", [at]);
+  const close = async () => {
+    await far.call("close", []);
+    await far.end();
   };
+  return { ...far, close };
+};
+
+/** A rank in a Web Worker of its own. */
+export const workerRank = async (at: RankPlace): Promise<RemoteRank & Far> => await place(await startWorker(), at);
+/** A rank in a process of its own. */
+export const processRank = async (at: RankPlace): Promise<RemoteRank & Far & { process: ChildProcess }> =>
+  await place(await startProcess(), at);
+
+/** Ranks that go back to a pool when they are closed, so that a suite starts few processes. The pool ends with the tests. */
+export function pooled(kind: typeof workerRank | typeof processRank): (at: RankPlace) => Promise<RemoteRank> {
+  const idle: Far[] = [];
+  after(async () => void await Promise.all(idle.map((far) => far.end())));
+  return async (at) => {
+    const far = idle.pop() ?? await (kind === workerRank ? startWorker() : startProcess());
+    await far.call("open", [at]);
+    const close = async () => {
+      await far.call("close", []);
+      idle.push(far);
+    };
+    return { call: far.call, close };
+  };
+}
+
+async function startWorker(): Promise<Far> {
+  const worker = new Worker(new URL("./rank_worker.ts", import.meta.url), { type: "module" });
+  const pending = new Pending(), listening = Promise.withResolvers<void>();
+  worker.onmessage = (event: MessageEvent<Answer>) =>
+    event.data.id < 0 ? listening.resolve() : pending.settle(event.data);
+  worker.onerror = (event: ErrorEvent) => {
+    listening.reject(new Error(event.message));
+    pending.fail(new Error(event.message));
+  };
+  await listening.promise;
   return {
-    call,
-    async close() {
-      await call("close", []);
-      worker.terminate();
+    call(method, args) {
+      const { id, promise } = pending.add();
+      worker.postMessage({ id, method, args });
+      return promise;
     },
+    end: () => Promise.resolve(worker.terminate()),
   };
 }
 
@@ -122,31 +162,25 @@ export function runArgs(file: string): string[] {
   return ["run", "-A", "--no-lock", "--import-map", map, file];
 }
 
-/** A rank in a process of its own. `kill()` ends it as `kill -9` does. */
-export async function processRank(place: RankPlace): Promise<RemoteRank & { process: ChildProcess }> {
+function startProcess(): Promise<Far & { process: ChildProcess }> {
   const file = fileURLToPath(new URL("./rank_process.ts", import.meta.url));
   const child = spawn(process.execPath, runArgs(file), { stdio: ["pipe", "pipe", "inherit"] });
-  const pending = new Pending(), ready = pending.add();
+  const pending = new Pending(), exited = new Promise<void>((resolve) => child.once("exit", () => resolve()));
   createInterface({ input: child.stdout! }).on("line", (line) => pending.settle(decode(line) as Answer));
-  child.once("exit", (code, signal) => pending.fail(new Error(`rank ${place.rank} exited with ${signal ?? code}`)));
+  child.once("exit", (code, signal) => pending.fail(new Error(`a rank's process exited with ${signal ?? code}`)));
   child.stdin!.on("error", () => {}); // a dead child is reported by its exit
-  child.stdin!.write(`${encode(place)}\n`);
-  await ready.promise;
-  const call = (method: string, args: readonly unknown[]) => {
-    const { id, promise } = pending.add();
-    child.stdin!.write(`${encode({ id, method, args })}\n`);
-    return promise;
-  };
-  return {
+  return Promise.resolve({
     process: child,
-    call,
-    async close() {
-      await call("close", []);
-      const exited = new Promise((resolve) => child.once("exit", resolve));
+    call(method: string, args: readonly unknown[]) {
+      const { id, promise } = pending.add();
+      child.stdin!.write(`${encode({ id, method, args })}\n`);
+      return promise;
+    },
+    async end() {
       child.stdin!.end();
       await exited;
     },
-  };
+  });
 }
 
 const arrays = { Int32Array, BigInt64Array, Float32Array, Uint16Array, Uint8Array } as const;
