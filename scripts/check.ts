@@ -16,6 +16,8 @@ const root = fileURLToPath(new URL("..", import.meta.url));
 const bin = (name: string): string => join(root, "node_modules/.bin", name);
 const [bun, deno, tsc] = ["bun", "deno", "tsc"].map(bin) as [string, string, string];
 const importMap = ["--import-map", "tests/support/import_map.json"];
+/** Bun gives a test 5 s unless told otherwise, which a busy machine of two cores can need. */
+const patience = ["--timeout", "60000"];
 const rebuilt = join("build", "native");
 const TAIL_LINES = 80;
 
@@ -45,11 +47,11 @@ const steps: readonly Step[] = [
   { name: "C header is generated", command: [bun, "scripts/abi.ts", "--check"] },
   { name: "libraries are built from the sources", command: [bun, "scripts/build.ts", "--check"] },
   { name: "rebuild cpu", command: [bun, "scripts/build.ts", "--backend", "cpu", "--out", rebuilt, "--strict"] },
-  { name: "tests (bun)", command: [bun, "test"], tests: "bun" },
+  { name: "tests (bun)", command: [bun, "test", ...patience], tests: "bun" },
   { name: "tests (deno)", command: [deno, "test", "-A", ...importMap], tests: "deno" },
   {
     name: "tests (bun, rebuilt cpu)",
-    command: [bun, "test", "cpu_test", "process_test", "failure_test"],
+    command: [bun, "test", ...patience, "cpu_test", "process_test", "failure_test"],
     tests: "bun",
     env: { DEEPEP_LIBRARY_CPU: join(root, rebuilt, "libdeepep_cpu.so") },
   },
@@ -57,6 +59,13 @@ const steps: readonly Step[] = [
   { name: "examples in README", command: [deno, "check", "--doc-only", ...importMap, "README.md"] },
   { name: "publish (dry run)", command: [deno, "publish", "--dry-run", "--allow-dirty"] },
 ];
+
+/** The process group of the step that runs. */
+let running: number | undefined;
+
+function endRunning(): void {
+  if (running !== undefined) process.kill(-running, "SIGKILL");
+}
 
 /** Runs a step; answers its exit status and output. Ends it, and what it started, when it takes too long. */
 function run({ command, env, seconds = 300 }: Step): Promise<{ status: number; output: string }> {
@@ -72,12 +81,14 @@ function run({ command, env, seconds = 300 }: Step): Promise<{ status: number; o
     const take = (data: Uint8Array): void => void (output += data);
     child.stdout.on("data", take);
     child.stderr.on("data", take);
+    running = child.pid;
     const timer = setTimeout(() => {
       output += `\nended after ${seconds} s\n`;
-      if (child.pid !== undefined) process.kill(-child.pid, "SIGKILL");
+      endRunning();
     }, seconds * 1000);
     const end = (status: number, words = ""): void => {
       clearTimeout(timer);
+      running = undefined;
       resolve({ status, output: output + words });
     };
     child.on("error", (error) => end(1, error.message));
@@ -123,4 +134,10 @@ async function main(): Promise<number> {
   return total.failed === 0 ? 0 : 1;
 }
 
+for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
+  process.on(signal, () => {
+    endRunning();
+    process.exit(1);
+  });
+}
 process.exitCode = await main();
