@@ -224,7 +224,7 @@ export async function dispatch<X extends Payload>(core: Core, x: X, o: DispatchO
     if (cached === undefined) core.device.end("deepep_handle_destroy", native, "dispatch");
     throw error;
   }
-  const out = packed.read();
+  const out = packed.outputs();
   const slot: HeldSlot = { index: out.slot, hold: core.holdSlot(out.slot, "dispatch") };
   slot.hold.producer = operation.event;
   let host: RecvCounts | undefined = known;
@@ -281,7 +281,7 @@ function readCounts(core: Core, address: bigint): RecvCounts {
 function result<X extends Payload>(
   core: Core,
   x: X,
-  out: ReturnType<typeof dispatchStruct.read>,
+  out: ReturnType<typeof dispatchStruct.outputs>,
   slot: HeldSlot,
   event: EpEvent,
   o: DispatchOptions,

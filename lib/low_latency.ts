@@ -189,7 +189,7 @@ export function lowLatencyDispatch(core: Core, x: Payload, o: LowLatencyDispatch
   const { fields, event } = core.operation(op, o, flags);
   dispatchStruct.pack({ slot: slotWanted, ...routing, ...payload, expert_stats, wait_stats, ...fields });
   core.launch("deepep_low_latency_dispatch", dispatchStruct, op, fields.done_id);
-  const out = dispatchStruct.read();
+  const out = dispatchStruct.outputs();
   const hold = core.holdSlot(out.slot, "low-latency dispatch");
   hold.producer = event;
   const slot: HeldSlot = { index: out.slot, hold }, held = { hold };
@@ -216,7 +216,7 @@ function received(
   core: Core,
   x: Payload,
   flags: number,
-  out: ReturnType<typeof dispatchStruct.read>,
+  out: ReturnType<typeof dispatchStruct.outputs>,
   held: { hold: Hold },
 ): Payload {
   const rows = [core.numLocalExperts, maxRows(core)], { data, scales } = parts("lowLatencyDispatch", x);

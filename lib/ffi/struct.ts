@@ -64,6 +64,12 @@ export type StructValues<N extends StructName> = {
   -readonly [K in keyof Fields<N>]: Fields<N>[K] extends readonly [infer T, ...unknown[]] ? Read<T> : never;
 };
 
+/** The fields of a struct that a call writes. */
+export type StructOutputs<N extends StructName> = {
+  -readonly [K in keyof Fields<N> as Fields<N>[K] extends readonly [unknown, "out", ...unknown[]] ? K : never]:
+    Fields<N>[K] extends readonly [infer T, ...unknown[]] ? Read<T> : never;
+};
+
 /** The fields of a struct to be written; what is missing becomes 0. */
 export type StructInput<N extends StructName> = {
   readonly [K in Exclude<keyof Fields<N>, "size">]?: Fields<N>[K] extends readonly [infer T, ...unknown[]]
@@ -91,6 +97,8 @@ export interface StructCodec<N extends StructName = StructName> {
   get<K extends keyof StructValues<N> & string>(field: K): StructValues<N>[K];
   /** Reads every field. */
   read(): StructValues<N>;
+  /** Reads the fields that a call writes: a third of the cost of `read` for the large structs. */
+  outputs(): StructOutputs<N>;
   /** Takes over the bytes of another struct of this kind, as received from a peer. */
   load(bytes: Uint8Array): this;
 }
@@ -224,6 +232,7 @@ export function struct<N extends StructName>(name: N): StructCodec<N> {
     if (!found) throw new TypeError(`Cannot pack ${name}: it has no field ${field}`);
     return found;
   };
+  const outputs = layout.fields.filter((f) => f.direction === "out").map((f) => [f.name, codec(f.name).get] as const);
   const self: StructCodec<N> = {
     name,
     bytes,
@@ -243,6 +252,11 @@ export function struct<N extends StructName>(name: N): StructCodec<N> {
     set: (field, value) => codec(field).set(value),
     get: (field) => codec(field).get() as never,
     read: () => Object.fromEntries(layout.fields.map((f) => [f.name, codec(f.name).get()])) as StructValues<N>,
+    outputs() {
+      const values: Record<string, unknown> = {};
+      for (const [field, get] of outputs) values[field] = get();
+      return values as StructOutputs<N>;
+    },
     load(from: Uint8Array) {
       if (from.length !== layout.size) {
         throw new RangeError(`Cannot load ${name}: ${from.length} bytes, the struct has ${layout.size}`);
