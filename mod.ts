@@ -40,6 +40,7 @@ export {
   type LowLatencyDispatchOptions,
   LowLatencyHandle,
   LowLatencyResult,
+  type Received,
 } from "./lib/low_latency.ts";
 export type { Payload, ScaledRows } from "./lib/payload.ts";
 export { Tensor } from "./lib/tensor.ts";
@@ -61,6 +62,8 @@ export {
   e4m3FromF32,
   f32FromBf16,
   f32FromE4m3,
+  type Fp8Options,
+  type Fp8Rows,
   itemSize,
   type TypedArrayOf,
 } from "./lib/dtype.ts";

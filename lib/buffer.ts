@@ -20,6 +20,7 @@ import {
   lowLatencyDispatch,
   type LowLatencyDispatchOptions,
   type LowLatencyResult,
+  type Received,
 } from "./low_latency.ts";
 import type { Payload } from "./payload.ts";
 import type { ResolvedOptions } from "./plan.ts";
@@ -152,7 +153,10 @@ export class EpBuffer implements AsyncDisposable {
   // --- low-latency mode
 
   /** Sends tokens into the masked expert-major layout. Launches at once. Collective. Throws as {@linkcode dispatch} does. */
-  lowLatencyDispatch(x: Payload, options: LowLatencyDispatchOptions): LowLatencyResult {
+  lowLatencyDispatch<X extends Payload, O extends LowLatencyDispatchOptions>(
+    x: X,
+    options: O,
+  ): LowLatencyResult<Received<X, O>> {
     return lowLatencyDispatch(this.#core, x, options);
   }
 

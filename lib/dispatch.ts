@@ -62,7 +62,7 @@ export class DispatchResult<X extends Payload = Payload> extends SlotResult impl
   /** Received rows, of the dtype that was sent: `[numTokens, …]` (rank layout) or `[numRows, …]` (expert layout). */
   readonly x: X;
   /** Rank layout, with `topkIdx`: same dtype, `[numTokens, numTopk]`: local expert index, -1 where the entry is another rank's. */
-  readonly topkIdx: Tensor | undefined;
+  readonly topkIdx: Tensor<"i32" | "i64"> | undefined;
   /** With `topkWeights`: f32 `[numTokens, numTopk]`, 0 where the entry is another rank's; expert layout `[numRows]`. */
   readonly topkWeights: Tensor<"f32"> | undefined;
   /** i32 `[rows]`: source rank * maxTokensPerRank + token; -1 in padding. */
@@ -79,7 +79,7 @@ export class DispatchResult<X extends Payload = Payload> extends SlotResult impl
   /** @ignore */
   constructor(core: Core, slot: HeldSlot, event: EpEvent, values: {
     x: X;
-    topkIdx: Tensor | undefined;
+    topkIdx: Tensor<"i32" | "i64"> | undefined;
     topkWeights: Tensor<"f32"> | undefined;
     srcIdx: Tensor<"i32">;
     counts: DeviceCounts;

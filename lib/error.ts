@@ -45,7 +45,8 @@ export interface EpErrorDetails {
 
 /** A failure reported by a library, a peer or a group. */
 export class EpError extends Error {
-  override readonly name = "EpError";
+  /** `"EpError"`. */
+  override readonly name: string = "EpError";
   /** What went wrong. */
   readonly code: EpErrorCode;
   /** The operation. */
@@ -79,7 +80,8 @@ export class EpError extends Error {
 
 /** A native library that cannot be found, loaded or trusted. The message lists what was tried. */
 export class LibraryError extends Error {
-  override readonly name = "LibraryError";
+  /** `"LibraryError"`. */
+  override readonly name: string = "LibraryError";
 }
 
 const camelCase = (name: string): string => name.toLowerCase().replace(/_(.)/g, (_, c: string) => c.toUpperCase());

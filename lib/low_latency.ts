@@ -114,12 +114,12 @@ class Receive {
 }
 
 /** What a low-latency dispatch received: per local expert, rows packed from 0. Valid until `release()`. */
-export class LowLatencyResult extends SlotResult {
+export class LowLatencyResult<X extends Payload = Payload> extends SlotResult {
   /**
    * Rows `[numLocalExperts, maxRows, hidden]` with `maxRows = numRanks * maxLowLatencyTokensPerRank`: with `fp8`
    * `{ data: f8e4m3, scales: f32 or i32 }`, else of the dtype that was sent. Only the first `count[e]` rows of an expert hold data.
    */
-  readonly x: Payload;
+  readonly x: X;
   /** i32 `[numLocalExperts]`: rows of each expert. */
   readonly count: Tensor<"i32">;
   /** i32 `[numLocalExperts, maxRows]`: token index at the source rank. */
@@ -132,7 +132,7 @@ export class LowLatencyResult extends SlotResult {
 
   /** @ignore */
   constructor(core: Core, slot: HeldSlot, receive: Receive, values: {
-    x: Payload;
+    x: X;
     count: Tensor<"i32">;
     srcInfo: Tensor<"i32">;
     layoutRange: Tensor<"i64">;
@@ -171,8 +171,17 @@ function castFlags(x: Payload, o: LowLatencyDispatchOptions): number {
     (o.scalesColumnMajor ?? true ? FLAG.SCALES_COLUMN_MAJOR[0] : 0) | (o.recvHook ? FLAG.RECEIVE_HOOK[0] : 0);
 }
 
+/** What arrives of `X`: e4m3 rows with scales when bf16 rows are cast, else what was sent. */
+export type Received<X extends Payload, O extends LowLatencyDispatchOptions> = O extends { fp8: false } ? X
+  : X extends Tensor<"bf16"> ? ScaledRows<"f8e4m3", "f32" | "i32">
+  : X;
+
 /** Enqueues a low-latency dispatch. */
-export function lowLatencyDispatch(core: Core, x: Payload, o: LowLatencyDispatchOptions): LowLatencyResult {
+export function lowLatencyDispatch<X extends Payload, O extends LowLatencyDispatchOptions>(
+  core: Core,
+  x: X,
+  o: O,
+): LowLatencyResult<Received<X, O>> {
   const op = "lowLatencyDispatch";
   needsLowLatency(core, op);
   const routing = routingFields(core, op, o.topkIdx, core.options.maxLowLatencyTokensPerRank);
@@ -195,7 +204,7 @@ export function lowLatencyDispatch(core: Core, x: Payload, o: LowLatencyDispatch
   const slot: HeldSlot = { index: out.slot, hold }, held = { hold };
   const receive = new Receive(core, op, out.slot, event, o, o.recvHook ?? false);
   return new LowLatencyResult(core, slot, receive, {
-    x: received(core, x, flags, out, held),
+    x: received(core, x, flags, out, held) as Received<X, O>,
     count: new Tensor(out.recv_count, "i32", [core.numLocalExperts], held),
     srcInfo: new Tensor(out.recv_src_info, "i32", [core.numLocalExperts, maxRows(core)], held),
     layoutRange: new Tensor(out.recv_layout_range, "i64", [core.numLocalExperts, core.numRanks], held),
@@ -229,7 +238,10 @@ function received(
     const shape = [...rows, ue8m0 ? Math.ceil(blocks / 4) : blocks];
     return {
       data: new Tensor(out.recv_x, "f8e4m3", [...rows, hidden], held),
-      scales: new Tensor(out.recv_scales, ue8m0 ? "i32" : "f32", shape, { strides: strides(4), ...held }),
+      scales: new Tensor<"f32" | "i32">(out.recv_scales, ue8m0 ? "i32" : "f32", shape, {
+        strides: strides(4),
+        ...held,
+      }),
     } satisfies ScaledRows;
   }
   const recvX = new Tensor(out.recv_x, data.dtype, [...rows, data.shape[1]!], held);

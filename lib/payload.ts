@@ -8,11 +8,11 @@ import { EpError } from "./error.ts";
 import type { Tensor } from "./tensor.ts";
 
 /** Rows with scales beside them: FP8 with one scale per 128 channels or per token, packed UE8M0, or any other format. */
-export interface ScaledRows {
+export interface ScaledRows<D extends DType = DType, S extends DType = DType> {
   /** Payload, `[numTokens, columns]` of any dtype, the row a multiple of 16 bytes. */
-  data: Tensor;
+  data: Tensor<D>;
   /** Scales, `[numTokens, numScales]` of any dtype and any strides. */
-  scales: Tensor;
+  scales: Tensor<S>;
 }
 /** What a dispatch carries: bf16 `[numTokens, hidden]`, rows of single bytes of any format, or rows with scales. */
 export type Payload = Tensor | ScaledRows;

@@ -12,6 +12,7 @@ const eventStruct = struct("deepep_event_args");
 export class Stream {
   /** The native stream; on CUDA a `cudaStream_t`. */
   readonly address: bigint;
+  /** @ignore Use `buffer.createStream()` or {@linkcode Stream.from}. */
   constructor(address: bigint) {
     this.address = address;
   }
