@@ -1,9 +1,10 @@
 /**
  * The gate: every check of this repository, in one command.
  *
- * In: the working tree, on a machine with Node and npm; what needs g++ is skipped without it. Out: a line for each step with its time, the end of the
- * output of each step that fails, and last the one line `N passed, N failed, N skipped`, which counts the tests of all
- * runners and the other steps. The exit status is 1 if anything failed. `npm test` runs this with Bun.
+ * In: the working tree, on a machine with Node and npm; what needs g++ is skipped without it. Out: a line for each step
+ * with its time, the end of the output of each step that fails, and last the one line `N passed, N failed, N skipped`,
+ * which counts the tests of all runners and the other steps. The exit status is 1 if anything failed. `npm test` runs
+ * this with Bun.
  */
 
 import { spawn, spawnSync } from "node:child_process";

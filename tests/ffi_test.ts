@@ -244,3 +244,32 @@ console.log("status", status, "in flight", completions.numInFlight, never);
     assertStringIncludes(stdout, "status 4 in flight 1 2n");
   }
 });
+
+test("the queue of the cpu library wakes by callback", { timeout: 20_000 }, async (t) => {
+  const library = await openLibrary("cpu").catch((error: LibraryError) => t.skip(error.message));
+  if (!library) return;
+  const { symbols } = library;
+  const ok = (code: number): void => assertEquals(code, 0, error.get("message"));
+  const queue = struct("deepep_queue_create_args");
+  ok(symbols.deepep_queue_create(0n, queue.bytes, error.reset()));
+  const source = queue.get("queue");
+  const buffer = struct("deepep_buffer_create_args");
+  buffer.pack({ num_ranks: 1, hidden: 8, num_experts: 1, num_topk: 1, max_tokens_per_rank: 1, queue: source });
+  ok(symbols.deepep_buffer_create(0n, buffer.bytes, error.reset()));
+  const event = struct("deepep_event_create_args");
+  ok(symbols.deepep_event_create(buffer.get("buffer"), event.bytes, error.reset()));
+  {
+    await using completions = new Completions({
+      drain: (out, capacity) => symbols.deepep_queue_drain(source, out, capacity),
+      wake: wakeOf(library, source),
+    }, { spinMs: 0 });
+    for (let i = 0; i < 50; i++) {
+      const id = completions.nextId();
+      ok(symbols.deepep_event_notify(event.get("event"), later.pack({ done_id: id }).bytes, error.reset()));
+      assertEquals(await completions.wait(id), 0);
+    }
+  }
+  ok(symbols.deepep_event_destroy(event.get("event"), error.reset()));
+  ok(symbols.deepep_buffer_destroy(buffer.get("buffer"), error.reset()));
+  ok(symbols.deepep_queue_destroy(source, error.reset()));
+});
