@@ -32,6 +32,11 @@
 // messages (capacity, disagreement) is found by every rank alike: both before a byte moves, so the buffer stays good. A rank
 // that fails half-way raises `aborts[s]` in every peer, so that nobody waits for the deadline in vain; it counts in calls
 // from its epoch on until the next recovery, or until the rank that it blames is masked.
+//
+// Leaving ranks out. Under MASK_ON_TIMEOUT a call goes on without a rank that does not come. Rows have their places by the
+// counts of those who take part, so all must leave out the same: before rows are pushed, every rank publishes whose messages
+// it has (`views[s]`), and those take part whom everyone has. A rank that dies later has left a hole among the received rows.
+// Should two ranks push with different views nevertheless (`pushed_view`), the call fails rather than mix rows up.
 #pragma once
 
 #include <cstdint>
@@ -61,12 +66,14 @@ enum Agreed : uint32_t {
   kAgreedTopkWeights,  // 0 = without, 1 = with, kNoOpinion = this rank has no rows to tell from
   kAgreedCached,
   kAgreedFlags,
+  kAgreedMaskOnTimeout,
   kAgreedRouting,  // low 32 bits of the epoch of the dispatch that made the handle
   kNumAgreed,
 };
 constexpr const char* kAgreedNames[kNumAgreed] = {
     "op",       "layout",        "expert_alignment", "row_bytes", "num_scales",          "scale_elem_bytes",
-    "num_topk", "topk_idx_bytes", "topk_weights",     "cached",    "flags (the shared ones)", "the handle's dispatch",
+    "num_topk", "topk_idx_bytes", "topk_weights",     "cached",    "flags (the shared ones)", "MASK_ON_TIMEOUT",
+    "the handle's dispatch",
 };
 constexpr uint32_t kNoOpinion = 2;
 
@@ -80,6 +87,13 @@ struct MessageHeader {
   int32_t reserved;
 };
 static_assert(sizeof(MessageHeader) <= kMessageHeaderBytes);
+
+// The ranks whose messages a rank has, under MASK_ON_TIMEOUT.
+struct View {
+  uint64_t epoch;  // stored last, with release
+  uint64_t ranks;
+};
+static_assert(sizeof(View) <= kLineBytes);
 
 // Announcement of a low-latency combine, for one slot of the reader.
 struct ReadyLine {
@@ -114,6 +128,9 @@ DEEPEP_HOST_DEVICE inline Doorbell* doorbell_at(uint8_t* base, const Regions& re
 }
 DEEPEP_HOST_DEVICE inline uint64_t* abort_at(uint8_t* base, const Regions& regions, uint32_t src) {
   return reinterpret_cast<uint64_t*>(base + regions.aborts + src * kLineBytes);
+}
+DEEPEP_HOST_DEVICE inline View* view_at(uint8_t* base, const Regions& regions, uint32_t src) {
+  return reinterpret_cast<View*>(base + regions.views + src * kLineBytes);
 }
 // `part` is regions.pushed, pushed_view or pulled.
 DEEPEP_HOST_DEVICE inline uint64_t* slot_word_at(uint8_t* base, uint64_t part, uint32_t src, uint32_t slot) {

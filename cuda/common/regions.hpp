@@ -65,6 +65,7 @@ struct Regions {
   uint64_t aborts = 0;         // [src] one line each: an abort word
   uint64_t pushed = 0;         // [src] one line each: u64 [kMaxSlots], epoch of the dispatch that src has finished pushing
   uint64_t pushed_view = 0;    // [src] one line each: u64 [kMaxSlots], ranks that src counted in for it
+  uint64_t views = 0;          // [src] one line each: a View, for agreement under MASK_ON_TIMEOUT
   uint64_t pulled = 0;         // [src] one line each: u64 [kMaxSlots], epoch of the combine that src has finished pulling
   uint64_t ready = 0;          // [src][kMaxSlots] one line each: low-latency combine's announcement
   uint64_t messages = 0;       // [src][ring] message_bytes each
@@ -103,6 +104,7 @@ DEEPEP_HOST_DEVICE constexpr Regions make_regions(const Options& options) {
   r.aborts = at, at = align_up(at + ranks * kLineBytes, kRegionAlignment);
   r.pushed = at, at = align_up(at + ranks * kLineBytes, kRegionAlignment);
   r.pushed_view = at, at = align_up(at + ranks * kLineBytes, kRegionAlignment);
+  r.views = at, at = align_up(at + ranks * kLineBytes, kRegionAlignment);
   r.pulled = at, at = align_up(at + ranks * kLineBytes, kRegionAlignment);
   r.ready = at, at = align_up(at + ranks * kMaxSlots * kLineBytes, kRegionAlignment);
   r.messages = at, at += ranks * r.message_ring * r.message_bytes;

@@ -155,7 +155,8 @@ bool CombineRun::publish() {
     begin_reading(op_, job_.slot);
     copy_in();
   }
-  if (exchange(op_, draft(), wait, exchange_)) return true;
+  PeerWait for_messages = wait.again();
+  if (exchange(op_, draft(), for_messages, exchange_)) return true;
   if (op_.agreed) forget_readers(op_, job_.slot);
   return false;
 }

@@ -151,6 +151,7 @@ Draft DispatchRun::draft(const Counts& counts) const {
   draft.agreed[kAgreedFlags] = args_.flags & DEEPEP_FLAG_SCALES_COLUMN_MAJOR;
   draft.agreed[kAgreedRouting] = job_.cached ? static_cast<uint32_t>(routing_.epoch) : 0;
   draft.slot = job_.slot;
+  draft.pushes = true;
   draft.num_tokens = plan_.num_tokens;
   if (!job_.cached && op_.failure.code == 0) {
     draft.tokens_per_rank = counts.tokens.data();

@@ -28,7 +28,8 @@ void set_agreed_failure(Operation& op, int32_t code, uint32_t peer) {
 }
 
 // What every rank finds alike in the messages: a refusal, or a disagreement.
-bool check_messages(Operation& op, const Draft& draft, const Exchange& exchanged) {
+bool check_messages(Operation& op, const Exchange& exchanged) {
+  const uint32_t* ours = exchanged.from[op.buffer.rank]->agreed;  // as this rank published them
   const uint32_t num_ranks = op.buffer.options.num_ranks;
   for (uint32_t peer = 0; peer < num_ranks; ++peer) {
     if (peer == op.buffer.rank || exchanged.from[peer] == nullptr || exchanged.from[peer]->code == 0) continue;
@@ -41,7 +42,7 @@ bool check_messages(Operation& op, const Draft& draft, const Exchange& exchanged
     if (peer == op.buffer.rank || exchanged.from[peer] == nullptr) continue;
     const MessageHeader& message = *exchanged.from[peer];
     const uint64_t epoch = load_acquire(&message.epoch);
-    const uint32_t i = first_difference(draft.agreed.data(), message.agreed);
+    const uint32_t i = first_difference(ours, message.agreed);
     if (epoch == op.epoch && i == kNumAgreed) continue;
     set_agreed_failure(op, DEEPEP_ERROR_MISMATCH, peer);
     if (epoch != op.epoch) {
@@ -51,17 +52,56 @@ bool check_messages(Operation& op, const Draft& draft, const Exchange& exchanged
                   static_cast<long long>(op.epoch), peer, static_cast<long long>(epoch));
       return false;
     }
-    op.failure.expected = draft.agreed[i];
+    op.failure.expected = ours[i];
     op.failure.seen = message.agreed[i];
     if (i == kAgreedOp) {
       set_message(op.failure, "Cannot %s: in call %llu rank %u does something else (%s)", doing(op.op),
                   static_cast<unsigned long long>(op.epoch), peer, doing(static_cast<int32_t>(message.agreed[i])));
     } else {
       set_message(op.failure, "Cannot %s: ranks disagree about %s: %u on this rank %u, %u on rank %u", doing(op.op),
-                  kAgreedNames[i], draft.agreed[i], op.buffer.rank, message.agreed[i], peer);
+                  kAgreedNames[i], ours[i], op.buffer.rank, message.agreed[i], peer);
     }
     return false;
   }
+  return true;
+}
+
+// A peer that came may have been left out since: another rank has given it up.
+void drop_masked(const Buffer& buffer, Exchange& exchanged) {
+  exchanged.view &= ~buffer.masked.load(std::memory_order_relaxed);
+  for (uint32_t peer = 0; peer < buffer.options.num_ranks; ++peer) {
+    if (!in_view(exchanged.view, peer)) exchanged.from[peer] = nullptr;
+  }
+}
+
+// MASK_ON_TIMEOUT: those take part whose messages everyone has. A rank that one peer has given up, and that came to this
+// one just in time, is left out here too.
+bool agree_on_view(Operation& op, PeerWait wait, Exchange& exchanged) {
+  Buffer& buffer = op.buffer;
+  for (uint32_t peer = 0; peer < buffer.options.num_ranks; ++peer) {
+    if (peer == buffer.rank || !in_view(exchanged.view, peer)) continue;
+    View* view = view_at(buffer.symmetric(peer), buffer.regions, buffer.rank);
+    view->ranks = exchanged.view;
+    store_release(&view->epoch, op.epoch);  // Pairs with the wait below, at the peer.
+    ring(buffer, peer);
+  }
+  uint64_t common = exchanged.view;
+  for (uint32_t peer = 0; peer < buffer.options.num_ranks; ++peer) {
+    if (peer == buffer.rank || !in_view(exchanged.view, peer)) continue;
+    const View* view = view_at(buffer.symmetric(buffer.rank), buffer.regions, peer);
+    // Pairs with the release above, of the peer.
+    const Arrival arrival = wait.wait_for(peer, &view->epoch, op.epoch, {"the view of"});
+    if (arrival == Arrival::failed) return false;
+    common &= arrival == Arrival::arrived ? view->ranks : ~(uint64_t{1} << peer);
+    if (!in_view(common, buffer.rank)) {
+      fail_left_out(op, peer);
+      return false;
+    }
+  }
+  for (uint32_t peer = 0; peer < buffer.options.num_ranks; ++peer) {
+    if (in_view(exchanged.view & ~common, peer)) buffer.mask_now(peer);
+  }
+  drop_masked(buffer, exchanged);
   return true;
 }
 
@@ -83,6 +123,7 @@ void publish(Operation& op, const Draft& draft, uint32_t to) {
   Buffer& buffer = op.buffer;
   MessageHeader* message = message_at(buffer.symmetric(to), buffer.regions, buffer.rank, op.epoch);
   std::memcpy(message->agreed, draft.agreed.data(), sizeof message->agreed);
+  message->agreed[kAgreedMaskOnTimeout] = buffer.mask_on_timeout ? 1 : 0;
   message->slot = draft.slot;
   message->num_tokens = draft.num_tokens;
   message->code = op.failure.code;
@@ -121,16 +162,13 @@ bool exchange(Operation& op, const Draft& draft, PeerWait& wait, Exchange& out) 
     out.view |= uint64_t{1} << peer;
     out.from[peer] = message;
   }
-  // A peer that came may have been left out while others were waited for: another rank has given it up.
-  out.view &= ~buffer.masked.load(std::memory_order_relaxed);
-  for (uint32_t peer = 0; peer < num_ranks; ++peer) {
-    if (!in_view(out.view, peer)) out.from[peer] = nullptr;
-  }
+  drop_masked(buffer, out);
   if (own.code != 0) {
     op.failure = own;
     return false;
   }
-  return check_messages(op, draft, out);
+  if (!check_messages(op, out)) return false;
+  return !draft.pushes || !buffer.mask_on_timeout || agree_on_view(op, wait.again(), out);
 }
 
 }  // namespace deepep

@@ -21,6 +21,7 @@ struct Draft {
   uint32_t num_tokens = 0;
   const uint32_t* tokens_per_rank = nullptr;      // [num_ranks], nullptr = a call without counts
   const uint32_t* entries_per_expert = nullptr;   // [num_experts]
+  bool pushes = false;                            // rows will be pushed: all must count in the same ranks
 };
 
 // What all ranks said.

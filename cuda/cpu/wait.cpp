@@ -58,6 +58,13 @@ bool concerns(const Operation& op, const Abort& abort, uint32_t from) {
          !in_view(masked, from) && !in_view(masked, abort.culprit);
 }
 
+// Whether `peer` sleeps because of a rank other than this one: then that rank is to blame, and `peer` will soon say so.
+bool waits_for_another(Buffer& buffer, uint32_t peer) {
+  Doorbell* bell = doorbell_at(buffer.symmetric(peer), buffer.regions);
+  const uint64_t waiting = std::atomic_ref<uint64_t>(bell->waiting_for).load(std::memory_order_relaxed);
+  return (waiting & ~(uint64_t{1} << buffer.rank)) != 0;
+}
+
 const char* reason(int32_t code) {
   switch (code) {
     case DEEPEP_ERROR_TIMEOUT: return "did not come in time";
@@ -97,19 +104,24 @@ void announce_failure(Operation& op) {
   announce(op.buffer, {op.epoch, op.failure.code, culprit, false});
 }
 
+void fail_left_out(Operation& op, uint32_t by) {
+  op.failure.code = DEEPEP_ERROR_ABORTED;
+  op.failure.op = op.op;
+  op.failure.phase = op.phase;
+  op.failure.peer = static_cast<int32_t>(op.buffer.rank);
+  set_message(op.failure, "Cannot %s: rank %u goes on without this rank, %u, which came too late in call %llu", doing(op.op),
+              by, op.buffer.rank, static_cast<unsigned long long>(op.epoch));
+  announce_failure(op);
+}
+
 bool is_left_out(Operation& op) {
   Buffer& buffer = op.buffer;
   for (uint32_t from = 0; from < buffer.options.num_ranks; ++from) {
     if (from == buffer.rank) continue;
+    // Pairs with announce() of that rank.
     const Abort abort = abort_from_word(load_acquire(abort_at(buffer.symmetric(buffer.rank), buffer.regions, from)));
     if (abort.culprit != buffer.rank || !concerns(op, abort, from)) continue;
-    op.failure.code = DEEPEP_ERROR_ABORTED;
-    op.failure.op = op.op;
-    op.failure.phase = op.phase;
-    op.failure.peer = static_cast<int32_t>(buffer.rank);
-    set_message(op.failure, "Cannot %s: rank %u goes on without this rank %u, which %s for it in call %llu", doing(op.op), from,
-                buffer.rank, reason(abort.code), static_cast<unsigned long long>(abort.epoch));
-    announce_failure(op);
+    fail_left_out(op, from);
     return true;
   }
   return false;
@@ -163,6 +175,10 @@ Arrival PeerWait::sleep_until(uint32_t peer, const uint64_t* word, uint64_t at_l
         break;
       }
       alive_ns = now = now_ns();
+    }
+    if (now >= deadline_ns_ && !is_extended_ && waits_for_another(buffer_, peer)) {
+      deadline_ns_ += op_.timeout_ns / 2;
+      is_extended_ = true;
     }
     if (now >= deadline_ns_) {
       arrival = give_up(peer, DEEPEP_ERROR_TIMEOUT, word, at_least, awaited, now - begin_ns);

@@ -33,11 +33,15 @@ struct Awaited {
   bool satisfied_by_abort = false;  // also over once the peer has given up in this epoch or a later one: it no longer reads
 };
 
-// The waits of one phase. They share a deadline, so that several missing peers cost one timeout.
+// The waits of one phase. They share a deadline, so that several missing peers cost one timeout. It is extended once, by half,
+// when the awaited peer itself waits for a third rank: the one that is to blame shall be blamed, not the one that waits for it.
 class PeerWait {
  public:
   // `kind` is Buffer::wait_ns's, -1 = not accounted. `wait_stats` is the caller's i64 [num_ranks] or nullptr.
   explicit PeerWait(Operation& op, int kind = -1, int64_t* wait_stats = nullptr);
+
+  // The same for a further round: the deadline begins anew, since this round may have used it up on a rank that never came.
+  PeerWait again() const { return PeerWait(op_, kind_, wait_stats_); }
 
   // Waits until `word`, which only `peer` raises, is at least `at_least`: an acquire, which pairs with the release that the
   // peer's store made before it rang. Not for this rank itself.
@@ -54,6 +58,7 @@ class PeerWait {
   int kind_;
   int64_t* wait_stats_;
   uint64_t deadline_ns_;
+  bool is_extended_ = false;
 };
 
 // Wakes `peer` if it waits for this rank. After the release stores that it may wait for.
@@ -65,6 +70,8 @@ void announce_failure(Operation& op);
 // Whether some peer has left this rank out of this call: then it must not write into that peer's memory any more. Fills
 // op.failure. Called every few rows by those who push.
 bool is_left_out(Operation& op);
+// Ends the operation because rank `by` goes on without this one.
+void fail_left_out(Operation& op, uint32_t by);
 
 // What an operation does, for messages: "dispatch" in "Cannot dispatch: …".
 const char* doing(int32_t op);
