@@ -20,7 +20,7 @@ const eventCreateStruct = struct("deepep_event_create_args");
 const eventStruct = struct("deepep_event_args");
 const releaseStruct = struct("deepep_slot_release_args");
 const outputStruct = struct("deepep_expert_output_args");
-const infoStruct = struct("deepep_buffer_info");
+const infoStruct: StructCodec<"deepep_buffer_info"> = struct("deepep_buffer_info");
 
 /** Options that every operation takes. */
 export interface OperationOptions {

@@ -15,7 +15,7 @@ import {
   SlotResult,
 } from "./handle.ts";
 import { checkTensor, flat, parts, type Payload, payloadFields, type RoutingFields, routingFields } from "./payload.ts";
-import { type DispatchLayout } from "./dispatch_layout.ts";
+import type { DispatchLayout } from "./dispatch_layout.ts";
 import { type Hold, Tensor } from "./tensor.ts";
 import type { EpEvent } from "./stream.ts";
 

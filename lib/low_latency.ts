@@ -11,7 +11,7 @@ import { itemSize } from "./dtype.ts";
 import { EpError } from "./error.ts";
 import { type HeldSlot, SlotResult } from "./handle.ts";
 import { describe, flat, parts, type Payload, payloadFields, routingFields, type ScaledRows } from "./payload.ts";
-import { EpEvent } from "./stream.ts";
+import type { EpEvent } from "./stream.ts";
 import { type Hold, Tensor } from "./tensor.ts";
 
 const FLAG = constants.FLAG;

@@ -52,7 +52,7 @@ function whole(name: string, value: number, least: number, most: number): number
 /** Checks options and fills in the defaults. @throws {RangeError} naming the option, its value and the range */
 export function resolveOptions(shape: BufferShape, numRanks: number): ResolvedOptions {
   whole("numRanks", numRanks, 1, limits.RANKS[0]);
-  const hidden = whole("hidden", shape.hidden, 8, 1 << 20);
+  const hidden = whole("hidden", shape.hidden, 8, limits.HIDDEN[0]);
   if (hidden % 8 !== 0) {
     throw new RangeError(
       `Cannot create a buffer: hidden is ${hidden}, ${2 * hidden} bytes in bf16, needs a multiple of 16 bytes`,
@@ -67,11 +67,16 @@ export function resolveOptions(shape: BufferShape, numRanks: number): ResolvedOp
     0,
     limits.TOKENS[0],
   );
-  const maxRowBytes = whole("maxRowBytes", shape.maxRowBytes ?? 2 * hidden, 16, 1 << 22);
+  const maxRowBytes = whole("maxRowBytes", shape.maxRowBytes ?? 2 * hidden, 16, limits.ROW_BYTES[0]);
   if (maxRowBytes % 16 !== 0) {
     throw new RangeError(`Cannot create a buffer: maxRowBytes is ${maxRowBytes}, needs a multiple of 16`);
   }
-  const maxScaleBytes = whole("maxScaleBytes", shape.maxScaleBytes ?? 4 * Math.ceil(hidden / 128), 0, 1 << 20);
+  const maxScaleBytes = whole(
+    "maxScaleBytes",
+    shape.maxScaleBytes ?? 4 * Math.ceil(hidden / 128),
+    0,
+    limits.ROW_BYTES[0],
+  );
   const rowBytes = maxRowBytes + maxScaleBytes + 2 * hidden; // received and expert output
   const localExperts = Math.ceil(numExperts / numRanks);
   const rankWorst = maxTokensPerRank * numRanks;
@@ -88,7 +93,7 @@ export function resolveOptions(shape: BufferShape, numRanks: number): ResolvedOp
       "maxRecvTokens",
       shape.maxRecvTokens ?? Math.max(1, affordable ? Math.max(rankWorst, expertWorst) : fallback),
       1,
-      2 ** 31 - 1,
+      limits.RECV_TOKENS[0],
     ),
     numSlots: whole("numSlots", shape.numSlots ?? 2, 1, limits.SLOTS[0]),
     maxRowBytes,

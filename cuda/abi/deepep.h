@@ -76,6 +76,9 @@ extern "C" {
 #define DEEPEP_MAX_SLOTS 8               /* results held at once */
 #define DEEPEP_MAX_EXPERTS 4096          /* experts in all */
 #define DEEPEP_MAX_TOKENS 65536          /* tokens a rank */
+#define DEEPEP_MAX_HIDDEN 262144         /* channels a token */
+#define DEEPEP_MAX_ROW_BYTES 1048576     /* bytes of a payload row, and of a row of scales */
+#define DEEPEP_MAX_RECV_TOKENS 2147483647 /* rows a slot holds: rows are numbered by int32 */
 
 /* ---- What a call returns, what a completion carries, and what deepep_error.code holds ---- */
 #define DEEPEP_OK 0                      /* no error */
@@ -319,11 +322,11 @@ typedef struct deepep_buffer_create_args {
   uint32_t flags;
   /* [in] this rank */
   uint32_t rank;
-  /* [in] device index */
+  /* [in] device index; 0 on the cpu backend */
   int32_t device;
   /* [in] ranks in the group, 1 … DEEPEP_MAX_RANKS */
   uint32_t num_ranks;
-  /* [in] channels a token; hidden * 2 must be a multiple of 16 */
+  /* [in] channels a token, 8 … DEEPEP_MAX_HIDDEN; hidden * 2 must be a multiple of 16 */
   uint32_t hidden;
   /* [in] experts in all; they need not divide by the ranks: the first num_experts % num_ranks ranks own one more */
   uint32_t num_experts;
@@ -337,9 +340,9 @@ typedef struct deepep_buffer_create_args {
   uint32_t max_recv_tokens;
   /* [in] results that can be held at once, 1 … 8; 0 = 2 */
   uint32_t num_slots;
-  /* [in] largest payload row; 0 = hidden * 2 */
+  /* [in] largest payload row, a multiple of 16, at most DEEPEP_MAX_ROW_BYTES; 0 = hidden * 2 */
   uint32_t max_row_bytes;
-  /* [in] largest scale row; 0 = 4 bytes per 128 channels, rounded up */
+  /* [in] largest scale row, at most DEEPEP_MAX_ROW_BYTES; 0 = 4 bytes per 128 channels, rounded up */
   uint32_t max_scale_bytes;
   /* [in] deadline of each wait, milliseconds; 0 = 30000 */
   uint32_t timeout_ms;
@@ -402,7 +405,7 @@ typedef struct deepep_peer_handle {
   uint32_t rank;
   /* [in] ranks in the group, 1 … DEEPEP_MAX_RANKS */
   uint32_t num_ranks;
-  /* [in] channels a token; hidden * 2 must be a multiple of 16 */
+  /* [in] channels a token, 8 … DEEPEP_MAX_HIDDEN; hidden * 2 must be a multiple of 16 */
   uint32_t hidden;
   /* [in] experts in all; they need not divide by the ranks: the first num_experts % num_ranks ranks own one more */
   uint32_t num_experts;
@@ -416,9 +419,9 @@ typedef struct deepep_peer_handle {
   uint32_t max_recv_tokens;
   /* [in] results that can be held at once, 1 … 8; 0 = 2 */
   uint32_t num_slots;
-  /* [in] largest payload row; 0 = hidden * 2 */
+  /* [in] largest payload row, a multiple of 16, at most DEEPEP_MAX_ROW_BYTES; 0 = hidden * 2 */
   uint32_t max_row_bytes;
-  /* [in] largest scale row; 0 = 4 bytes per 128 channels, rounded up */
+  /* [in] largest scale row, at most DEEPEP_MAX_ROW_BYTES; 0 = 4 bytes per 128 channels, rounded up */
   uint32_t max_scale_bytes;
   /* [out] opaque: deepep_buffer_export writes it and the rest, deepep_buffer_import reads it */
   char bytes[128];
@@ -577,7 +580,7 @@ typedef struct deepep_copy_args {
   uint64_t src;
   /* [in] so many bytes */
   uint64_t bytes;
-  /* [in] in the order of this stream */
+  /* [in] in the order of this stream; 0 is refused */
   uint64_t stream;
   /* [in] completion to queue when done; 0 = none */
   uint64_t done_id;
@@ -601,7 +604,7 @@ typedef struct deepep_fill_args {
   uint64_t dst;
   /* [in] so many bytes */
   uint64_t bytes;
-  /* [in] in the order of this stream */
+  /* [in] in the order of this stream; 0 is refused */
   uint64_t stream;
 } deepep_fill_args;
 static_assert(sizeof(deepep_fill_args) == 32, "size");
@@ -660,7 +663,7 @@ typedef struct deepep_event_args {
   uint64_t stream;
   /* [in] notify: completion to queue once the recorded work has ended */
   uint64_t done_id;
-  /* [out] query: status of the operation that recorded it */
+  /* [out] query: how the operation ended that was given the event; DEEPEP_OK for one set by deepep_event_record */
   int32_t status;
   /* [in] 0 */
   uint32_t reserved;
@@ -1283,7 +1286,7 @@ DEEPEP_API int32_t deepep_queue_drain(uint64_t queue, void* out, uint32_t capaci
 /* Optional wake-up by callback. */
 DEEPEP_API int32_t deepep_queue_wake(uint64_t queue, const deepep_queue_wake_args* args, deepep_error* error);
 
-/* Frees a queue, after the buffers that use it. */
+/* Frees a queue, after the buffers that use it. A notifier that still runs ends without its last call. */
 DEEPEP_API int32_t deepep_queue_destroy(uint64_t queue, deepep_error* error);
 
 /* Writes the sizes that deepep_buffer_create would allocate, and the defaults it would take for zeros. Allocates
@@ -1309,7 +1312,7 @@ DEEPEP_API int32_t deepep_buffer_connect(uint64_t buffer, deepep_error* error);
 DEEPEP_API int32_t deepep_buffer_get_info(uint64_t buffer, deepep_buffer_info* args, deepep_error* error);
 
 /* After a failure: forgets it and continues at an epoch agreed by the survivors. Every survivor calls it with the
- * same arguments, none with work enqueued. */
+ * same arguments; INVALID_ARGUMENT while work is enqueued, or when `epoch` is below this rank's. */
 DEEPEP_API int32_t deepep_buffer_recover(uint64_t buffer, const deepep_buffer_recover_args* args, deepep_error* error);
 
 /* Waits for the buffer's own streams (bounded by their deadlines), then frees everything. Local: never waits for a

@@ -7,10 +7,6 @@
 namespace deepep {
 namespace {
 
-constexpr uint32_t kMaxHidden = 1 << 18;
-constexpr uint32_t kMaxRowBytes = 1 << 20;
-constexpr uint32_t kMaxRecvTokens = 0x7FFFFFFF;  // rows are numbered by i32
-
 // One line an option, where it is in the three structs that carry it, and what it may be (0 where it stands for a default).
 struct Field {
   const char* name;
@@ -25,15 +21,15 @@ struct Field {
   { #name, &Options::name, &deepep_buffer_create_args::name, &deepep_peer_handle::name, least, most }
 constexpr Field kFields[] = {
     DEEPEP_OPTION(num_ranks, 1, DEEPEP_MAX_RANKS),
-    DEEPEP_OPTION(hidden, 8, kMaxHidden),
+    DEEPEP_OPTION(hidden, 8, DEEPEP_MAX_HIDDEN),
     DEEPEP_OPTION(num_experts, 1, DEEPEP_MAX_EXPERTS),
     DEEPEP_OPTION(num_topk, 1, DEEPEP_MAX_TOPK),
     DEEPEP_OPTION(max_tokens_per_rank, 0, DEEPEP_MAX_TOKENS),
     DEEPEP_OPTION(max_low_latency_tokens_per_rank, 0, DEEPEP_MAX_TOKENS),
-    DEEPEP_OPTION(max_recv_tokens, 0, kMaxRecvTokens),
+    DEEPEP_OPTION(max_recv_tokens, 0, DEEPEP_MAX_RECV_TOKENS),
     DEEPEP_OPTION(num_slots, 0, DEEPEP_MAX_SLOTS),
-    DEEPEP_OPTION(max_row_bytes, 0, kMaxRowBytes),
-    DEEPEP_OPTION(max_scale_bytes, 0, kMaxRowBytes),
+    DEEPEP_OPTION(max_row_bytes, 0, DEEPEP_MAX_ROW_BYTES),
+    DEEPEP_OPTION(max_scale_bytes, 0, DEEPEP_MAX_ROW_BYTES),
 };
 #undef DEEPEP_OPTION
 static_assert(sizeof kFields / sizeof kFields[0] == sizeof(Options) / sizeof(uint32_t), "an option is missing above");

@@ -186,7 +186,7 @@ const reserved = ["u32", "in", "0"] as const satisfies Field;
 /** The options of a buffer that every rank must agree about. Travels in the peer handle too, where it is compared. */
 const options = {
   num_ranks: ["u32", "in", "ranks in the group, 1 … DEEPEP_MAX_RANKS"],
-  hidden: ["u32", "in", "channels a token; hidden * 2 must be a multiple of 16"],
+  hidden: ["u32", "in", "channels a token, 8 … DEEPEP_MAX_HIDDEN; hidden * 2 must be a multiple of 16"],
   num_experts: [
     "u32",
     "in",
@@ -201,8 +201,12 @@ const options = {
     "rows a slot holds in normal mode (either layout); 0 = max_tokens_per_rank * num_ranks",
   ],
   num_slots: ["u32", "in", "results that can be held at once, 1 … 8; 0 = 2"],
-  max_row_bytes: ["u32", "in", "largest payload row; 0 = hidden * 2"],
-  max_scale_bytes: ["u32", "in", "largest scale row; 0 = 4 bytes per 128 channels, rounded up"],
+  max_row_bytes: ["u32", "in", "largest payload row, a multiple of 16, at most DEEPEP_MAX_ROW_BYTES; 0 = hidden * 2"],
+  max_scale_bytes: [
+    "u32",
+    "in",
+    "largest scale row, at most DEEPEP_MAX_ROW_BYTES; 0 = 4 bytes per 128 channels, rounded up",
+  ],
 } as const satisfies Record<string, Field>;
 
 /** The structs. */
@@ -269,7 +273,7 @@ export const structs = {
       size,
       flags: ["u32", "in", "DEEPEP_BUFFER_* bits"],
       rank: ["u32", "in", "this rank"],
-      device: ["i32", "in", "device index"],
+      device: ["i32", "in", "device index; 0 on the cpu backend"],
       ...options,
       timeout_ms: ["u32", "in", "deadline of each wait, milliseconds; 0 = 30000"],
       num_sms: ["i32", "in", "multiprocessors an operation uses unless it says; 0 = the plan's choice"],
@@ -365,7 +369,7 @@ export const structs = {
       dst: ["u64", "in", "to this address"],
       src: ["u64", "in", "from this address; must not overlap"],
       bytes: ["u64", "in", "so many bytes"],
-      stream: ["u64", "in", "in the order of this stream"],
+      stream: ["u64", "in", "in the order of this stream; 0 is refused"],
       done_id: ["u64", "in", "completion to queue when done; 0 = none"],
     },
   },
@@ -376,7 +380,7 @@ export const structs = {
       value: ["u32", "in", "byte value, 0 … 255"],
       dst: ["u64", "in", "from this address"],
       bytes: ["u64", "in", "so many bytes"],
-      stream: ["u64", "in", "in the order of this stream"],
+      stream: ["u64", "in", "in the order of this stream; 0 is refused"],
     },
   },
   deepep_stream_create_args: {
@@ -398,7 +402,11 @@ export const structs = {
       done: ["u32", "out", "query: 1 when the recorded work has ended"],
       stream: ["u64", "in", "record: after this stream's present work; wait: this stream waits for it"],
       done_id: ["u64", "in", "notify: completion to queue once the recorded work has ended"],
-      status: ["i32", "out", "query: status of the operation that recorded it"],
+      status: [
+        "i32",
+        "out",
+        "query: how the operation ended that was given the event; DEEPEP_OK for one set by deepep_event_record",
+      ],
       reserved,
     },
   },
@@ -636,7 +644,7 @@ export const functions = {
   deepep_queue_destroy: {
     args: [["queue", "u64"], ["error", "deepep_error"]],
     ret: "i32",
-    doc: "Frees a queue, after the buffers that use it.",
+    doc: "Frees a queue, after the buffers that use it. A notifier that still runs ends without its last call.",
   },
   deepep_buffer_size: {
     args: [["device", "u64"], ["args", "deepep_buffer_create_args"], ["error", "deepep_error"]],
@@ -676,7 +684,7 @@ export const functions = {
     args: [["buffer", "u64"], ["args", "deepep_buffer_recover_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc:
-      "After a failure: forgets it and continues at an epoch agreed by the survivors. Every survivor calls it with the same arguments, none with work enqueued.",
+      "After a failure: forgets it and continues at an epoch agreed by the survivors. Every survivor calls it with the same arguments; INVALID_ARGUMENT while work is enqueued, or when `epoch` is below this rank's.",
   },
   deepep_buffer_destroy: {
     args: [["buffer", "u64"], ["error", "deepep_error"]],
@@ -837,4 +845,7 @@ export const limits = {
   SLOTS: [8, "results held at once"],
   EXPERTS: [4096, "experts in all"],
   TOKENS: [65536, "tokens a rank"],
+  HIDDEN: [262144, "channels a token"],
+  ROW_BYTES: [1048576, "bytes of a payload row, and of a row of scales"],
+  RECV_TOKENS: [2147483647, "rows a slot holds: rows are numbered by int32"],
 } as const satisfies Record<string, readonly [number, string]>;
