@@ -73,7 +73,8 @@ test("bench: every op gives a figure, its bound and the naive way beside it", bo
   const { code, stdout, stderr, lines } = await bench();
   assertEquals(code, 0, stderr);
   const normal = ["dispatch", "dispatch_cached", "dispatch_fp8", "dispatch_expert", "combine", "combine_copy"];
-  const host = ["host_dispatch", "host_dispatch_cached", "host_combine", "host_ll_dispatch", "host_ll_combine", "wake"];
+  const calls = ["dispatch", "dispatch_cached", "combine", "ll_dispatch", "ll_combine"];
+  const host = [...calls.flatMap((name) => [`host_${name}`, `host_${name}_idle`]), "wake", "wake_late"];
   const expected = [...normal, "ll_dispatch", "ll_combine", "ll_dispatch", "ll_combine", ...host];
   assertEquals(lines.map(({ op }) => op), expected);
   for (const line of lines) {

@@ -63,9 +63,10 @@ export async function* benchCombine(bench: NormalBench): AsyncGenerator<Figure> 
 
 /** What belongs to a combine's figure beside its times. `copied`: rows are first put where the peers read. */
 function factsOf(world: BenchWorld, copied: boolean): Omit<Figure, "op" | "measured" | "bound"> {
-  const { ranks, tokens, hidden, rankRows } = world;
+  const { ranks, tokens, hidden, rankRows, counts } = world;
   const { rows, rowBytes, bytes } = trafficPlan(ranks * tokens, sum(rankRows), 2 * hidden);
-  const all = bytes + (copied ? 2 * rows * rowBytes : 0);
+  const remote = rows - sum(counts.map((ofRank, r) => ofRank[r]!)); // a rank reads its own rows where they are
+  const all = bytes + (copied ? 2 * remote * rowBytes : 0);
   return {
     tokens,
     ranks,
@@ -73,7 +74,7 @@ function factsOf(world: BenchWorld, copied: boolean): Omit<Figure, "op" | "measu
     layout: "rank",
     bytes: all,
     formula: `${rows} rows -> ${ranks * tokens} tokens of ${rowBytes} B, ` +
-      `(${rows} + ${ranks * tokens}${copied ? ` + 2 * ${rows} to put them where peers read` : ""}) * ${rowBytes} = ` +
+      `(${rows} + ${ranks * tokens}${copied ? ` + 2 * ${remote} to put them where peers read` : ""}) * ${rowBytes} = ` +
       `${all} B; bound: a memcpy for each of the ${rows} rows`,
   };
 }

@@ -2,11 +2,11 @@
  * What a call costs the host: pack, FFI and launch, without waiting; and what a promise adds to the end of an operation.
  *
  * In: options. Out: figures in microseconds of one call on one rank; the median, least and most of batches' medians, because a
- * single call may be hit by a collection or by the scheduler. Called by scripts/bench.ts. Each call finds an idle stream, so
- * the price of waking the stream's thread is in it.
+ * single call may be hit by a collection or by the scheduler. Called by scripts/bench.ts. `host_x` is a call while the device
+ * is busy, as in a model that runs; `host_x_idle` one that finds the device at rest: on the cpu backend it has to wake the
+ * communication stream's thread, which costs an interrupt of another core.
  */
-import type { EpEvent, Tensor } from "../../mod.ts";
-import { expertRows } from "./verify.ts";
+import type { EpEvent } from "../../mod.ts";
 import type { BenchOptions } from "./options.ts";
 import { nowUs, Ranks } from "./ranks.ts";
 import type { Figure } from "./report.ts";
@@ -16,6 +16,20 @@ const CALLS = 300;
 const WARM_CALLS = 2000;
 /** A call's cost that was promised. */
 const GOAL_US = 10;
+/** How long the device is kept busy for a batch of calls: many times what they take. */
+const BUSY_MS = 50;
+
+/** An operation that takes so long outlasts the time in which completions are polled every turn. */
+const LATE_MS = 2;
+const FACTS = { tokens: 1, ranks: 1, dtype: "none", layout: "none", bytes: 0 } as const;
+
+/** What a call leaves behind. */
+interface Called {
+  readonly event: EpEvent;
+  [Symbol.dispose](): void;
+}
+/** A call that launches before it returns. */
+type Call = () => Called | Promise<Called>;
 
 /** Runs the ops about the host that were asked for. */
 export async function* benchHost(options: BenchOptions): AsyncGenerator<Figure> {
@@ -27,102 +41,111 @@ export async function* benchHost(options: BenchOptions): AsyncGenerator<Figure> 
     numTopk: topk,
     maxTokensPerRank: tokens,
     maxLowLatencyTokensPerRank: tokens,
+    numSlots: 4,
   });
   const buffer = ranks.buffers[0]!;
   using x = buffer.tensor("bf16", [tokens, hidden], new Uint16Array(tokens * hidden));
   using topkIdx = buffer.tensor("i32", [tokens, topk], Int32Array.from({ length: tokens * topk }, (_, i) => i % topk));
   using topkWeights = buffer.tensor("f32", [tokens, topk], new Float32Array(tokens * topk).fill(1 / topk));
   using out = buffer.tensor("bf16", [tokens, hidden]);
-  const batches = (call: () => Promise<number>) => median(options, call);
-  const facts = { tokens, ranks: 1, dtype: "none", layout: "none", bytes: 0 } as const;
-  const figure = (op: string, measured: Spread): Figure => ({
-    op,
-    ...facts,
-    measured,
-    bound: { median: GOAL_US, min: GOAL_US, max: GOAL_US },
-    formula: `one call, ${tokens} token: pack, FFI, launch; nothing is waited for. bound: the goal of ${GOAL_US} us`,
-    goal: 1,
-  });
   if (ops.has("host")) {
-    const handle = await buffer.dispatch(x, { topkIdx }).then((result) => {
-      const kept = result.handle.keep();
-      result.release();
-      return kept;
-    });
-    yield figure(
-      "host_dispatch",
-      await batches(() => timeDispatch(() => buffer.dispatch(x, { topkIdx, cpuSync: false }))),
-    );
-    yield figure("host_dispatch_cached", await batches(() => timeDispatch(() => buffer.dispatch(x, { handle }))));
-    yield figure("host_combine", await batches(() => timeDispatch(() => buffer.combine(x, handle, { out }))));
-    handle.release();
-    yield figure(
-      "host_ll_dispatch",
-      await batches(() => {
-        const begin = nowUs();
-        const result = buffer.lowLatencyDispatch(x, { topkIdx });
-        return ended(nowUs() - begin, result.event, () => result.release());
-      }),
-    );
+    using held = await buffer.dispatch(x, { topkIdx });
+    const { handle } = held;
+    const calls: Record<string, Call> = {
+      dispatch: () => buffer.dispatch(x, { topkIdx, cpuSync: false }),
+      dispatch_cached: () => buffer.dispatch(x, { handle }),
+      combine: () => buffer.combine(x, handle, { out }),
+      ll_dispatch: () => buffer.lowLatencyDispatch(x, { topkIdx }),
+    };
+    for (const [name, call] of Object.entries(calls)) yield* callFigures(options, ranks, name, call);
     using ll = buffer.lowLatencyDispatch(x, { topkIdx });
     const y = ll.handle.expertOutput();
-    for (let e = 0; e < topk; e++) buffer.fill(expertRows(y, e, tokens) as Tensor, 0);
-    yield figure(
-      "host_ll_combine",
-      await batches(() => {
-        const begin = nowUs();
-        const result = buffer.lowLatencyCombine(y, { topkIdx, topkWeights, handle: ll.handle, out });
-        return ended(nowUs() - begin, result.event, () => result[Symbol.dispose]());
-      }),
-    );
+    buffer.fill(y, 0);
+    const combine: Call = () => buffer.lowLatencyCombine(y, { topkIdx, topkWeights, handle: ll.handle, out });
+    yield* callFigures(options, ranks, "ll_combine", combine);
   }
   if (ops.has("wake")) {
-    const promise = await batches(async () => {
-      const begin = nowUs();
-      await buffer.barrier();
-      return nowUs() - begin;
-    });
-    const polled = await batches(() => {
-      const begin = nowUs(), event = buffer.barrier();
-      while (!event.done);
-      return Promise.resolve(nowUs() - begin);
-    });
-    yield {
-      op: "wake",
-      ...facts,
-      measured: promise,
-      bound: polled,
-      formula:
-        "a barrier of one rank, awaited; bound: the same, its event asked in a busy loop, without the event loop",
-    };
+    yield await wakeFigure(options, "wake", "a barrier of one rank", () => buffer.barrier());
+    if (ranks.hasGate) {
+      yield await wakeFigure(
+        options,
+        "wake_late",
+        `a barrier that takes ${LATE_MS} ms`,
+        () => ranks.shut([], LATE_MS)[0]!,
+      );
+    }
   }
 }
 
-/** Median of each batch of calls, then the spread of those. */
-async function median(options: BenchOptions, call: () => Promise<number>): Promise<Spread> {
-  for (let i = 0; i < WARM_CALLS; i++) await call();
+/** What the event loop adds to the end of an operation. */
+async function wakeFigure(o: BenchOptions, op: string, what: string, call: () => EpEvent): Promise<Figure> {
+  const measured = await batches(o, async () => {
+    const begin = nowUs();
+    await call();
+    return nowUs() - begin;
+  });
+  const bound = await batches(o, () => {
+    const begin = nowUs(), event = call();
+    while (!event.done);
+    return nowUs() - begin;
+  });
+  const formula = `${what}, awaited; bound: its event asked in a busy loop, without the event loop`;
+  return { op, ...FACTS, measured, bound, formula };
+}
+
+/** A call on a busy and on an idle device. */
+async function* callFigures(o: BenchOptions, ranks: Ranks, name: string, call: Call): AsyncGenerator<Figure> {
+  const figure = (suffix: string, measured: Spread, formula: string): Figure => ({
+    op: `host_${name}${suffix}`,
+    ...FACTS,
+    measured,
+    bound: { median: GOAL_US, min: GOAL_US, max: GOAL_US },
+    formula: `${formula}: pack, FFI, launch; nothing is waited for. bound: the goal of ${GOAL_US} us`,
+    ...(suffix === "" ? { goal: 1 } : {}),
+  });
+  const idle = await batches(o, async () => {
+    const begin = nowUs();
+    const pending = call();
+    const us = nowUs() - begin;
+    const called = await pending;
+    await called.event;
+    called[Symbol.dispose]();
+    return us;
+  });
+  if (ranks.hasGate) {
+    yield figure("", await busyBatches(o, ranks, call), "one call while the device is busy");
+  }
+  yield figure("_idle", idle, "one call that finds the device at rest");
+}
+
+/** Calls behind a shut gate. */
+async function busyBatches(o: BenchOptions, ranks: Ranks, call: Call): Promise<Spread> {
   const medians: number[] = [];
-  for (let b = 0; b < options.repetitions; b++) {
-    const samples: number[] = [];
-    for (let i = 0; i < CALLS; i++) samples.push(await call());
+  for (let b = 0; b < o.repetitions; b++) {
+    const opened = ranks.shut(ranks.lanes, BUSY_MS), samples: number[] = [];
+    for (let i = 0; i < CALLS; i++) {
+      const begin = nowUs();
+      const pending = call();
+      samples.push(nowUs() - begin);
+      const called = pending instanceof Promise ? await pending : pending;
+      called[Symbol.dispose]();
+    }
+    await Promise.all(opened);
+    await ranks.rest();
     medians.push(spreadOf(samples).median);
   }
   return spreadOf(medians);
 }
 
-/** The time until an asynchronous call returns its promise: by then it has launched. */
-async function timeDispatch(
-  call: () => Promise<{ readonly event: EpEvent; release?: () => void; [Symbol.dispose](): void }>,
-): Promise<number> {
+/** Median of each batch of calls, then the spread of those. */
+async function batches(options: BenchOptions, call: () => number | Promise<number>): Promise<Spread> {
   const begin = nowUs();
-  const pending = call();
-  const us = nowUs() - begin;
-  const result = await pending;
-  return ended(us, result.event, () => result[Symbol.dispose]());
-}
-
-async function ended(us: number, event: EpEvent, release: () => void): Promise<number> {
-  await event;
-  release();
-  return us;
+  for (let i = 0; i < WARM_CALLS && nowUs() - begin < 1e6; i++) await call();
+  const medians: number[] = [];
+  for (let b = 0; b < options.repetitions; b++) {
+    const samples: number[] = [], begin = nowUs();
+    while (samples.length < CALLS && nowUs() - begin < 1e6) samples.push(await call());
+    medians.push(spreadOf(samples).median);
+  }
+  return spreadOf(medians);
 }
