@@ -10,6 +10,7 @@
 #include "exchange.hpp"
 #include "expert_region.hpp"
 #include "handle.hpp"
+#include "low_latency.hpp"
 #include "operations.hpp"
 #include "rows.hpp"
 #include "wait.hpp"
@@ -259,16 +260,19 @@ void combine(Buffer& buffer, const deepep_combine_args& args) {
   check_combine(buffer, args, job.plan);
   job.args = args;
   job.has_slot = args.slot != -1;
-  if (job.has_slot) buffer.held_slot(args.slot);
+  if (job.has_slot) {
+    check_no_pending_combine(buffer, args.slot);
+    check_expert_rows(buffer, static_cast<uint32_t>(args.slot), args.x, args.x_stride, uint64_t{args.hidden} * 2);
+  }
   const int32_t borrowed = job.has_slot ? -1 : buffer.take_slot(-1);
   job.slot = static_cast<uint32_t>(job.has_slot ? args.slot : borrowed);
   buffer.enqueue(
-      DEEPEP_OP_COMBINE, stream_fields(args), true, [job = std::move(job)](Operation& op) { CombineRun(op, job).run(); }, 0, 0,
+      DEEPEP_OP_COMBINE, stream_fields(args), true, [job = std::move(job)](Operation& op) { guarded(op, [&] { CombineRun(op, job).run(); }); }, 0, 0,
       borrowed);
 }
 
 void expert_output(Buffer& buffer, deepep_expert_output_args& args) {
-  buffer.held_slot(args.slot);
+  check_no_pending_combine(buffer, args.slot);
   const auto slot = static_cast<uint32_t>(args.slot);
   buffer.enqueue(DEEPEP_OP_EXPERT_OUTPUT, stream_fields(args), false, [slot](Operation& op) {
     if (!inject(op, DEEPEP_PHASE_PUBLISH)) return;

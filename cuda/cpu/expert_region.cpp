@@ -33,6 +33,16 @@ void forget_readers(Operation& op, uint32_t slot) {
   op.buffer.slots[slot].combine_epoch = 0;
 }
 
+void check_expert_rows(const Buffer& buffer, uint32_t slot, uint64_t x, uint64_t x_stride, uint64_t row_bytes) {
+  const auto region = reinterpret_cast<uint64_t>(buffer.symmetric(buffer.rank) + slot_offset(buffer.regions, slot) +
+                                                 buffer.regions.expert_output);
+  if (x < region || x >= region + buffer.regions.expert_output_bytes) return;
+  if (x == region && x_stride == row_bytes) return;
+  reject(DEEPEP_ERROR_INVALID_ARGUMENT,
+         "x lies in the slot's expert-output region, but does not begin with it or has another stride (%llu) than it (%llu)",
+         static_cast<unsigned long long>(x_stride), static_cast<unsigned long long>(row_bytes));
+}
+
 void end_reading(Operation& op, uint32_t rank, uint32_t slot) {
   Buffer& buffer = op.buffer;
   if (rank == buffer.rank) return;

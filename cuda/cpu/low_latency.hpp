@@ -42,6 +42,9 @@ struct LowLatencyState {
 // The state of a slot that a low-latency dispatch holds; rejects otherwise. The caller holds Buffer::mutex.
 std::shared_ptr<LowLatencyState> low_latency_state(Buffer& buffer, int32_t slot);
 
+// Rejects when the slot's region is still to be read by the receive half of a combine. The caller holds Buffer::mutex.
+void check_no_pending_combine(Buffer& buffer, int32_t slot);
+
 // Row of an expert's region among all rows of the rank that owns the expert.
 inline uint64_t region_row(const Buffer& buffer, uint32_t local_expert, uint64_t row) {
   return uint64_t{local_expert} * buffer.regions.low_latency_rows + row;

@@ -203,9 +203,9 @@ void check_combine(Buffer& buffer, const deepep_low_latency_combine_args& args, 
   if (!state.received) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the receive half of the dispatch in slot %d is still to come", args.slot);
   }
-  if (state.combine != nullptr) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the receive half of a combine of slot %d is still to come", args.slot);
-  }
+  check_no_pending_combine(buffer, args.slot);
+  const uint64_t row_bytes = uint64_t{buffer.options.hidden} * 2;
+  check_expert_rows(buffer, static_cast<uint32_t>(args.slot), args.x, row_bytes, row_bytes);
   if (static_cast<uint32_t>(args.num_tokens) != state.plan.num_tokens ||
       static_cast<uint32_t>(args.num_topk) != state.plan.num_topk) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "topk_idx is [%d, %d], it was [%u, %u] in the dispatch", args.num_tokens,
@@ -219,6 +219,12 @@ void check_combine(Buffer& buffer, const deepep_low_latency_combine_args& args, 
 
 }  // namespace
 
+void check_no_pending_combine(Buffer& buffer, int32_t slot) {
+  const auto state = std::static_pointer_cast<LowLatencyState>(buffer.held_slot(slot).state);
+  if (state == nullptr || state->combine == nullptr) return;
+  reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the receive half of a combine of slot %d is still to come", slot);
+}
+
 void low_latency_combine(Buffer& buffer, const deepep_low_latency_combine_args& args) {
   const auto state = low_latency_state(buffer, args.slot);
   check_combine(buffer, args, *state);
@@ -228,7 +234,9 @@ void low_latency_combine(Buffer& buffer, const deepep_low_latency_combine_args& 
   job->slot = static_cast<uint32_t>(args.slot);
   job->one_piece = (args.flags & DEEPEP_FLAG_RECEIVE_HOOK) == 0;
   const uint64_t epoch = buffer.enqueue(DEEPEP_OP_LOW_LATENCY_COMBINE, stream_fields(args), true, [job](Operation& op) {
-    if (send(op, *job) && job->one_piece) receive(op, *job);
+    guarded(op, [&] {
+      if (send(op, *job) && job->one_piece) receive(op, *job);
+    });
   });
   if (job->one_piece) return;
   state->combine = job;
@@ -242,7 +250,7 @@ void low_latency_combine_receive(Buffer& buffer, const deepep_receive_args& args
   }
   const auto job = std::static_pointer_cast<LowLatencyCombine>(state->combine);
   buffer.enqueue(
-      DEEPEP_OP_LOW_LATENCY_COMBINE, stream_fields(args), false, [job](Operation& op) { receive(op, *job); }, 0,
+      DEEPEP_OP_LOW_LATENCY_COMBINE, stream_fields(args), false, [job](Operation& op) { guarded(op, [&] { receive(op, *job); }); }, 0,
       state->combine_epoch);
   state->combine = nullptr;
 }

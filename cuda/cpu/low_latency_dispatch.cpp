@@ -344,9 +344,11 @@ void low_latency_dispatch(Buffer& buffer, deepep_low_latency_dispatch_args& args
   const std::shared_ptr<LowLatencyState> kept = job.state;
   kept->dispatch_epoch = buffer.enqueue(
       DEEPEP_OP_LOW_LATENCY_DISPATCH, stream_fields(args), true, [job = std::move(job)](Operation& op) {
-        const bool sent = LowLatencySend(op, job).run();
         const bool both_halves = (job.args.flags & DEEPEP_FLAG_RECEIVE_HOOK) == 0;
-        if (sent && both_halves) receive(op, *job.state, job.slot, reinterpret_cast<int64_t*>(job.args.wait_stats));
+        guarded(op, [&] {
+          const bool sent = LowLatencySend(op, job).run();
+          if (sent && both_halves) receive(op, *job.state, job.slot, reinterpret_cast<int64_t*>(job.args.wait_stats));
+        });
       });
   Slot& taken = buffer.slots[static_cast<size_t>(slot)];
   taken.state = kept;
@@ -362,7 +364,7 @@ void low_latency_dispatch_receive(Buffer& buffer, const deepep_receive_args& arg
   const auto slot = static_cast<uint32_t>(args.slot);
   buffer.enqueue(
       DEEPEP_OP_LOW_LATENCY_DISPATCH, stream_fields(args), false,
-      [state, slot](Operation& op) { receive(op, *state, slot, nullptr); }, 0, state->dispatch_epoch);
+      [state, slot](Operation& op) { guarded(op, [&] { receive(op, *state, slot, nullptr); }); }, 0, state->dispatch_epoch);
   state->received = true;
 }
 

@@ -67,6 +67,18 @@ void ring(Buffer& buffer, uint32_t peer);
 // Tells every peer, masked ones too, that this rank ends `op` half-way because of op.failure.
 void announce_failure(Operation& op);
 
+// Runs the work of a collective operation; when it throws, the peers are told before the buffer records the failure.
+template <class Work>
+void guarded(Operation& op, Work work) {
+  try {
+    work();
+  } catch (...) {
+    op.failure.code = DEEPEP_ERROR_INTERNAL;
+    announce_failure(op);
+    throw;
+  }
+}
+
 // Whether some peer has left this rank out of this call: then it must not write into that peer's memory any more. Fills
 // op.failure. Called every few rows by those who push.
 bool is_left_out(Operation& op);
