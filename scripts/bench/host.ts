@@ -19,8 +19,8 @@ const GOAL_US = 10;
 /** How long the device is kept busy for a batch of calls: many times what they take. */
 const BUSY_MS = 50;
 
-/** An operation that takes so long outlasts the time in which completions are polled every turn. */
-const LATE_MS = 2;
+/** Operations that take so long, each a little longer, outlast the time in which completions are polled every turn. */
+const LATE_MS = Array.from({ length: 11 }, (_, i) => 2 + i / 10);
 const FACTS = { tokens: 1, ranks: 1, dtype: "none", layout: "none", bytes: 0 } as const;
 
 /** What a call leaves behind. */
@@ -65,32 +65,35 @@ export async function* benchHost(options: BenchOptions): AsyncGenerator<Figure> 
     yield* callFigures(options, ranks, "ll_combine", combine);
   }
   if (ops.has("wake")) {
-    yield await wakeFigure(options, "wake", "a barrier of one rank", () => buffer.barrier());
+    const formula = "of one rank, awaited; bound: its event asked in a busy loop, without the event loop";
+    const start = (delayMs: number): EpEvent => delayMs === 0 ? buffer.barrier() : ranks.shut([], delayMs)[0]!;
+    yield { op: "wake", ...FACTS, ...await wake(options, [0], start), formula: `a barrier ${formula}` };
     if (ranks.hasGate) {
-      yield await wakeFigure(
-        options,
-        "wake_late",
-        `a barrier that takes ${LATE_MS} ms`,
-        () => ranks.shut([], LATE_MS)[0]!,
-      );
+      const late = `how much later than its time ends a barrier of ${LATE_MS[0]} to ${LATE_MS.at(-1)} ms ${formula}`;
+      yield { op: "wake_late", ...FACTS, ...await wake(options, LATE_MS, start), formula: late };
     }
   }
 }
 
-/** What the event loop adds to the end of an operation. */
-async function wakeFigure(o: BenchOptions, op: string, what: string, call: () => EpEvent): Promise<Figure> {
+/** How long after its delay an operation is heard of: by the event loop, and by asking without pause. */
+async function wake(
+  o: BenchOptions,
+  delaysMs: readonly number[],
+  start: (delayMs: number) => EpEvent,
+): Promise<{ measured: Spread; bound: Spread }> {
+  let turn = 0;
+  const nextMs = (): number => delaysMs[turn++ % delaysMs.length]!;
   const measured = await batches(o, async () => {
-    const begin = nowUs();
-    await call();
-    return nowUs() - begin;
+    const begin = nowUs(), delayMs = nextMs();
+    await start(delayMs);
+    return nowUs() - begin - delayMs * 1000;
   });
   const bound = await batches(o, () => {
-    const begin = nowUs(), event = call();
+    const begin = nowUs(), delayMs = nextMs(), event = start(delayMs);
     while (!event.done);
-    return nowUs() - begin;
+    return nowUs() - begin - delayMs * 1000;
   });
-  const formula = `${what}, awaited; bound: its event asked in a busy loop, without the event loop`;
-  return { op, ...FACTS, measured, bound, formula };
+  return { measured, bound };
 }
 
 /** A call on a busy and on an idle device. */
