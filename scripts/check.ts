@@ -70,6 +70,7 @@ const steps: readonly Step[] = [
   },
   { name: "examples in docs", command: [deno, "test", "-A", "--doc", ...importMap, "mod.ts"], tests: "deno" },
   { name: "examples in README", command: [deno, "check", "--doc-only", ...importMap, "README.md"] },
+  { name: "docs", command: [deno, "doc", "--lint", "mod.ts"] },
   { name: "publish (dry run)", command: [deno, "publish", "--dry-run", "--allow-dirty"] },
 ];
 

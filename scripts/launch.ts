@@ -5,6 +5,8 @@
  * Each rank leads a process group of its own, so that a signal reaches what it has started too, and Ctrl-C reaches it
  * once. A shell waits on a pipe of the launcher's: if the launcher is killed, even by SIGKILL, the pipe closes and the
  * shell ends the ranks. Runs under Bun and Deno.
+ *
+ * @module
  */
 import { Buffer } from "node:buffer";
 import { type ChildProcess, spawn } from "node:child_process";
