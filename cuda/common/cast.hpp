@@ -31,6 +31,7 @@ DEEPEP_HOST_DEVICE inline float f32_from_bits(uint32_t bits) {
 constexpr uint32_t kMagnitudeMask = 0x7fffffff;
 constexpr uint32_t kInfinityBits = 0x7f800000;
 constexpr uint16_t kBf16Nan = 0x7fff;
+constexpr uint16_t kBf16Infinity = 0x7f80;
 constexpr uint8_t kE4m3Nan = 0x7f;
 
 // Exact.

@@ -50,14 +50,11 @@ bool check_messages(Operation& op, const Exchange& exchanged) {
       op.failure.seen = static_cast<int64_t>(epoch);
       set_message(op.failure, "Cannot %s: this is call %lld of this rank, but rank %u is at call %lld", doing(op.op),
                   static_cast<long long>(op.epoch), peer, static_cast<long long>(epoch));
-      return false;
-    }
-    op.failure.expected = ours[i];
-    op.failure.seen = message.agreed[i];
-    if (i == kAgreedOp) {
-      set_message(op.failure, "Cannot %s: in call %llu rank %u does something else (%s)", doing(op.op),
-                  static_cast<unsigned long long>(op.epoch), peer, doing(static_cast<int32_t>(message.agreed[i])));
+    } else if (i == kAgreedOp) {
+      fail_elsewhere(op, peer, static_cast<int32_t>(message.agreed[i]));
     } else {
+      op.failure.expected = ours[i];
+      op.failure.seen = message.agreed[i];
       set_message(op.failure, "Cannot %s: ranks disagree about %s: %u on this rank %u, %u on rank %u", doing(op.op),
                   kAgreedNames[i], ours[i], op.buffer.rank, message.agreed[i], peer);
     }

@@ -126,7 +126,9 @@ bool wait_for_outputs(Operation& op, const LowLatencyCombine& job, PeerWait& wai
     if (src == buffer.rank || !in_view(view, src)) continue;
     const ReadyLine* line = ready_at(buffer.symmetric(buffer.rank), buffer.regions, src, job.slot);
     // Pairs with the release in announce_outputs() of src.
-    const Arrival arrival = wait.wait_for(src, &line->epoch, op.epoch, {"the expert outputs of"});
+    const MessageHeader* message = message_at(buffer.symmetric(buffer.rank), buffer.regions, src, op.epoch);
+    const Arrival arrival =
+        wait.wait_for(src, &line->epoch, op.epoch, {.what = "the expert outputs of", .message = message});
     if (arrival == Arrival::failed) return false;
     if (arrival == Arrival::left_out) view &= ~(uint64_t{1} << src);
     else if (line->code != 0 && refused < 0) refused = static_cast<int32_t>(src);
@@ -187,6 +189,7 @@ void receive(Operation& op, LowLatencyCombine& job) {
   op.failure = Failure{};
   uint64_t view = job.state->routing.view & ~op.buffer.masked.load(std::memory_order_relaxed);
   const bool came = wait_for_outputs(op, job, wait, view);
+  if (op.failure.code == DEEPEP_ERROR_MISMATCH) forget_readers(op, job.slot);  // the peer that is elsewhere will not read
   if (!came && !op.agreed) return;
   if (came) reduce(op, job, view);
   // When the call was refused nobody reads, and says so too: then the announcements may be made anew.

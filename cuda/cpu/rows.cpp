@@ -20,7 +20,7 @@
 namespace deepep {
 namespace {
 
-constexpr uint64_t kStreamBytes = 1024;  // shorter rows are copied plainly: they would end in half-filled cache lines
+constexpr uint64_t kStreamBytes = 256;  // shorter rows are copied plainly: they would be half-filled cache lines mostly
 
 // Vectors of 32-bit lanes. A lane holds two neighbouring channels of a bf16 row: the even one below, the odd one above. Split
 // and joined by shifts and masks, they need no shuffles.
@@ -70,25 +70,28 @@ DEEPEP_INLINE void store_bf16(uint16_t* to, const Pair<Lanes>& value) {
   std::memcpy(to, &both, sizeof both);
 }
 
-// e4m3_from_f32 lane by lane. The largest finite value is a fixed point of the rounding, so saturating comes first.
-template <int Lanes>
+// e4m3_from_f32 lane by lane, in the lowest byte of the lane; the rest is anything. `Tame` says that no lane is NaN or rounds
+// beyond the largest finite value; otherwise that value, a fixed point of the rounding, is the most that goes in.
+template <int Lanes, bool Tame>
 DEEPEP_INLINE typename Vector<Lanes>::u32 round_to_e4m3(const typename Vector<Lanes>::f32& value) {
   typedef typename Vector<Lanes>::u32 u32;
   typedef typename Vector<Lanes>::f32 f32;
   const u32 bits = (u32)value;
   const u32 magnitude = bits & kMagnitudeMask;
   const u32 most = u32{} + 0x43e00000;
-  const u32 finite = magnitude > most ? most : magnitude;
-  const u32 normal = ((finite + 0x7ffff + ((finite >> 20) & 1)) >> 20) - (120u << 3);
-  const u32 subnormal = (u32)((f32)finite + 16384.0f) & 0xff;
+  u32 finite = magnitude;
+  if constexpr (!Tame) finite = magnitude < most ? magnitude : most;
+  const u32 normal = (finite + (0x7ffff - (960u << 20)) + ((finite >> 20) & 1)) >> 20;  // 960: the biases' difference, 120 << 3
+  const u32 subnormal = (u32)((f32)finite + 16384.0f);
   const u32 code = (finite < 0x3c800000 ? subnormal : normal) | ((bits >> 24) & 0x80);
+  if constexpr (Tame) return code;
   const u32 nan = u32{} + kE4m3Nan;
   return magnitude > kInfinityBits ? nan : code;
 }
 
-template <int Lanes>
+template <int Lanes, bool Tame>
 DEEPEP_INLINE void store_e4m3(uint8_t* to, const Pair<Lanes>& value) {
-  const auto both = round_to_e4m3<Lanes>(value.even) | round_to_e4m3<Lanes>(value.odd) << 8;
+  const auto both = (round_to_e4m3<Lanes, Tame>(value.even) & 0xff) | round_to_e4m3<Lanes, Tame>(value.odd) << 8;
   const auto narrow = __builtin_convertvector(both, typename Vector<Lanes>::u16);
   std::memcpy(to, &narrow, sizeof narrow);
 }
@@ -134,14 +137,14 @@ DEEPEP_INLINE void reduce_either(const Reduction& r) {
   else reduce_body<Lanes, Vectors, false>(r);
 }
 
-// The largest magnitude of a block as bf16 bits, NaN left out. `count` is a multiple of 8.
-template <int Lanes>
+// The largest magnitude of a block as bf16 bits; with `SkipNan` NaN left out. `count` is a multiple of 2 * Lanes.
+template <int Lanes, bool SkipNan>
 DEEPEP_INLINE uint16_t block_magnitude(const uint16_t* x, uint32_t count) {
   typedef typename Vector<2 * Lanes>::u16 u16;
   u16 most = {};
   for (uint32_t i = 0; i < count; i += 2 * Lanes) {
     u16 magnitude = load<u16>(x + i) & 0x7fff;
-    magnitude = magnitude & (u16)(magnitude <= 0x7f80);
+    if constexpr (SkipNan) magnitude = magnitude & (u16)(magnitude <= kBf16Infinity);
     most = magnitude > most ? magnitude : most;
   }
   uint16_t result = 0;
@@ -149,12 +152,27 @@ DEEPEP_INLINE uint16_t block_magnitude(const uint16_t* x, uint32_t count) {
   return result;
 }
 
-template <int Lanes>
+template <int Lanes, bool Tame>
 DEEPEP_INLINE void scale_block(const uint16_t* x, uint32_t count, float scale, uint8_t* out) {
   for (uint32_t i = 0; i < count; i += 2 * Lanes) {
     const Pair<Lanes> value = load_bf16<Lanes>(x + i);
-    store_e4m3<Lanes>(out + i, {value.even * scale, value.odd * scale});
+    store_e4m3<Lanes, Tame>(out + i, {value.even * scale, value.odd * scale});
   }
+}
+
+// A block whose values are all finite is tame once it is scaled: its largest value becomes 448 or less, but for a rounding
+// error that the cast takes back. That is checked first, because it costs nothing and saves a third of the work.
+template <int Lanes>
+DEEPEP_INLINE Fp8Scale cast_block(const uint16_t* x, uint32_t count, bool round, uint8_t* out) {
+  const uint16_t magnitude = block_magnitude<Lanes, false>(x, count);
+  if (magnitude < kBf16Infinity) {
+    const Fp8Scale scale = fp8_scale(magnitude, round);
+    scale_block<Lanes, true>(x, count, scale.scale, out);
+    return scale;
+  }
+  const Fp8Scale scale = fp8_scale(block_magnitude<Lanes, true>(x, count), round);
+  scale_block<Lanes, false>(x, count, scale.scale, out);
+  return scale;
 }
 
 template <int Lanes>
@@ -163,13 +181,9 @@ DEEPEP_INLINE void cast_body(const uint16_t* x, uint32_t hidden, bool round, boo
   if (ue8m0) std::memset(scales, 0, align_up(num_blocks, 4));
   for (uint32_t block = 0; block < num_blocks; ++block) {
     const uint32_t begin = block * kFp8BlockChannels;
-    const bool whole = hidden - begin >= kFp8BlockChannels;
-    const uint32_t count = whole ? kFp8BlockChannels : hidden - begin;
-    const uint16_t magnitude =
-        whole ? block_magnitude<Lanes>(x + begin, kFp8BlockChannels) : block_magnitude<kLeastLanes>(x + begin, count);
-    const Fp8Scale scale = fp8_scale(magnitude, round);
-    if (whole) scale_block<Lanes>(x + begin, kFp8BlockChannels, scale.scale, out + begin);
-    else scale_block<kLeastLanes>(x + begin, count, scale.scale, out + begin);
+    const uint32_t rest = hidden - begin;
+    const Fp8Scale scale = rest >= kFp8BlockChannels ? cast_block<Lanes>(x + begin, kFp8BlockChannels, round, out + begin)
+                                                     : cast_block<kLeastLanes>(x + begin, rest, round, out + begin);
     if (ue8m0) scales[block] = ue8m0_from_f32(scale.inverse);
     else std::memcpy(scales + block * 4, &scale.inverse, 4);
   }

@@ -104,6 +104,18 @@ void announce_failure(Operation& op) {
   announce(op.buffer, {op.epoch, op.failure.code, culprit, false});
 }
 
+void fail_elsewhere(Operation& op, uint32_t peer, int32_t theirs) {
+  op.agreed = true;
+  op.failure.code = DEEPEP_ERROR_MISMATCH;
+  op.failure.op = op.op;
+  op.failure.phase = op.phase;
+  op.failure.peer = static_cast<int32_t>(peer);
+  op.failure.expected = op.op;
+  op.failure.seen = theirs;
+  set_message(op.failure, "Cannot %s: rank %u wants to %s in call %llu", doing(op.op), peer, doing(theirs),
+              static_cast<unsigned long long>(op.epoch));
+}
+
 void fail_left_out(Operation& op, uint32_t by) {
   op.failure.code = DEEPEP_ERROR_ABORTED;
   op.failure.op = op.op;
@@ -166,7 +178,7 @@ Arrival PeerWait::sleep_until(uint32_t peer, const uint64_t* word, uint64_t at_l
       const Abort abort = abort_from_word(load_acquire(abort_at(buffer_.symmetric(buffer_.rank), buffer_.regions, peer)));
       if (!abort.goes_on && abort.epoch >= at_least) break;  // Pairs with announce() of a peer that will not read again.
     }
-    arrival = heed_aborts(peer, at_least, seen, now - begin_ns);
+    arrival = is_elsewhere(peer, awaited.message) ? Arrival::failed : heed_aborts(peer, at_least, seen, now - begin_ns);
     if (arrival != Arrival::arrived) break;
     if (now - alive_ns >= kSliceNs) {
       // The word once more after the peer was found dead: it may have finished its part and gone.
@@ -189,6 +201,16 @@ Arrival PeerWait::sleep_until(uint32_t peer, const uint64_t* word, uint64_t at_l
   }
   waiting_for.store(0, std::memory_order_relaxed);
   return arrival;
+}
+
+// Whether the peer's message of this call is of another operation: the peer finds the same, so the buffer stays good.
+bool PeerWait::is_elsewhere(uint32_t peer, const MessageHeader* message) {
+  // Pairs with the release in publish() of the peer.
+  if (message == nullptr || load_acquire(&message->epoch) != op_.epoch) return false;
+  const auto theirs = static_cast<int32_t>(message->agreed[kAgreedOp]);
+  if (theirs == op_.op) return false;
+  fail_elsewhere(op_, peer, theirs);
+  return true;
 }
 
 // Looks at the abort words. `arrived` here means: nothing concerns this wait, go on waiting.

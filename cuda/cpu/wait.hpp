@@ -31,6 +31,7 @@ enum class Arrival {
 struct Awaited {
   const char* what;             // "the counts of", …: comes before "rank 3"
   bool satisfied_by_abort = false;  // also over once the peer has given up in this epoch or a later one: it no longer reads
+  const MessageHeader* message = nullptr;  // the peer's in this call, if it comes: of another operation, it ends the wait
 };
 
 // The waits of one phase. They share a deadline, so that several missing peers cost one timeout. It is extended once, by half,
@@ -49,6 +50,7 @@ class PeerWait {
 
  private:
   Arrival sleep_until(uint32_t peer, const uint64_t* word, uint64_t at_least, const Awaited& awaited, uint64_t begin_ns);
+  bool is_elsewhere(uint32_t peer, const MessageHeader* message);
   Arrival heed_aborts(uint32_t peer, uint64_t at_least, uint64_t seen, uint64_t waited_ns);
   Arrival give_up(uint32_t peer, int32_t code, const uint64_t* word, uint64_t at_least, const Awaited& awaited,
                   uint64_t waited_ns);
@@ -82,6 +84,8 @@ void guarded(Operation& op, Work work) {
 // Whether some peer has left this rank out of this call: then it must not write into that peer's memory any more. Fills
 // op.failure. Called every few rows by those who push.
 bool is_left_out(Operation& op);
+// Ends the operation because `peer` makes another one (DEEPEP_OP_*) in this call.
+void fail_elsewhere(Operation& op, uint32_t peer, int32_t theirs);
 // Ends the operation because rank `by` goes on without this one.
 void fail_left_out(Operation& op, uint32_t by);
 
