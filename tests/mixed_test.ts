@@ -1,0 +1,133 @@
+/**
+ * Random programs: ranks of one thread make the same random calls of both modes, with several results in flight, while each
+ * rank by itself is late at random moments and in random phases. Every token carries a value of its own and experts are
+ * the identity, so any stale, lost or swapped row shows in the combined sums, which must be exact.
+ */
+import { describe, test } from "node:test";
+import { assertEquals } from "@std/assert";
+import { bf16FromF32, type EpBuffer, f32FromBf16, type Tensor } from "@deepep/deepep";
+import { constants } from "../lib/ffi/abi.ts";
+import { struct } from "../lib/ffi/struct.ts";
+import { expertRank } from "../lib/layout.ts";
+import { Random, runSeed } from "./support/random.ts";
+import { withRanks } from "./support/ranks.ts";
+
+const shape = { hidden: 64, numExperts: 10, numTopk: 3, maxTokensPerRank: 6, maxLowLatencyTokensPerRank: 6 };
+const { hidden, numExperts, numTopk, maxTokensPerRank } = shape;
+const NUM_SLOTS = 4, NUM_STEPS = 150;
+const injectStruct = struct("deepep_inject_args");
+
+/** What a rank sends in one step. */
+interface Sent {
+  readonly numTokens: number;
+  readonly values: Float32Array;
+  readonly experts: Int32Array;
+  readonly weights: Float32Array;
+}
+
+function draw(own: Random): Sent {
+  const numTokens = own.int(0, maxTokensPerRank);
+  const values = new Float32Array(numTokens * hidden);
+  for (let t = 0; t < numTokens; t++) values.fill(own.int(1, 120), t * hidden, (t + 1) * hidden);
+  const entries = { length: numTokens * numTopk };
+  return {
+    numTokens,
+    values,
+    experts: Int32Array.from(entries, () => own.chance(0.15) ? -1 : own.int(0, numExperts - 1)),
+    weights: Float32Array.from(entries, () => own.int(1, 2)),
+  };
+}
+
+/** Makes this rank late in a random phase of a later call. */
+function beLate(b: EpBuffer, own: Random): void {
+  const phases = [["DISPATCH", "NOTIFY"], ["DISPATCH", "SEND"], ["DISPATCH", "ARRIVE"], ["COMBINE", "PUBLISH"], [
+    "COMBINE",
+    "REDUCE",
+  ]] as const;
+  const [op, phase] = own.pick(phases);
+  const name = own.chance(0.5) ? op : `LOW_LATENCY_${op}` as const;
+  injectStruct.pack({
+    op: constants.OP[name][0],
+    phase: constants.PHASE[phase][0],
+    action: constants.INJECT.DELAY[0],
+    delay_us: own.int(0, 3000),
+    count: 1,
+  });
+  b.core.call("deepep_inject", injectStruct, "inject");
+}
+
+/** Compares bf16 [numTokens, hidden] with each token times `times(token)`. */
+async function check(out: Tensor, sent: Sent, times: (token: number) => number, what: string): Promise<void> {
+  const want = sent.values.map((v, i) => v * times(Math.floor(i / hidden)));
+  assertEquals(f32FromBf16(await out.read() as Uint16Array), f32FromBf16(bf16FromF32(want)), what);
+}
+
+const entriesOf = (sent: Sent, t: number) => [...sent.experts.subarray(t * numTopk, (t + 1) * numTopk)];
+
+/** Dispatches at once; answers what combines and checks later. */
+async function normal(b: EpBuffer, sent: Sent, shared: Random, what: string): Promise<() => Promise<void>> {
+  const layout = shared.chance(0.5) ? "rank" : "expert", inPlace = shared.chance(0.5);
+  const x = b.tensor("bf16", [sent.numTokens, hidden], sent.values);
+  const topkIdx = b.tensor("i32", [sent.numTokens, numTopk], sent.experts);
+  const expertAlignment = shared.pick([1, 4]), cpuSync = shared.chance(0.7);
+  const recv = await b.dispatch(x, { topkIdx, layout, expertAlignment, cpuSync });
+  return async () => {
+    const rows = recv.x.shape[0]!, region = inPlace ? recv.handle.expertOutput() : undefined;
+    if (region && rows > 0) b.copy(region.slice(0, rows), recv.x);
+    using out = await b.combine(region ?? recv.x, recv.handle);
+    const ranks = (t: number) =>
+      new Set(entriesOf(sent, t).filter((e) => e >= 0).map((e) => expertRank(e, numExperts, b.numRanks))).size;
+    const entries = (t: number) => entriesOf(sent, t).filter((e) => e >= 0).length;
+    await check(out.x, sent, layout === "rank" ? ranks : entries, `${what} ${layout}`);
+    [recv, x, topkIdx].forEach((held) => held.release());
+  };
+}
+
+/** The same in low-latency mode, in two halves or not. */
+function lowLatency(b: EpBuffer, sent: Sent, shared: Random, what: string): () => Promise<void> {
+  const recvHook = shared.chance(0.5), inPlace = shared.chance(0.5);
+  const x = b.tensor("bf16", [sent.numTokens, hidden], sent.values);
+  const topkIdx = b.tensor("i32", [sent.numTokens, numTopk], sent.experts);
+  const topkWeights = b.tensor("f32", [sent.numTokens, numTopk], sent.weights);
+  const recv = b.lowLatencyDispatch(x, { topkIdx, fp8: false, recvHook });
+  return async () => {
+    recv.hook();
+    const region = inPlace ? recv.handle.expertOutput() : undefined;
+    if (region) b.copy(region, recv.x);
+    using out = b.lowLatencyCombine(region ?? recv.x, { topkIdx, topkWeights, handle: recv.handle, recvHook });
+    out.hook();
+    const sum = (t: number) =>
+      entriesOf(sent, t).reduce((s, e, k) => s + (e >= 0 ? sent.weights[t * numTopk + k]! : 0), 0);
+    await check(out.x, sent, sum, `${what} low latency`);
+    [recv, x, topkIdx, topkWeights].forEach((held) => held.release());
+  };
+}
+
+/** One rank's run of the program that `seed` stands for. */
+async function run(b: EpBuffer, rank: number, seed: number): Promise<void> {
+  const shared = new Random(seed), own = new Random(seed + 1000 * (rank + 1));
+  const inFlight: (() => Promise<void>)[] = [];
+  for (let step = 0; step < NUM_STEPS; step++) {
+    if (own.chance(0.1)) await new Promise((resolve) => setTimeout(resolve, own.int(0, 3)));
+    if (own.chance(0.2)) beLate(b, own);
+    const what = `DEEPEP_SEED=${seed}, rank ${rank}, step ${step}:`, sent = draw(own);
+    inFlight.push(await (shared.chance(0.5) ? normal : lowLatency)(b, sent, shared, what));
+    const keep = shared.int(0, NUM_SLOTS - 1);
+    while (inFlight.length > keep) await inFlight.shift()!();
+  }
+  for (const finish of inFlight) await finish();
+  assertEquals(b.stats().numFailures, 0);
+}
+
+describe("random programs of both modes, several results in flight", () => {
+  const seed = runSeed();
+  for (const [i, numRanks] of [1, 3, 4, 7].entries()) {
+    test(`${numRanks} ranks, DEEPEP_SEED=${seed + i}`, async () => {
+      await withRanks(
+        numRanks,
+        { ...shape, numSlots: NUM_SLOTS, maxRecvTokens: 200, timeoutMs: 20_000 },
+        (b, rank) => run(b, rank, seed + i),
+      );
+    });
+  }
+});
