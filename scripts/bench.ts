@@ -13,9 +13,7 @@ import { benchLowLatency } from "./bench/low_latency.ts";
 import { benchNormal } from "./bench/normal.ts";
 import { type BenchOptions, isDefaultShape, parseOptions, USAGE } from "./bench/options.ts";
 import { nowUs, Ranks } from "./bench/ranks.ts";
-import { appendJson, type Figure, goals, machineOf, table } from "./bench/report.ts";
-import { copyOverheadUs } from "./bench/ceiling.ts";
-import { Stopwatch } from "./bench/timing.ts";
+import { appendJson, type Figure, goals, type Machine, machineOf, table } from "./bench/report.ts";
 import { VerificationError, Verifier } from "./bench/verify.ts";
 
 async function* figuresOf(options: BenchOptions): AsyncGenerator<Figure> {
@@ -25,27 +23,21 @@ async function* figuresOf(options: BenchOptions): AsyncGenerator<Figure> {
   yield* benchHost(options);
 }
 
+/** The machine, as a small buffer sees it. */
+async function lookUp(options: BenchOptions): Promise<Machine> {
+  const { hidden, experts, topk } = options;
+  const shape = { hidden, numExperts: experts, numTopk: topk, maxTokensPerRank: 1 };
+  await using ranks = await Ranks.create(1, options, shape);
+  return machineOf(ranks.buffers[0]!);
+}
+
 async function bench(options: BenchOptions): Promise<void> {
   const begin = nowUs();
-  const { machine, overheadUs } = await (async () => {
-    await using ranks = await Ranks.create(options.ranks, options, {
-      hidden: options.hidden,
-      numExperts: options.experts,
-      numTopk: options.topk,
-      maxTokensPerRank: 1,
-    });
-    return {
-      machine: machineOf(ranks.buffers[0]!),
-      overheadUs: await copyOverheadUs(ranks, new Stopwatch(ranks, options)),
-    };
-  })();
+  const machine = await lookUp(options);
   console.log(
-    `${machine.gpu}, driver ${machine.driver}, backend ${machine.backend}, ${machine.runtime}, ${machine.commit}`,
-  );
-  console.log(
-    `${options.ranks} ranks in one process, hidden ${options.hidden}, top-${options.topk} of ${options.experts} experts; ` +
-      `us a call of all ranks: median and spread of ${options.repetitions} chains; ` +
-      `of each copy in the bounds ${overheadUs.toFixed(3)} us are not the memcpy`,
+    `${machine.gpu}, driver ${machine.driver}, backend ${machine.backend}, ${machine.runtime}, ${machine.commit}\n` +
+      `${options.ranks} ranks in one process, hidden ${options.hidden}, top-${options.topk} of ${options.experts} experts; ` +
+      `us a call of all ranks: median and spread of ${options.repetitions} chains`,
   );
   const figures: Figure[] = [];
   for await (const figure of figuresOf(options)) {

@@ -5,12 +5,12 @@
  * its own, one memcpy a row, on the threads that the call runs on (the communication streams, one a rank). Called by the
  * ops. On a GPU a copy a row would measure launches, so there each rank's rows are one copy.
  *
- * A copy through a stream of the cpu backend costs some 0.1 µs beside the memcpy, whose row takes some microseconds; rows are
- * therefore really copied one by one. {@linkcode copyOverheadUs} measures that cost, and the bench prints it.
+ * On the cpu backend a copy through a stream costs some 0.1 us beside its memcpy, which takes one or two. That would make the
+ * bound too easy, so the time of as many empty copies (16 bytes), taken in the same turns, is subtracted from it.
  */
 import type { Tensor } from "../../mod.ts";
 import type { Ranks } from "./ranks.ts";
-import type { Chain, Stopwatch } from "./timing.ts";
+import { type Chain, type Spread, spreadOf, type Stopwatch } from "./timing.ts";
 import { type BenchWorld, sum } from "./world.ts";
 
 /** A copy. */
@@ -20,58 +20,93 @@ export interface Copy {
   readonly bytes: number;
 }
 
+/** Copies of every rank, and the memory that they go to. */
+export class Ceiling implements Disposable {
+  readonly #ranks: Ranks;
+  readonly #to: readonly Tensor<"u8">[];
+  readonly #copies: Copy[][];
+
+  /** `numRows[r]` copies of `rowBytes` to consecutive places; the i-th row that rank r moves lies at `from(r, i)`. */
+  constructor(
+    ranks: Ranks,
+    { numRows, rowBytes, moreBytes = 0 }: { numRows: readonly number[]; rowBytes: number; moreBytes?: number },
+    from: (rank: number, i: number) => bigint,
+  ) {
+    this.#ranks = ranks;
+    this.#to = ranks.buffers.map((b, r) => b.tensor("u8", [Math.max(256, numRows[r]! * (rowBytes + moreBytes))]));
+    this.#copies = this.#to.map(({ address }, r) => {
+      const count = numRows[r]!;
+      if (count === 0) return [];
+      if (!this.#byRow) return [{ to: address, from: from(r, 0), bytes: count * rowBytes }];
+      return Array.from(
+        { length: count },
+        (_, i) => ({ to: address + BigInt(i * rowBytes), from: from(r, i), bytes: rowBytes }),
+      );
+    });
+  }
+
+  /** More copies on rank `r`, to what `moreBytes` left at the end of its memory: `at` bytes from the begin. */
+  add(r: number, { at, from, bytes }: { at: number; from: bigint; bytes: number }): void {
+    this.#copies[r]!.push({ to: this.#to[r]!.address + BigInt(at), from, bytes });
+  }
+
+  get #byRow(): boolean {
+    return this.#ranks.buffers[0]!.backend === "cpu";
+  }
+
+  /** What the bound is, for people. */
+  get words(): string {
+    const rows = sum(this.#copies.map((ofRank) => ofRank.length));
+    return this.#byRow
+      ? `bound: ${rows} copies, one a row, less the time of as many empty ones`
+      : `bound: ${rows} copies, one a rank`;
+  }
+
+  /** Times a call against its copies and the naive way. */
+  async compare(
+    stopwatch: Stopwatch,
+    measured: Chain,
+    naive: Chain,
+  ): Promise<Record<"measured" | "bound" | "naive", Spread>> {
+    const copies = this.#chain(this.#copies);
+    if (!this.#byRow) return await stopwatch.measure({ measured, bound: copies, naive });
+    const empty = this.#chain(
+      this.#copies.map((ofRank, r) => {
+        const { address } = this.#to[r]!;
+        return ofRank.map(() => ({ to: address, from: address + 64n, bytes: 16 }));
+      }),
+    );
+    const samples = await stopwatch.samples({ measured, copies, naive, empty });
+    return {
+      measured: spreadOf(samples.measured),
+      bound: spreadOf(samples.copies.map((us, i) => Math.max(us - samples.empty[i]!, us / 10))),
+      naive: spreadOf(samples.naive),
+    };
+  }
+
+  #chain(copies: readonly (readonly Copy[])[]): Chain {
+    return {
+      lanes: this.#ranks.lanes,
+      callsPerStep: sum(copies.map((ofRank) => ofRank.length)),
+      step: () => {
+        copies.forEach((ofRank, r) => {
+          const { core } = this.#ranks.buffers[r]!;
+          for (const { to, from, bytes } of ofRank) core.copy(to, from, bytes, core.commStream);
+        });
+      },
+    };
+  }
+
+  /** Releases the memory. */
+  [Symbol.dispose](): void {
+    for (const tensor of this.#to) tensor.release();
+  }
+}
+
 /** Tokens of rank `s`, once for each rank they go to, in the order of the tokens: what a dispatch reads. */
 export function* rowsSent(world: BenchWorld, s: number): Generator<{ token: number; rank: number }> {
   const destinations = world.destinations[s]!;
   for (let i = 0; i < destinations.length; i++) {
     if (destinations[i]! >= 0) yield { token: Math.floor(i / world.destinationsPerToken), rank: destinations[i]! };
   }
-}
-
-/** The chain of copies of each rank. */
-export function copyChain(ranks: Ranks, copies: readonly (readonly Copy[])[]): Chain {
-  return {
-    lanes: ranks.lanes,
-    callsPerStep: sum(copies.map((ofRank) => ofRank.length)),
-    step() {
-      copies.forEach((ofRank, r) => {
-        const { core } = ranks.buffers[r]!;
-        for (const { to, from, bytes } of ofRank) core.copy(to, from, bytes, core.commStream);
-      });
-    },
-  };
-}
-
-/** Memory that copies go to, one a rank. */
-export function scratch(ranks: Ranks, bytes: readonly number[]): Tensor<"u8">[] {
-  return ranks.buffers.map((buffer, r) => buffer.tensor("u8", [Math.max(1, bytes[r]!)]));
-}
-
-/** Copies of `numRows` rows to consecutive places of each rank's memory. `from(r, i)`: the i-th row that rank r moves. */
-export function rowCopies(
-  ranks: Ranks,
-  { to, numRows, rowBytes }: { to: readonly Tensor[]; numRows: readonly number[]; rowBytes: number },
-  from: (rank: number, i: number) => bigint,
-): Copy[][] {
-  return ranks.buffers.map(({ backend }, r) => {
-    const base = to[r]!.address, count = numRows[r]!;
-    if (count === 0) return [];
-    if (backend !== "cpu") return [{ to: base, from: from(r, 0), bytes: count * rowBytes }];
-    return Array.from(
-      { length: count },
-      (_, i) => ({ to: base + BigInt(i * rowBytes), from: from(r, i), bytes: rowBytes }),
-    );
-  });
-}
-
-/** What a copy of no size worth mentioning takes in a chain, over all ranks: microseconds. */
-export async function copyOverheadUs(ranks: Ranks, stopwatch: Stopwatch): Promise<number> {
-  const pieces = scratch(ranks, ranks.buffers.map(() => 64));
-  const count = 1000;
-  const copies = pieces.map(({ address }) =>
-    Array.from({ length: count }, () => ({ to: address, from: address + 32n, bytes: 16 }))
-  );
-  const { median } = (await stopwatch.measure({ copies: copyChain(ranks, copies) })).copies;
-  for (const piece of pieces) piece.release();
-  return median / (count * ranks.buffers.length);
 }

@@ -6,7 +6,7 @@
  */
 import type { Tensor } from "../../mod.ts";
 import { trafficPlan } from "../../lib/plan.ts";
-import { copyChain, rowCopies, rowsSent, scratch } from "./ceiling.ts";
+import { Ceiling, rowsSent } from "./ceiling.ts";
 import { NaiveCombine } from "./naive_combine.ts";
 import type { NormalBench } from "./normal.ts";
 import { foreign } from "./ranks.ts";
@@ -43,7 +43,7 @@ export async function* benchCombine(bench: NormalBench): AsyncGenerator<Figure> 
       bench.verifier.same(`${name}, rank ${r}`, gatherRows(await tensor.read(), sampled, hidden), want[r]!);
     }
   };
-  const ceiling = combineCeiling(bench, region);
+  using ceiling = combineCeiling(bench, region);
   const x = bench.x.map((tensor) => foreign(tensor));
   await using naive = await NaiveCombine.rankLayout(options, ranks, world, { x, y: region });
   const naiveChain = naive.chain;
@@ -54,10 +54,12 @@ export async function* benchCombine(bench: NormalBench): AsyncGenerator<Figure> 
     for (const tensor of out) tensor.write(new Uint16Array(tokens * hidden).fill(0x7fff)); // what the op before it left
     await runOnce(chainOf(y));
     await check(op, out);
-    const spreads = await bench.stopwatch.measure({ measured: chainOf(y), bound: ceiling.chain, naive: naiveChain });
-    yield { op, ...factsOf(world, op === "combine_copy"), ...(op === "combine" ? { goal: GOAL } : {}), ...spreads };
+    const spreads = await ceiling.compare(bench.stopwatch, chainOf(y), naiveChain);
+    const { formula, ...facts } = factsOf(world, op === "combine_copy");
+    const goal = op === "combine" ? { goal: GOAL } : {};
+    yield { op, ...facts, formula: `${formula}; ${ceiling.words}`, ...goal, ...spreads };
   }
-  for (const tensor of [...own, ...out, ...ceiling.to]) tensor.release();
+  for (const tensor of [...own, ...out]) tensor.release();
   for (const result of results) result.release();
 }
 
@@ -75,17 +77,16 @@ function factsOf(world: BenchWorld, copied: boolean): Omit<Figure, "op" | "measu
     bytes: all,
     formula: `${rows} rows -> ${ranks * tokens} tokens of ${rowBytes} B, ` +
       `(${rows} + ${ranks * tokens}${copied ? ` + 2 * ${remote} to put them where peers read` : ""}) * ${rowBytes} = ` +
-      `${all} B; bound: a memcpy for each of the ${rows} rows`,
+      `${all} B`,
   };
 }
 
 /** A copy of each row that a rank pulls: token by token, in ascending rank. */
-function combineCeiling({ world, ranks }: NormalBench, y: readonly Tensor[]): { chain: Chain; to: Tensor[] } {
+function combineCeiling({ world, ranks }: NormalBench, y: readonly Tensor[]): Ceiling {
   const rowBytes = 2 * world.hidden, next = world.rankRows.map(() => 0);
   const pulled = world.inputs.map((_, s) =>
     [...rowsSent(world, s)].map(({ rank }) => y[rank]!.address + BigInt(next[rank]!++ * rowBytes))
   );
   const numRows = pulled.map((rows) => rows.length);
-  const to = scratch(ranks, numRows.map((n) => n * rowBytes));
-  return { chain: copyChain(ranks, rowCopies(ranks, { to, numRows, rowBytes }, (r, i) => pulled[r]![i]!)), to };
+  return new Ceiling(ranks, { numRows, rowBytes }, (r, i) => pulled[r]![i]!);
 }

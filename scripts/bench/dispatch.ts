@@ -4,11 +4,11 @@
  * In: ranks with a world. Out: figures; each op's rows are compared with the reference, and the naive way's rows with the op's,
  * before anything is timed. Called by normal.ts.
  */
-import type { DispatchHandle, Payload, RowLayout, ScaledRows, Tensor } from "../../mod.ts";
+import type { DispatchHandle, Payload, RowLayout, ScaledRows } from "../../mod.ts";
 import { bytesOf } from "../../lib/dtype.ts";
 import { formatPlan, trafficPlan } from "../../lib/plan.ts";
 import type { RankOutput } from "../../lib/reference/mod.ts";
-import { type Copy, copyChain, rowCopies, rowsSent, scratch } from "./ceiling.ts";
+import { Ceiling, rowsSent } from "./ceiling.ts";
 import { NaiveDispatch, partsOf } from "./naive.ts";
 import type { NormalBench } from "./normal.ts";
 import type { OpName } from "./options.ts";
@@ -114,11 +114,10 @@ async function figure(
   const { world, ranks, options } = bench;
   const rows = sum(layout === "rank" ? world.rankRows : world.expertRows);
   const plan = trafficPlan(world.ranks * world.tokens, rows, sum(rowParts(bench, x[0]!)));
-  const ceiling = dispatchCeiling(bench, x, layout);
+  using ceiling = dispatchCeiling(bench, x, layout);
   await using naive = await NaiveDispatch.create(options, ranks, world, x, layout === "expert");
   await checkNaive(bench, op, naive, x, layout);
-  const spreads = await bench.stopwatch.measure({ measured: chain, bound: ceiling.chain, naive: naive.chain });
-  for (const tensor of ceiling.to) tensor.release();
+  const spreads = await ceiling.compare(bench.stopwatch, chain, naive.chain);
   return {
     op,
     tokens: world.tokens,
@@ -126,18 +125,14 @@ async function figure(
     dtype: op === "dispatch_fp8" ? "fp8" : "bf16",
     layout,
     bytes: plan.bytes,
-    formula: `${formatPlan(plan)}; bound: a memcpy for each of the ${plan.rows} rows`,
+    formula: `${formatPlan(plan)}; ${ceiling.words}`,
     ...(layout === "rank" ? { goal: GOAL } : {}),
     ...spreads,
   };
 }
 
 /** A copy of each row, token by token as the call reads them. */
-function dispatchCeiling(
-  bench: NormalBench,
-  x: readonly Payload[],
-  layout: RowLayout,
-): { chain: Chain; to: Tensor[] } {
+function dispatchCeiling(bench: NormalBench, x: readonly Payload[], layout: RowLayout): Ceiling {
   const { world, ranks } = bench, { tokens, topk } = world;
   const [rowBytes, scaleBytes = 0] = rowParts(bench, x[0]!) as [number, number?];
   const sent = ranks.buffers.map((_, s) =>
@@ -146,34 +141,20 @@ function dispatchCeiling(
       : Array.from({ length: tokens * topk }, (_, i) => Math.floor(i / topk))
   );
   const numRows = sent.map((ofRank) => ofRank.length);
-  const to = scratch(ranks, numRows.map((n) => n * (rowBytes + scaleBytes)));
   const addresses = x.map((rows) => partsOf(rows).map((part) => part.address));
-  const copies = rowCopies(
+  const ceiling = new Ceiling(
     ranks,
-    { to, numRows, rowBytes },
+    { numRows, rowBytes, moreBytes: scaleBytes },
     (r, i) => addresses[r]![0]! + BigInt(sent[r]![i]! * rowBytes),
   );
-  if (scaleBytes > 0) {
-    copies.forEach((ofRank, r) =>
-      ofRank.push(...scaleCopies(to[r]!.address, addresses[r]![1]!, numRows[r]!, { rowBytes, scaleBytes, tokens }))
-    );
-  }
-  return { chain: copyChain(ranks, copies), to };
-}
-
-/** The bytes of all rows' scales, in few copies: a tensor's scales as often as it takes. They are a small part of a row. */
-function scaleCopies(
-  to: bigint,
-  from: bigint,
-  numRows: number,
-  { rowBytes, scaleBytes, tokens }: { rowBytes: number; scaleBytes: number; tokens: number },
-): Copy[] {
-  const copies: Copy[] = [];
-  for (let row = 0; row < numRows; row += tokens) {
-    const bytes = Math.min(tokens, numRows - row) * scaleBytes;
-    copies.push({ to: to + BigInt(numRows * rowBytes + row * scaleBytes), from, bytes });
-  }
-  return copies;
+  // Scales are a small part of a row: few copies, of a tensor's scales as often as it takes.
+  numRows.forEach((count, r) => {
+    for (let row = 0; scaleBytes > 0 && row < count; row += tokens) {
+      const bytes = Math.min(tokens, count - row) * scaleBytes;
+      ceiling.add(r, { at: count * rowBytes + row * scaleBytes, from: addresses[r]![1]!, bytes });
+    }
+  });
+  return ceiling;
 }
 
 /** The naive way must do the same work, or the comparison would mean nothing. */

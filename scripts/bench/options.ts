@@ -42,8 +42,8 @@ each figure stand the bytes, the copy ceiling of the same run and the naive way 
   --ops OP,OP,...           default all: ${OPS.slice(0, 6).join(", ")},
                             ${OPS.slice(6).join(", ")}
   --iterations N            calls in a chain, default: as many as fill --chain-ms
-  --chain-ms N              length of a chain, default 300
-  --repetitions N           chains of each kind, taken in turns, default 9
+  --chain-ms N              length of a chain, default 200
+  --repetitions N           chains of each kind, taken in turns, default 7
   --quick                   the same as --chain-ms 60 --repetitions 3
   --json FILE               append one JSON line per figure
   --corrupt                 flip a bit of what is verified: the bench must refuse and exit with 1 (for its test)
@@ -130,8 +130,8 @@ export function parseOptions(args: string[]): BenchOptions | undefined {
     numSms: whole("sms", values.sms, 0),
     ops: new Set(ops as OpName[]),
     iterations: values.iterations === undefined ? undefined : whole("iterations", values.iterations, 1),
-    chainMs: whole("chain-ms", values["chain-ms"] ?? (values.quick ? "60" : "300"), 1),
-    repetitions: whole("repetitions", values.repetitions ?? (values.quick ? "3" : "9"), 1),
+    chainMs: whole("chain-ms", values["chain-ms"] ?? (values.quick ? "60" : "200"), 1),
+    repetitions: whole("repetitions", values.repetitions ?? (values.quick ? "3" : "7"), 1),
     json: values.json,
     corrupt: values.corrupt,
   };
