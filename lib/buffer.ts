@@ -22,7 +22,7 @@ import {
   type LowLatencyResult,
   type Received,
 } from "./low_latency.ts";
-import type { Payload } from "./payload.ts";
+import { checkLive, type Payload } from "./payload.ts";
 import type { ResolvedOptions } from "./plan.ts";
 import type { EpEvent, Stream } from "./stream.ts";
 import type { Tensor } from "./tensor.ts";
@@ -181,10 +181,9 @@ export class EpBuffer implements AsyncDisposable {
   }
   /** Enqueues a barrier of all unmasked ranks. Collective. `await` the event to wait on the host. */
   barrier(options: OperationOptions = {}): EpEvent {
-    const { fields, event } = this.#core.operation("barrier", options, 0);
-    barrierStruct.pack({ ...fields });
-    this.#core.launch("deepep_barrier", barrierStruct, "barrier", fields.done_id);
-    return event;
+    const operation = this.#core.operation("barrier", options, 0);
+    this.#core.launch("deepep_barrier", barrierStruct, {}, operation);
+    return operation.event;
   }
 
   // --- memory
@@ -204,7 +203,7 @@ export class EpBuffer implements AsyncDisposable {
   tensor<D extends DType>(
     dtype: D,
     shape: readonly number[],
-    data?: TypedArrayOf<D> | Float32Array,
+    data?: TypedArrayOf<D> | (D extends "bf16" ? Float32Array : never),
     options: { stream?: Stream } = {},
   ): Tensor<D> {
     const tensor = this.#core.alloc(dtype, shape);
@@ -222,10 +221,13 @@ export class EpBuffer implements AsyncDisposable {
   }
   /** Fills a contiguous tensor with a byte value, in stream order. */
   fill(tensor: Tensor, value: number, options: { stream?: Stream } = {}): void {
+    checkLive(this.#core, "fill", "the tensor", tensor);
     this.#core.fill(tensor, value, options.stream);
   }
   /** Copies a tensor's bytes to another of the same size, in stream order. Both contiguous. */
   copy(to: Tensor, from: Tensor, options: { stream?: Stream } = {}): void {
+    checkLive(this.#core, "copy", "the destination", to);
+    checkLive(this.#core, "copy", "the source", from);
     if (to.byteLength !== from.byteLength || !to.contiguous || !from.contiguous) {
       throw new RangeError(
         `Cannot copy ${from.byteLength} bytes to ${to.byteLength}: sizes must be equal and both contiguous`,
@@ -235,10 +237,12 @@ export class EpBuffer implements AsyncDisposable {
   }
   /** Copies any tensor, a foreign one too, to the host. See {@linkcode Tensor.read}. */
   async read(tensor: Tensor, options: { stream?: Stream } = {}): Promise<Uint8Array> {
+    checkLive(this.#core, "read", "the tensor", tensor);
     return new Uint8Array(await this.#core.readTensor(tensor, options.stream));
   }
   /** Copies bytes from the host to any contiguous tensor, a foreign one too. */
   write(tensor: Tensor, data: ArrayBufferView, options: { stream?: Stream } = {}): void {
+    checkLive(this.#core, "write", "the tensor", tensor);
     if (data.byteLength !== tensor.byteLength || !tensor.contiguous) {
       throw new RangeError(
         `Cannot write ${data.byteLength} bytes: the tensor has ${tensor.byteLength} and must be contiguous`,
@@ -259,11 +263,14 @@ export class EpBuffer implements AsyncDisposable {
   }
   #mask(rank: number, masked: number): void {
     this.#core.open("mask a rank");
-    if (!(Number.isSafeInteger(rank) && rank >= 0 && rank < this.numRanks) || rank === this.rank) {
-      throw new RangeError(`Cannot mask rank ${rank}: needs another rank below ${this.numRanks}`);
-    }
+    this.#checkPeer("mask", rank);
     maskStruct.pack({ rank, masked });
     this.#core.call("deepep_mask", maskStruct, "mask");
+  }
+  #checkPeer(doing: string, rank: number): void {
+    if (!(Number.isSafeInteger(rank) && rank >= 0 && rank < this.numRanks) || rank === this.rank) {
+      throw new RangeError(`Cannot ${doing} rank ${rank}: needs another rank below ${this.numRanks}`);
+    }
   }
   /** The masked ranks, ascending. */
   get maskedRanks(): number[] {
@@ -283,10 +290,10 @@ export class EpBuffer implements AsyncDisposable {
   async recover(options: { masked?: readonly number[]; timeoutMs?: number } = {}): Promise<void> {
     const core = this.#core;
     core.open("recover");
+    for (const rank of options.masked ?? []) this.#checkPeer("recover without", rank);
     await Promise.allSettled([core.record(core.commStream), core.record()]);
     const info = core.info();
     const masked = new Set([...bits(info.masked_ranks, this.numRanks), ...options.masked ?? []]);
-    if (masked.has(this.rank)) throw new RangeError(`Cannot recover: rank ${this.rank} cannot mask itself`);
     const ranks = Array.from({ length: this.numRanks }, (_, r) => r).filter((r) => !masked.has(r));
     const mine = new BigUint64Array(new ArrayBuffer(16));
     mine[0] = info.epoch;

@@ -4,7 +4,8 @@
  */
 import { struct } from "./ffi/struct.ts";
 import type { Core, OperationOptions } from "./core.ts";
-import type { DispatchHandle } from "./handle.ts";
+import { DispatchHandle } from "./handle.ts";
+import type { DType } from "./dtype.ts";
 import { checkTensor, describe, flat, rowStride } from "./payload.ts";
 import type { EpEvent } from "./stream.ts";
 import type { Tensor } from "./tensor.ts";
@@ -59,6 +60,7 @@ function checkShapes(core: Core, y: Tensor, handle: DispatchHandle, o: CombineOp
 /** Enqueues a combine. Nothing to wait for: failures show at `await result.event` and when the result is read. */
 export function combine(core: Core, y: Tensor, handle: DispatchHandle, o: CombineOptions): CombineResult {
   core.open("combine");
+  if (!(handle instanceof DispatchHandle)) throw new TypeError("Cannot combine: handle is no handle of a dispatch");
   const native = handle.use(core, "combine");
   const hidden = checkShapes(core, y, handle, o);
   const { numTokens, numTopk, layout } = handle;
@@ -78,24 +80,27 @@ export function combine(core: Core, y: Tensor, handle: DispatchHandle, o: Combin
   };
   flat(core, "combine", "out", o.out, ["bf16"], tokens);
   const slot = handle.slotIndex;
-  const { fields, event } = core.operation("combine", o, 0);
-  const x = o.out ?? core.alloc("bf16", tokens, event);
-  const backWeights = o.topkWeights ? core.alloc("f32", perEntry, event) : undefined;
-  const release = () => {
-    if (!o.out) x.release();
-    backWeights?.release();
+  const operation = core.operation("combine", o, 0), { event } = operation;
+  const made: Tensor[] = [];
+  const release = () => made.forEach((tensor) => tensor.release());
+  const alloc = <D extends DType>(dtype: D, shape: readonly number[]): Tensor<D> => {
+    const tensor = core.alloc(dtype, shape, event);
+    made.push(tensor as Tensor);
+    return tensor;
   };
+  let x: Tensor<"bf16">, backWeights: Tensor<"f32"> | undefined;
   try {
-    combineStruct.pack({
+    x = o.out ?? alloc("bf16", tokens);
+    backWeights = o.topkWeights ? alloc("f32", perEntry) : undefined;
+    core.launch("deepep_combine", combineStruct, {
       ...fixed,
       slot,
       x: isOutputRegion(core, y, slot) ? 0n : y.address,
       out: x.address,
       out_topk_weights: backWeights?.address ?? 0n,
-      ...fields,
-    });
-    core.launch("deepep_combine", combineStruct, "combine", fields.done_id);
+    }, operation);
   } catch (error) {
+    core.device.forget(operation.fields.done_id);
     release();
     throw error;
   }

@@ -9,7 +9,7 @@ import { Core } from "./core.ts";
 import { type Backend, type Device, openBest, openDevice } from "./device.ts";
 import { EpError, type EpErrorCode } from "./error.ts";
 import type { Group } from "./group/group.ts";
-import { type BufferShape, type ResolvedOptions, resolveOptions } from "./plan.ts";
+import { type BufferShape, type ResolvedOptions, resolveOptions, whole } from "./plan.ts";
 
 const createStruct = struct("deepep_buffer_create_args");
 const handleStruct = struct("deepep_peer_handle");
@@ -26,7 +26,7 @@ export interface BufferOptions extends BufferShape {
   timeoutMs?: number;
   /** Multiprocessors an operation uses unless it says. Default: the plan's choice. */
   numSms?: number;
-  /** A peer that times out or dies is masked and calls go on without it, instead of failing. Default false. */
+  /** A peer that times out or dies is masked and calls go on without it, instead of failing; alike on every rank. Default false. */
   maskOnTimeout?: boolean;
   /** Deadline of each exchange while the buffer is created, milliseconds. Default: the group's. */
   connectTimeoutMs?: number;
@@ -113,7 +113,12 @@ export async function connect(group: Group, options: BufferOptions): Promise<{ c
   const facts = await together(group, wait, async () => {
     resolved = resolveOptions(options, group.size);
     opened = await openLocal(options);
-    return { ...resolved, backend: opened.device.backend, abiVersion: ABI_VERSION } as Record<string, string | number>;
+    return {
+      ...resolved,
+      maskOnTimeout: String(options.maskOnTimeout ?? false),
+      backend: opened.device.backend,
+      abiVersion: ABI_VERSION,
+    } as Record<string, string | number>;
   });
   compare(group.rank, facts);
   const { device, reason } = opened!;
@@ -142,12 +147,13 @@ export async function connect(group: Group, options: BufferOptions): Promise<{ c
 
 function create(device: Device, group: Group, options: BufferOptions, resolved: ResolvedOptions): bigint {
   const { timeoutMs = 0, numSms = 0 } = options;
+  const ownDevice = device.backend === "cpu" ? 0 : group.localRank % device.capabilities().numDevices;
   const args = packOptions(resolved, {
     flags: options.maskOnTimeout ? constants.BUFFER.MASK_ON_TIMEOUT[0] : 0,
     rank: group.rank,
-    device: options.device ?? (device.backend === "cpu" ? 0 : group.localRank % device.capabilities().numDevices),
-    timeout_ms: timeoutMs,
-    num_sms: numSms,
+    device: whole("device", options.device ?? ownDevice, 0, 65_535),
+    timeout_ms: whole("timeoutMs", timeoutMs, 0, 86_400_000),
+    num_sms: whole("numSms", numSms, 0, 65_535),
     queue: device.queue,
   });
   device.call("deepep_buffer_create", 0n, args, "create");

@@ -4,8 +4,8 @@
  * exported to users; buffer.ts is.
  */
 import { constants, type StructName } from "./ffi/abi.ts";
-import { struct, type StructCodec } from "./ffi/struct.ts";
-import type { Device } from "./device.ts";
+import { struct, type StructCodec, type StructInput } from "./ffi/struct.ts";
+import type { CallName, Device } from "./device.ts";
 import { type DType, itemSize } from "./dtype.ts";
 import { EpError } from "./error.ts";
 import type { ResolvedOptions } from "./plan.ts";
@@ -47,6 +47,13 @@ export interface StreamFields {
   num_sms: number;
 }
 
+/** An operation that is about to be enqueued: its name, the fields that its struct ends with, and the event of its end. */
+export interface Operation {
+  readonly op: string;
+  readonly fields: StreamFields;
+  readonly event: EpEvent;
+}
+
 /** Who holds a slot. */
 interface Holder {
   readonly what: string;
@@ -71,6 +78,10 @@ export class Core implements EventOwner, TensorOwner {
   readonly #streams = new Set<Stream>();
   #closing: Promise<void> | undefined;
   #numCalls = 0;
+  /** The latest operation that was enqueued, which ends after all others, and the stream that waits for it, if one does. */
+  #latest: { readonly event: EpEvent; readonly waits: bigint | undefined } | undefined;
+  /** Where memory is freed that operations may still use. */
+  #reclaim: Stream | undefined;
 
   constructor(device: Device, native: bigint, options: ResolvedOptions) {
     this.device = device;
@@ -93,18 +104,32 @@ export class Core implements EventOwner, TensorOwner {
   }
 
   /** One call on this buffer. */
-  call(name: Parameters<Device["call"]>[0], args: StructCodec<StructName>, op: string): void {
+  call(name: CallName, args: StructCodec<StructName>, op: string): void {
     this.device.call(name, this.native, args, op);
   }
 
-  /** One call that enqueues an operation. A refused operation completes nothing, so its ids are given up. */
-  launch(name: Parameters<Device["call"]>[0], args: StructCodec<StructName>, op: string, ...ids: bigint[]): void {
+  /**
+   * Packs `values` with the operation's fields and makes the one call that enqueues it. A refused operation completes
+   * nothing, so its ids, `counts_id` among them, are given up.
+   */
+  launch<N extends StructName>(
+    name: CallName,
+    args: StructCodec<N>,
+    values: StructInput<N>,
+    { op, fields, event }: Operation,
+  ): void {
     try {
-      this.call(name, args, op);
+      args.pack({ ...values, ...fields } as StructInput<N>);
+      this.call(name, args as unknown as StructCodec, op);
     } catch (error) {
-      for (const id of ids) if (id !== 0n) this.device.forget(id);
+      this.device.forget(fields.done_id);
+      if ("counts_id" in values) this.device.forget(values.counts_id as bigint);
       throw error;
     }
+    this.#latest = {
+      event,
+      waits: fields.flags & constants.FLAG.ASYNC_FINISH[0] ? undefined : fields.stream,
+    };
   }
 
   /** Throws when the buffer is closed. `doing` is what was asked, as in `dispatch`. */
@@ -127,6 +152,7 @@ export class Core implements EventOwner, TensorOwner {
 
   /** Ends a stream after its work, without blocking the event loop for it. */
   async destroyStream(stream: Stream): Promise<void> {
+    if (stream === this.stream) throw new RangeError("Cannot destroy a stream: it is the buffer's own");
     if (!this.#streams.delete(stream)) return;
     await this.record(stream);
     if (!this.#closing) this.device.end("deepep_stream_destroy", stream.address, "stream");
@@ -149,27 +175,34 @@ export class Core implements EventOwner, TensorOwner {
 
   #mark(stream: Stream): EpEvent {
     const native = this.#event();
-    eventStruct.pack({ stream: stream.address });
+    eventStruct.pack({ stream: streamAddress("record an event", stream) });
     this.device.call("deepep_event_record", native, eventStruct, "event");
     return new EpEvent(this, native, "event", 0n);
   }
 
   /** Fields and event for an operation `op` that is about to be enqueued. */
-  operation(op: string, options: OperationOptions, flags: number): { fields: StreamFields; event: EpEvent } {
+  operation(op: string, options: OperationOptions, flags: number): Operation {
     this.open(op);
-    const { timeoutMs = 0, numSms = 0 } = options;
+    const { timeoutMs = 0, numSms = 0, previousEvent } = options;
+    const stream = streamAddress(op, options.stream ?? this.stream);
     if (!(Number.isSafeInteger(timeoutMs) && timeoutMs >= 0 && timeoutMs <= 86_400_000)) {
       throw new RangeError(`Cannot ${op}: timeoutMs is ${timeoutMs}, needs 0 to 86400000`);
     }
-    if (!(Number.isSafeInteger(numSms) && numSms >= 0)) throw new RangeError(`Cannot ${op}: numSms is ${numSms}`);
+    if (!(Number.isSafeInteger(numSms) && numSms >= 0 && numSms <= 65_535)) {
+      throw new RangeError(`Cannot ${op}: numSms is ${numSms}, needs 0 to 65535`);
+    }
+    if (previousEvent !== undefined && !(previousEvent instanceof EpEvent)) {
+      throw new TypeError(`Cannot ${op}: previousEvent is no event`);
+    }
     this.device.sweep();
     const native = this.#event(), id = this.device.nextId();
     this.#numCalls++;
     return {
+      op,
       event: new EpEvent(this, native, op, id),
       fields: {
-        stream: (options.stream ?? this.stream).address,
-        previous_event: options.previousEvent?.address ?? 0n,
+        stream,
+        previous_event: previousEvent?.address ?? 0n,
         event: native,
         done_id: id,
         flags: flags | (options.asyncFinish ? constants.FLAG.ASYNC_FINISH[0] : 0),
@@ -184,7 +217,8 @@ export class Core implements EventOwner, TensorOwner {
     const done = this.device.completed(id);
     this.#pending.add(done);
     try {
-      if (await done !== 0) throw this.device.failure(this.native, id, op);
+      const status = await done;
+      if (status !== 0) throw this.device.failure(this.native, id, op, status);
     } finally {
       this.#pending.delete(done);
     }
@@ -224,9 +258,9 @@ export class Core implements EventOwner, TensorOwner {
 
   /** The expert-output region of a held slot, for writing in the order of `stream`. */
   expertOutput(slot: number, options: OperationOptions): bigint {
-    const { fields } = this.operation("expertOutput", options, 0);
-    outputStruct.pack({ slot, ...fields });
-    this.launch("deepep_expert_output", outputStruct, "expertOutput", fields.done_id);
+    const latest = this.#latest;
+    this.launch("deepep_expert_output", outputStruct, { slot }, this.operation("expertOutput", options, 0));
+    this.#latest = latest; // a wait of the caller's stream, which uses no tensor
     const address = outputStruct.get("address");
     this.#outputs.set(slot, address);
     return address;
@@ -264,20 +298,40 @@ export class Core implements EventOwner, TensorOwner {
 
   freeTensor(address: bigint, stream: Stream = this.stream): void {
     if (this.#closing) return; // went with the buffer
-    this.#free(address, constants.MEMORY.DEVICE[0], stream);
+    this.#free(address, constants.MEMORY.DEVICE[0], this.#afterOperations(stream));
+  }
+
+  /**
+   * A stream that comes after `stream`'s present work and after every operation so far. Mostly `stream` itself, which
+   * waits for operations; but with `asyncFinish`, or when the operation waited on another stream, it does not, and
+   * memory that a pending operation reads or writes must not be handed out again (DeepEP keeps such tensors in the event).
+   */
+  #afterOperations(stream: Stream): Stream {
+    const address = streamAddress("free a tensor", stream);
+    if (this.#latest?.event.done) this.#latest = undefined;
+    if (!this.#latest || this.#latest.waits === address) return stream;
+    this.#reclaim ??= this.createStream();
+    this.#mark(stream).wait(this.#reclaim);
+    this.#latest.event.wait(this.#reclaim);
+    return this.#reclaim;
   }
 
   /** Enqueues a copy of a contiguous tensor to another address. */
   copy(dst: bigint, src: bigint, bytes: number, stream: Stream, id = 0n): void {
-    copyStruct.pack({ dst, src, bytes: BigInt(bytes), stream: stream.address, done_id: id });
-    this.launch("deepep_copy", copyStruct, "copy", id);
+    this.open("copy");
+    copyStruct.pack({ dst, src, bytes: BigInt(bytes), stream: streamAddress("copy", stream), done_id: id });
+    this.call("deepep_copy", copyStruct, "copy");
   }
 
   /** Enqueues a fill with a byte value. */
   fill(tensor: Tensor, value: number, stream: Stream = this.stream): void {
     this.open("fill a tensor");
     if (!tensor.contiguous) throw new RangeError("Cannot fill: the tensor is not contiguous");
-    fillStruct.pack({ dst: tensor.address, bytes: BigInt(tensor.byteLength), value, stream: stream.address });
+    if (!(Number.isInteger(value) && value >= 0 && value <= 255)) {
+      throw new RangeError(`Cannot fill: value is ${value}, needs a byte, 0 to 255`);
+    }
+    const bytes = BigInt(tensor.byteLength);
+    fillStruct.pack({ dst: tensor.address, bytes, value, stream: streamAddress("fill", stream) });
     this.call("deepep_fill", fillStruct, "fill");
   }
 
@@ -292,6 +346,9 @@ export class Core implements EventOwner, TensorOwner {
         this.copy(staging, tensor.address, span, stream, id);
         await this.completed(id, "read");
         this.device.hostRead(staging, new Uint8Array(bytes));
+      } catch (error) {
+        this.device.forget(id);
+        throw error;
       } finally {
         this.#free(staging, constants.MEMORY.HOST[0]);
       }
@@ -304,8 +361,13 @@ export class Core implements EventOwner, TensorOwner {
     this.open("write a tensor");
     if (data.byteLength === 0) return;
     const staging = this.#alloc(data.byteLength, constants.MEMORY.HOST[0]);
-    this.device.hostWrite(staging, data);
-    this.copy(tensor.address, staging, data.byteLength, stream);
+    try {
+      this.device.hostWrite(staging, data);
+      this.copy(tensor.address, staging, data.byteLength, stream);
+    } catch (error) {
+      this.#free(staging, constants.MEMORY.HOST[0]);
+      throw error;
+    }
     this.#free(staging, constants.MEMORY.HOST[0], stream);
   }
 
@@ -334,6 +396,12 @@ export class Core implements EventOwner, TensorOwner {
     this.idleEvents.length = 0;
     this.device.end("deepep_buffer_destroy", this.native, "close");
   }
+}
+
+/** The native stream, checked to be one: another address would be taken for a stream by a GPU's driver. */
+function streamAddress(op: string, stream: Stream): bigint {
+  if (!(stream instanceof Stream)) throw new TypeError(`Cannot ${op}: stream is no stream`);
+  return stream.address;
 }
 
 /** Bytes from a tensor's first element to its last, both included. */

@@ -7,7 +7,7 @@ import { Completions } from "./ffi/completions.ts";
 import { constants, type functions } from "./ffi/abi.ts";
 import { type Library, openLibrary } from "./ffi/open.ts";
 import { struct, type StructCodec } from "./ffi/struct.ts";
-import { EpError, fromNative, LibraryError } from "./error.ts";
+import { EpError, errorCode, fromNative, LibraryError } from "./error.ts";
 
 /** A backend: which library does the work. */
 export type Backend = "cpu" | "cuda" | "nvshmem";
@@ -66,6 +66,7 @@ export class Device {
     this.backend = backend;
     this.path = library.path;
     this.#symbols = library.symbols;
+    this.#checkBackend();
     queueStruct.pack({});
     this.call("deepep_queue_create", 0n, queueStruct, "create");
     const queue = this.queue = queueStruct.get("queue");
@@ -73,6 +74,19 @@ export class Device {
     this.#completions = new Completions({
       drain: (out, capacity) => this.#symbols.deepep_queue_drain(queue, out, capacity),
     }, { spinMs: backend === "cpu" ? 0.1 : 1 });
+  }
+
+  /** One backend's library given for another's would work, and be taken for what it is not. */
+  #checkBackend(): void {
+    capabilitiesStruct.pack({});
+    // Without a device there is nothing to ask; creating a buffer says so.
+    if (this.#symbols.deepep_get_capabilities(0n, capabilitiesStruct.bytes, errorStruct.reset()) !== 0) return;
+    const code = capabilitiesStruct.get("backend");
+    if (code === constants.BACKEND[this.backend.toUpperCase() as Uppercase<Backend>][0]) return;
+    const name = Object.entries(constants.BACKEND).find(([, [value]]) => value === code)?.[0].toLowerCase();
+    throw new LibraryError(
+      `Cannot use ${this.path}: it is the library of backend ${name ?? code}, not of ${this.backend}`,
+    );
   }
 
   /** Calls `name` with a packed struct; throws {@linkcode EpError} on a non-zero status. `op` names it in errors. */
@@ -129,13 +143,14 @@ export class Device {
     this.#completions.poll();
   }
 
-  /** The record of the failed operation with completion `id` on `buffer`, as an error. */
-  failure(buffer: bigint, id: bigint, op: string): EpError {
+  /** The failure of the operation whose completion `id` came with `status`, as an error. */
+  failure(buffer: bigint, id: bigint, op: string, status: number): EpError {
     statusStruct.pack({ id });
     const code = this.#symbols.deepep_get_status(buffer, statusStruct.bytes, errorStruct.reset());
-    return code === 0
-      ? new EpError(`Cannot finish ${op}: it failed and its record is gone`, { code: "internal", op })
-      : fromNative(errorStruct.read(), op);
+    if (code === status) return fromNative(errorStruct.read(), op);
+    // The record has gone with the buffer, or made room for later ones; the completion's status is left.
+    const word = errorCode(status);
+    return new EpError(`Cannot finish ${op}: it failed with ${word}; its record is gone`, { code: word, op });
   }
 
   /** What device `index` can do. */

@@ -4,7 +4,7 @@
  */
 import { constants } from "./ffi/abi.ts";
 import { struct } from "./ffi/struct.ts";
-import type { Core, OperationOptions } from "./core.ts";
+import type { Core, Operation, OperationOptions } from "./core.ts";
 import { itemSize } from "./dtype.ts";
 import {
   DispatchHandle,
@@ -179,15 +179,23 @@ function routing(
   return { fields: { ...none, ...fields, topk_weights }, flags: 0 };
 }
 
-function createHandle(core: Core, numTokens: number, numTopk: number): bigint {
-  handleStruct.pack({ num_tokens: numTokens, num_topk: numTopk });
-  core.call("deepep_handle_create", handleStruct, "dispatch");
+function createHandle(core: Core, numTokens: number, numTopk: number, operation: Operation): bigint {
+  try {
+    handleStruct.pack({ num_tokens: numTokens, num_topk: numTopk });
+    core.call("deepep_handle_create", handleStruct, "dispatch");
+  } catch (error) {
+    core.device.forget(operation.fields.done_id);
+    throw error;
+  }
   return handleStruct.get("handle");
 }
 
 /** Enqueues a dispatch; resolves when the counts are known, or at once without `cpuSync`. */
 export async function dispatch<X extends Payload>(core: Core, x: X, o: DispatchOptions): Promise<DispatchResult<X>> {
   core.open("dispatch");
+  if (o.handle !== undefined && !(o.handle instanceof DispatchHandle)) {
+    throw new TypeError("Cannot dispatch: handle is no handle of a dispatch");
+  }
   const layout = o.layout ?? o.handle?.layout ?? "rank";
   const alignment = o.expertAlignment ?? o.handle?.expertAlignment ?? 1;
   checkChoices(layout, alignment, o);
@@ -205,26 +213,24 @@ export async function dispatch<X extends Payload>(core: Core, x: X, o: DispatchO
       (o.zeroPadding ? FLAG.ZERO_PADDING[0] : 0) | (o.scalesColumnMajor ? FLAG.SCALES_COLUMN_MAJOR[0] : 0) |
       (sync || known ? 0 : FLAG.NO_CPU_SYNC[0]),
   );
-  const native = cached ?? createHandle(core, fields.num_tokens, fields.num_topk);
+  const native = cached ?? createHandle(core, fields.num_tokens, fields.num_topk, operation);
   const counts_id = sync ? core.device.nextId() : 0n;
-  const packed: typeof dispatchStruct = dispatchStruct.pack({
-    layout: constants.LAYOUT[layout === "rank" ? "RANK" : "EXPERT"][0],
-    handle: native,
-    slot: slotWanted,
-    expert_alignment: alignment,
-    ...fields,
-    ...payload,
-    expert_stats,
-    counts_id,
-    ...operation.fields,
-  });
   try {
-    core.launch("deepep_dispatch", packed, "dispatch", operation.fields.done_id, counts_id);
+    core.launch("deepep_dispatch", dispatchStruct, {
+      layout: constants.LAYOUT[layout === "rank" ? "RANK" : "EXPERT"][0],
+      handle: native,
+      slot: slotWanted,
+      expert_alignment: alignment,
+      ...fields,
+      ...payload,
+      expert_stats,
+      counts_id,
+    }, operation);
   } catch (error) {
     if (cached === undefined) core.device.end("deepep_handle_destroy", native, "dispatch");
     throw error;
   }
-  const out = packed.outputs();
+  const out = dispatchStruct.outputs();
   const slot: HeldSlot = { index: out.slot, hold: core.holdSlot(out.slot, "dispatch") };
   slot.hold.producer = operation.event;
   let host: RecvCounts | undefined = known;
@@ -238,7 +244,7 @@ export async function dispatch<X extends Payload>(core: Core, x: X, o: DispatchO
     }
     host = readCounts(core, out.host_counts);
   }
-  const handle = o.handle?.withSlot(slot) ?? new DispatchHandle(core, { native, users: 0 }, slot, {
+  const handle = o.handle?.withSlot(slot, host) ?? new DispatchHandle(core, { native, users: 0 }, slot, {
     layout,
     numTokens: fields.num_tokens,
     numTopk: fields.num_topk,

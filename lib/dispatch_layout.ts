@@ -4,6 +4,7 @@
  */
 import { struct } from "./ffi/struct.ts";
 import type { Core, OperationOptions } from "./core.ts";
+import type { DType } from "./dtype.ts";
 import { routingFields } from "./payload.ts";
 import type { EpEvent } from "./stream.ts";
 import type { Tensor } from "./tensor.ts";
@@ -26,21 +27,27 @@ export interface DispatchLayout extends Disposable {
 export function getDispatchLayout(core: Core, topkIdx: Tensor, options: OperationOptions): DispatchLayout {
   core.open("getDispatchLayout");
   const routing = routingFields(core, "getDispatchLayout", topkIdx, core.options.maxTokensPerRank);
-  const { fields, event } = core.operation("getDispatchLayout", options, 0);
-  const numTokensPerRank = core.alloc("i32", [core.numRanks], event);
-  const numTokensPerExpert = core.alloc("i32", [core.options.numExperts], event);
-  const isTokenInRank = core.alloc("bool", [routing.num_tokens, core.numRanks], event);
-  const release = () => [numTokensPerRank, numTokensPerExpert, isTokenInRank].forEach((t) => t.release());
+  const operation = core.operation("getDispatchLayout", options, 0), { event } = operation;
+  const made: Tensor[] = [];
+  const release = () => made.forEach((tensor) => tensor.release());
+  const alloc = <D extends DType>(dtype: D, shape: readonly number[]): Tensor<D> => {
+    const tensor = core.alloc(dtype, shape, event);
+    made.push(tensor as Tensor);
+    return tensor;
+  };
+  let numTokensPerRank: Tensor<"i32">, numTokensPerExpert: Tensor<"i32">, isTokenInRank: Tensor<"bool">;
   try {
-    layoutStruct.pack({
+    numTokensPerRank = alloc("i32", [core.numRanks]);
+    numTokensPerExpert = alloc("i32", [core.options.numExperts]);
+    isTokenInRank = alloc("bool", [routing.num_tokens, core.numRanks]);
+    core.launch("deepep_get_dispatch_layout", layoutStruct, {
       ...routing,
       num_tokens_per_rank: numTokensPerRank.address,
       num_tokens_per_expert: numTokensPerExpert.address,
       is_token_in_rank: isTokenInRank.address,
-      ...fields,
-    });
-    core.launch("deepep_get_dispatch_layout", layoutStruct, "getDispatchLayout", fields.done_id);
+    }, operation);
   } catch (error) {
+    core.device.forget(operation.fields.done_id);
     release();
     throw error;
   }

@@ -45,6 +45,11 @@ export type TypedArrayOf<D extends DType> = {
   bool: Uint8Array;
 }[D];
 
+/** The name of the typed array that holds a dtype's elements. */
+export function arrayName(dtype: DType): string {
+  return arrays[dtype].name;
+}
+
 /** Channels that share an FP8 scale. */
 export const FP8_BLOCK = 128;
 

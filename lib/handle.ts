@@ -84,9 +84,11 @@ export class DispatchHandle implements Disposable {
     routing.users++;
   }
 
-  /** @ignore The same routing with the slot of a cached dispatch. */
-  withSlot(slot: HeldSlot): DispatchHandle {
-    return new DispatchHandle(this.#core, this.#routing, slot, this);
+  /** @ignore The same routing with the slot of a cached dispatch, and the counts if the host knows them by now. */
+  withSlot(slot: HeldSlot, counts: RecvCounts | undefined): DispatchHandle {
+    const { layout, numTokens, numTopk, expertAlignment, topkIdxDtype } = this;
+    const facts: HandleFacts = { layout, numTokens, numTopk, expertAlignment, counts, topkIdxDtype };
+    return new DispatchHandle(this.#core, this.#routing, slot, facts);
   }
 
   /** Keeps the handle after its result is released; release it yourself then. Returns it. */
@@ -153,8 +155,7 @@ export class DispatchHandle implements Disposable {
 
 /** Something received into a slot. Release it when its tensors have been read: `using`, or `release()`. */
 export abstract class SlotResult implements Disposable {
-  /** Marks the end of the operation. */
-  readonly event: EpEvent;
+  #event: EpEvent;
   /** @ignore */
   protected readonly core: Core;
   /** @ignore */
@@ -164,7 +165,17 @@ export abstract class SlotResult implements Disposable {
   constructor(core: Core, slot: HeldSlot, event: EpEvent) {
     this.core = core;
     this.slot = slot;
-    this.event = event;
+    this.#event = event;
+  }
+
+  /** Marks the end of the operation; with `recvHook` of its sending half until `hook()` was called. */
+  get event(): EpEvent {
+    return this.#event;
+  }
+  /** @ignore The receiving half was enqueued. */
+  protected arrives(event: EpEvent): void {
+    this.#event = event;
+    this.slot.hold.producer = event;
   }
 
   /** Whether the slot was given back. */

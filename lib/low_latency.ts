@@ -6,11 +6,20 @@
 import { constants } from "./ffi/abi.ts";
 import { struct } from "./ffi/struct.ts";
 import { isOutputRegion } from "./combine.ts";
-import type { Core, OperationOptions } from "./core.ts";
+import type { Core, Operation, OperationOptions } from "./core.ts";
 import { itemSize } from "./dtype.ts";
 import { EpError } from "./error.ts";
 import { type HeldSlot, SlotResult } from "./handle.ts";
-import { describe, flat, parts, type Payload, payloadFields, routingFields, type ScaledRows } from "./payload.ts";
+import {
+  checkLive,
+  describe,
+  flat,
+  parts,
+  type Payload,
+  payloadFields,
+  routingFields,
+  type ScaledRows,
+} from "./payload.ts";
 import type { EpEvent } from "./stream.ts";
 import { type Hold, Tensor } from "./tensor.ts";
 
@@ -79,24 +88,35 @@ class Receive {
   readonly #op: string;
   readonly #slot: number;
   readonly #options: OperationOptions;
+  readonly #uses: Readonly<Record<string, Tensor | undefined>>;
   event: EpEvent;
   #open: boolean;
 
-  constructor(core: Core, op: string, slot: number, event: EpEvent, options: OperationOptions, open: boolean) {
+  /** `uses`: the caller's tensors that this half reads and writes. */
+  constructor(
+    core: Core,
+    { op, event }: Operation,
+    slot: number,
+    options: OperationOptions & { recvHook?: boolean },
+    uses: Readonly<Record<string, Tensor | undefined>>,
+  ) {
     this.#core = core;
     this.#op = op;
+    this.#uses = uses;
     this.#name = op === "lowLatencyDispatch"
       ? "deepep_low_latency_dispatch_receive"
       : "deepep_low_latency_combine_receive";
     this.#slot = slot;
     this.event = event;
     this.#options = options;
-    this.#open = open;
+    this.#open = options.recvHook ?? false;
   }
   /** Enqueues the receiving half, once. */
   hook(): EpEvent {
     if (this.#open) {
-      this.#open = false;
+      for (const [name, tensor] of Object.entries(this.#uses)) {
+        if (tensor) checkLive(this.#core, this.#op, name, tensor);
+      }
       const { stream, asyncFinish, numSms, timeoutMs } = this.#options;
       const options = {
         ...(stream && { stream }),
@@ -104,10 +124,10 @@ class Receive {
         ...(numSms && { numSms }),
         ...(timeoutMs && { timeoutMs }),
       };
-      const { fields, event } = this.#core.operation(this.#op, options, 0);
-      receiveStruct.pack({ slot: this.#slot, ...fields });
-      this.#core.launch(this.#name, receiveStruct, this.#op, fields.done_id);
-      this.event = event;
+      const operation = this.#core.operation(this.#op, options, 0);
+      this.#core.launch(this.#name, receiveStruct, { slot: this.#slot }, operation);
+      this.#open = false;
+      this.event = operation.event;
     }
     return this.event;
   }
@@ -148,7 +168,7 @@ export class LowLatencyResult<X extends Payload = Payload> extends SlotResult {
   /** With `recvHook`: enqueues the receiving half, once; else does nothing. Returns the event of the arrival. */
   hook(): EpEvent {
     const event = this.#receive.hook();
-    this.slot.hold.producer = event;
+    this.arrives(event);
     return event;
   }
   /** Waits on the host until the rows are here, after {@linkcode hook}. @throws {EpError} when the operation failed */
@@ -195,14 +215,14 @@ export function lowLatencyDispatch<X extends Payload, O extends LowLatencyDispat
   const expert_stats = flat(core, op, "expertStats", o.expertStats, ["i32"], [core.numLocalExperts]);
   const wait_stats = flat(core, op, "waitStats", o.waitStats, ["i64"], [core.numRanks]);
   const slotWanted = core.wantSlot(op);
-  const { fields, event } = core.operation(op, o, flags);
-  dispatchStruct.pack({ slot: slotWanted, ...routing, ...payload, expert_stats, wait_stats, ...fields });
-  core.launch("deepep_low_latency_dispatch", dispatchStruct, op, fields.done_id);
+  const operation = core.operation(op, o, flags);
+  const values = { slot: slotWanted, ...routing, ...payload, expert_stats, wait_stats };
+  core.launch("deepep_low_latency_dispatch", dispatchStruct, values, operation);
   const out = dispatchStruct.outputs();
   const hold = core.holdSlot(out.slot, "low-latency dispatch");
-  hold.producer = event;
+  hold.producer = operation.event;
   const slot: HeldSlot = { index: out.slot, hold }, held = { hold };
-  const receive = new Receive(core, op, out.slot, event, o, o.recvHook ?? false);
+  const receive = new Receive(core, operation, out.slot, o, { expertStats: o.expertStats, waitStats: o.waitStats });
   return new LowLatencyResult(core, slot, receive, {
     x: received(core, x, flags, out, held) as Received<X, O>,
     count: new Tensor(out.recv_count, "i32", [core.numLocalExperts], held),
@@ -305,6 +325,9 @@ export class LowLatencyCombineResult implements Disposable {
 export function lowLatencyCombine(core: Core, y: Tensor, o: LowLatencyCombineOptions): LowLatencyCombineResult {
   const op = "lowLatencyCombine";
   needsLowLatency(core, op);
+  if (!(o.handle instanceof LowLatencyHandle)) {
+    throw new TypeError(`Cannot ${op}: handle is no handle of a low-latency dispatch`);
+  }
   const slot = o.handle.use(core, op);
   const address = flat(core, op, "x", y, ["bf16"], outputShape(core));
   const routing = routingFields(core, op, o.topkIdx, core.options.maxLowLatencyTokensPerRank);
@@ -312,24 +335,29 @@ export function lowLatencyCombine(core: Core, y: Tensor, o: LowLatencyCombineOpt
   const wait_stats = flat(core, op, "waitStats", o.waitStats, ["i64"], [core.numRanks]);
   const shape = [routing.num_tokens, core.options.hidden];
   flat(core, op, "out", o.out, ["bf16"], shape);
-  const { fields, event } = core.operation(op, o, o.recvHook ? FLAG.RECEIVE_HOOK[0] : 0);
-  const x = o.out ?? core.alloc("bf16", shape, event);
-  const release = () => o.out ? undefined : x.release();
+  const operation = core.operation(op, o, o.recvHook ? FLAG.RECEIVE_HOOK[0] : 0);
+  let made: Tensor<"bf16"> | undefined;
+  const release = () => made?.release();
   try {
-    combineStruct.pack({
+    made = o.out ? undefined : core.alloc("bf16", shape, operation.event);
+    core.launch("deepep_low_latency_combine", combineStruct, {
       slot,
       ...routing,
       topk_weights,
       x: isOutputRegion(core, y, slot) ? 0n : address,
-      out: x.address,
+      out: (made ?? o.out!).address,
       wait_stats,
-      ...fields,
-    });
-    core.launch("deepep_low_latency_combine", combineStruct, op, fields.done_id);
+    }, operation);
   } catch (error) {
+    core.device.forget(operation.fields.done_id);
     release();
     throw error;
   }
-  if (o.out?.hold) o.out.hold.producer = event;
-  return new LowLatencyCombineResult(x, new Receive(core, op, slot, event, o, o.recvHook ?? false), release);
+  if (o.out?.hold) o.out.hold.producer = operation.event;
+  const out = made ?? o.out!, { topkIdx, topkWeights, waitStats } = o;
+  return new LowLatencyCombineResult(
+    out,
+    new Receive(core, operation, slot, o, { out, topkIdx, topkWeights, waitStats }),
+    release,
+  );
 }

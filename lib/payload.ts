@@ -5,7 +5,7 @@
 import type { Core } from "./core.ts";
 import { type DType, itemSize } from "./dtype.ts";
 import { EpError } from "./error.ts";
-import type { Tensor } from "./tensor.ts";
+import { Tensor } from "./tensor.ts";
 
 /** Rows with scales beside them: FP8 with one scale per 128 channels or per token, packed UE8M0, or any other format. */
 export interface ScaledRows<D extends DType = DType, S extends DType = DType> {
@@ -20,6 +20,17 @@ export type Payload = Tensor | ScaledRows;
 /** Words for messages: `bf16 [4, 7168]`. */
 export const describe = (t: Tensor): string => `${t.dtype} [${t.shape.join(", ")}]`;
 
+/** Checks that something is a tensor, of `core` or foreign, whose memory was not given back. */
+export function checkLive(core: Core, op: string, name: string, tensor: Tensor): void {
+  if (!(tensor instanceof Tensor)) throw new TypeError(`Cannot ${op}: ${name} is no tensor`);
+  if (tensor.hold && tensor.hold.owner !== core) {
+    throw new TypeError(`Cannot ${op}: ${name} belongs to ${tensor.hold.owner.label}, not to ${core.label}`);
+  }
+  if (tensor.released) {
+    throw new EpError(`Cannot ${op}: ${name} was given back by ${tensor.hold!.released}`, { code: "closed", op });
+  }
+}
+
 /** Checks that a tensor may be used by an operation on `core`. */
 export function checkTensor(
   core: Core,
@@ -29,15 +40,7 @@ export function checkTensor(
   dtypes: readonly DType[],
   shape: readonly (number | undefined)[],
 ): void {
-  if (tensor === null || typeof tensor !== "object" || typeof tensor.address !== "bigint") {
-    throw new TypeError(`Cannot ${op}: ${name} is no tensor`);
-  }
-  if (tensor.hold && tensor.hold.owner !== core) {
-    throw new TypeError(`Cannot ${op}: ${name} belongs to ${tensor.hold.owner.label}, not to ${core.label}`);
-  }
-  if (tensor.released) {
-    throw new EpError(`Cannot ${op}: ${name} was given back by ${tensor.hold!.released}`, { code: "closed", op });
-  }
+  checkLive(core, op, name, tensor);
   if (dtypes.length > 0 && !dtypes.includes(tensor.dtype)) {
     throw new TypeError(`Cannot ${op}: ${name} is ${describe(tensor)}, needs ${dtypes.join(" or ")}`);
   }

@@ -39,7 +39,8 @@ export interface ResolvedOptions extends Required<BufferShape> {
 
 const GIB = 2 ** 30;
 
-function whole(name: string, value: number, least: number, most: number): number {
+/** The value of an option, checked. @throws {TypeError} when it is no number @throws {RangeError} when out of range */
+export function whole(name: string, value: number, least: number, most: number): number {
   if (typeof value !== "number") {
     throw new TypeError(`Cannot create a buffer: ${name} is ${typeof value}, needs a number`);
   }

@@ -58,6 +58,7 @@ export class EpEvent implements PromiseLike<void> {
 
   /** Makes `stream` wait for this point. Returns at once; costs the host one call. */
   wait(stream: Stream): void {
+    if (!(stream instanceof Stream)) throw new TypeError("Cannot make a stream wait: stream is no stream");
     eventStruct.pack({ stream: stream.address });
     this.#owner.device.call("deepep_event_wait", this.address, eventStruct, "event");
   }
@@ -73,8 +74,9 @@ export class EpEvent implements PromiseLike<void> {
   check(): void {
     eventStruct.pack({});
     this.#owner.device.call("deepep_event_query", this.address, eventStruct, "event");
-    if (eventStruct.get("done") === 1 && eventStruct.get("status") !== 0) {
-      throw this.#owner.device.failure(this.#owner.native, this.#id, this.#op);
+    const status = eventStruct.get("status");
+    if (eventStruct.get("done") === 1 && status !== 0) {
+      throw this.#owner.device.failure(this.#owner.native, this.#id, this.#op, status);
     }
   }
 
@@ -90,9 +92,15 @@ export class EpEvent implements PromiseLike<void> {
     const { device, native } = this.#owner;
     const id = this.#id || device.nextId();
     if (this.#id === 0n) {
-      eventStruct.pack({ done_id: id });
-      device.call("deepep_event_notify", this.address, eventStruct, "event");
+      try {
+        eventStruct.pack({ done_id: id });
+        device.call("deepep_event_notify", this.address, eventStruct, "event");
+      } catch (error) {
+        device.forget(id);
+        throw error;
+      }
     }
-    if (await device.completed(id) !== 0) throw device.failure(native, id, this.#op);
+    const status = await device.completed(id);
+    if (status !== 0) throw device.failure(native, id, this.#op, status);
   }
 }

@@ -2,13 +2,15 @@
  * Tensors: an address, a dtype, a shape and strides. They are views of memory that a buffer allocated, of a slot's
  * received rows, or of a foreign address; this file knows nothing of how memory is moved except through `TensorOwner`.
  */
-import { type DType, itemSize, type TypedArrayOf, viewAs } from "./dtype.ts";
+import { arrayName, type DType, itemSize, type TypedArrayOf, viewAs } from "./dtype.ts";
 import { EpError } from "./error.ts";
 import type { EpEvent, Stream } from "./stream.ts";
 
 /** What a tensor needs of the buffer that made it. */
 export interface TensorOwner {
   readonly label: string;
+  /** Whether it is closed: then its memory is gone. */
+  readonly closed: boolean;
   readTensor(tensor: Tensor, stream?: Stream): Promise<ArrayBuffer>;
   writeTensor(tensor: Tensor, data: ArrayBufferView, stream?: Stream): void;
   freeTensor(address: bigint, stream?: Stream): void;
@@ -38,7 +40,9 @@ export function rowMajor(shape: readonly number[]): number[] {
 }
 
 // Only warns: memory is given back by `release()`, never by the collector, because streams may still use it.
-const forgotten = new FinalizationRegistry<string>((what) => console.warn(`deepep: ${what} was never released`));
+const forgotten = new FinalizationRegistry<{ what: string; owner: TensorOwner | undefined }>(({ what, owner }) => {
+  if (!owner?.closed) console.warn(`deepep: ${what} was never released`);
+});
 
 /** A view of device memory. Shapes are in elements, strides too; addresses are 64-bit. */
 export class Tensor<D extends DType = DType> implements Disposable {
@@ -67,7 +71,9 @@ export class Tensor<D extends DType = DType> implements Disposable {
     this.strides = options.strides ?? rowMajor(shape);
     this.hold = options.hold;
     this.#owns = options.owns ?? false;
-    if (this.#owns) forgotten.register(this, `a ${dtype} tensor [${shape.join(", ")}]`, this);
+    if (this.#owns) {
+      forgotten.register(this, { what: `a ${dtype} tensor [${shape.join(", ")}]`, owner: options.hold?.owner }, this);
+    }
   }
 
   /**
@@ -75,7 +81,7 @@ export class Tensor<D extends DType = DType> implements Disposable {
    * from here, and must outlive the operations that use it.
    *
    * @throws {TypeError} when the address is no bigint or the dtype unknown
-   * @throws {RangeError} when a dimension is no whole number or the address is 0
+   * @throws {RangeError} when a dimension or stride is no whole number, or the address is 0
    */
   static from<D extends DType>(
     address: bigint,
@@ -93,6 +99,9 @@ export class Tensor<D extends DType = DType> implements Disposable {
     if (address <= 0n && elements(shape) > 0) throw new RangeError(`Cannot wrap a tensor: address is ${address}`);
     if (options.strides && options.strides.length !== shape.length) {
       throw new RangeError(`Cannot wrap a tensor: ${options.strides.length} strides for ${shape.length} dimensions`);
+    }
+    if (!(options.strides ?? []).every((n) => Number.isSafeInteger(n) && n >= 0)) {
+      throw new RangeError(`Cannot wrap a tensor: strides are [${options.strides!.join(", ")}]`);
     }
     return new Tensor(address, dtype, [...shape], options.strides ? { strides: [...options.strides] } : {});
   }
@@ -149,17 +158,28 @@ export class Tensor<D extends DType = DType> implements Disposable {
     return viewAs(this.dtype, new Uint8Array(bytes));
   }
 
-  /** Copies elements from the host, in the order of `stream`. The data may be changed as soon as this returns. */
+  /**
+   * Copies elements from the host, in the order of `stream`. The data may be changed as soon as this returns. For bytes
+   * of any kind there is `buffer.write`.
+   *
+   * @throws {TypeError} when the array is not the dtype's, as in a `Float32Array` for an i32 tensor
+   */
   write(data: TypedArrayOf<D>, options: { stream?: Stream } = {}): void {
     const owner = this.#owner("write");
     if (!this.contiguous) throw new RangeError("Cannot write: the tensor is not contiguous");
+    // By name, since an array may come from another realm. Bytes of another type would be taken as they are.
+    const given = Object.prototype.toString.call(data).slice(8, -1), wanted = arrayName(this.dtype);
+    if (given !== wanted) throw new TypeError(`Cannot write: a tensor of ${this.dtype} takes ${wanted}, not ${given}`);
     if (data.byteLength !== this.byteLength) {
       throw new RangeError(`Cannot write ${data.byteLength} bytes: the tensor has ${this.byteLength}`);
     }
     owner.writeTensor(this as Tensor, data, options.stream);
   }
 
-  /** Gives the memory back, in the order of `stream`. Views and foreign tensors have nothing to give back. */
+  /**
+   * Gives the memory back: it is used again after what `stream` has enqueued now, and after every operation so far. Views
+   * and foreign tensors have nothing to give back.
+   */
   release(options: { stream?: Stream } = {}): void {
     if (!this.#owns || !this.hold?.alive) return;
     this.hold.alive = false;

@@ -5,7 +5,17 @@
  */
 import { describe, test } from "node:test";
 import { assert, assertEquals, assertRejects, assertThrows } from "@std/assert";
-import { EpBuffer, EpError, Group, Tensor } from "@deepep/deepep";
+import {
+  type DispatchHandle,
+  EpBuffer,
+  EpError,
+  type EpEvent,
+  Group,
+  LibraryError,
+  type LowLatencyHandle,
+  type Stream,
+  Tensor,
+} from "@deepep/deepep";
 import { reasonOf, tiny, withRanks } from "./support/ranks.ts";
 
 const rows = (b: EpBuffer, n = 2) => b.tensor("bf16", [n, 16], new Float32Array(n * 16).fill(b.rank + 1));
@@ -74,6 +84,36 @@ describe("creation", () => {
       assert(/\b1\b/.test(reason.message), reason.message);
     }
   });
+  test("ranks that disagree about masking", async () => {
+    const groups = Group.local(2);
+    for (
+      const reason of await Promise.all(
+        groups.map((g) => reasonOf(EpBuffer.create(g, { ...tiny, maskOnTimeout: g.rank === 1 }))),
+      )
+    ) {
+      assert(reason instanceof EpError && reason.code === "mismatch", String(reason));
+      assert(reason.message.includes("maskOnTimeout is false on rank 0 and true on rank 1"), reason.message);
+    }
+  });
+  for (const [key, value] of Object.entries({ timeoutMs: -1, numSms: 0.5, device: -1 })) {
+    test(`${key} out of range`, async () => {
+      const [group] = Group.local(1);
+      await assertRejects(() => EpBuffer.create(group!, { ...tiny, [key]: value }), RangeError, `${key} is ${value}`);
+    });
+  }
+  test("the library of another backend", async () => {
+    const [group] = Group.local(1);
+    const library = await withRanks(1, {}, (b) => Promise.resolve(b.core.device.path));
+    const options = { ...tiny, library: library[0]! };
+    await assertRejects(
+      () => EpBuffer.create(group!, { ...options, backend: "cuda" }),
+      LibraryError,
+      "library of backend cpu, not of cuda",
+    );
+    await using b = await EpBuffer.create(Group.local(1)[0]!, { ...options, backend: "auto" });
+    assertEquals(b.backend, "cpu");
+    assert(b.backendReason.includes("not of cuda"), b.backendReason);
+  });
   test("an unknown backend", async () => {
     const [group] = Group.local(1);
     await assertRejects(() => EpBuffer.create(group!, { ...tiny, backend: "tpu" as "cpu" }), RangeError, '"tpu"');
@@ -101,6 +141,35 @@ describe("arguments", () => {
       await assertRejects(() => b.dispatch(x, { topkIdx, expertAlignment: 0 }), RangeError, "expertAlignment is 0");
       await assertRejects(() => b.dispatch(x, { topkIdx, timeoutMs: -1 }), RangeError, "timeoutMs is -1");
       await works(b);
+    });
+  });
+  test("streams, events and handles are not taken for each other", async () => {
+    await withRanks(1, {}, async (b) => {
+      using x = rows(b), topkIdx = idx(b), topkWeights = b.tensor("f32", [2, 2]);
+      const stream = { address: 64n } as Stream, event = b.stream as unknown as EpEvent;
+      await assertRejects(() => b.dispatch(x, { topkIdx, stream }), TypeError, "stream is no stream");
+      await assertRejects(() => b.dispatch(x, { topkIdx, previousEvent: event }), TypeError, "no event");
+      await assertRejects(() => b.dispatch(x, { topkIdx, numSms: 2 ** 40 }), RangeError, "numSms is 1099511627776");
+      assertThrows(() => b.record(stream), TypeError, "stream is no stream");
+      assertThrows(() => b.record().wait(stream), TypeError, "stream is no stream");
+      await assertRejects(() => b.destroyStream(b.stream), RangeError, "the buffer's own");
+      using recv = await b.dispatch(x, { topkIdx });
+      using ll = b.lowLatencyDispatch(x, { topkIdx, fp8: false });
+      const other = ll.handle as unknown as DispatchHandle;
+      await assertRejects(() => b.combine(recv.x, other), TypeError, "no handle of a dispatch");
+      await assertRejects(() => b.dispatch(x, { handle: other }), TypeError, "no handle of a dispatch");
+      const handle = recv.handle as unknown as LowLatencyHandle;
+      assertThrows(() => b.lowLatencyCombine(ll.x, { topkIdx, topkWeights, handle }), TypeError, "no handle of a low");
+    });
+  });
+  test("an array of another type, which would be taken bit for bit", async () => {
+    await withRanks(1, {}, (b) => {
+      const floats = Float32Array.of(0, 1) as unknown as Int32Array;
+      assertThrows(() => b.tensor("i32", [2], floats), TypeError, "tensor of i32 takes Int32Array, not Float32Array");
+      const ints = Int32Array.of(0, 1) as unknown as BigInt64Array;
+      assertThrows(() => b.tensor("i64", [1], ints), TypeError, "tensor of i64 takes BigInt64Array, not Int32Array");
+      assertThrows(() => b.fill(b.tensor("u8", [1]), 256), RangeError, "value is 256");
+      return Promise.resolve();
     });
   });
   test("more tokens than the buffer holds", async () => {
@@ -195,6 +264,12 @@ describe("life", () => {
       x.release();
       x.release();
       await assertRejects(() => b.dispatch(x, { topkIdx }), EpError, "x was given back by tensor.release()");
+      using y = rows(b);
+      assertThrows(() => b.fill(x, 0), EpError, "given back by tensor.release()");
+      assertThrows(() => b.copy(y, x), EpError, "the source was given back by tensor.release()");
+      assertThrows(() => b.copy(x, y), EpError, "the destination was given back by tensor.release()");
+      assertThrows(() => b.write(x, new Uint8Array(64)), EpError, "given back by tensor.release()");
+      await assertRejects(() => b.read(x), EpError, "given back by tensor.release()");
       topkIdx.release();
       const ll = rows(b), llIdx = idx(b), sent = b.lowLatencyDispatch(ll, { topkIdx: llIdx, fp8: false });
       sent.release();
@@ -231,6 +306,11 @@ describe("life", () => {
       assertEquals(b.maskedRanks, []);
       return Promise.resolve();
     });
+    await withRanks(2, {}, async (b, rank) => {
+      for (const bad of [rank, 2, 70, -1]) {
+        await assertRejects(() => b.recover({ masked: [bad] }), RangeError, `without rank ${bad}`);
+      }
+    });
   });
   test("low-latency calls need a buffer made for them", async () => {
     await withRanks(1, { maxLowLatencyTokensPerRank: 0 }, (b) => {
@@ -244,6 +324,7 @@ describe("life", () => {
     assertThrows(() => Tensor.from(1 as unknown as bigint, "f32", [1]), TypeError, "number");
     assertThrows(() => Tensor.from(16n, "f16" as "f32", [1]), TypeError, "f16");
     assertThrows(() => Tensor.from(16n, "f32", [-1]), RangeError, "[-1]");
+    assertThrows(() => Tensor.from(16n, "f32", [4], { strides: [1.5] }), RangeError, "strides are [1.5]");
     assertThrows(() => Tensor.from(16n, "f32", [4]).slice(1, 5), RangeError, "[1, 5)");
   });
 });

@@ -1,0 +1,122 @@
+/**
+ * Who owns what, and until when: memory that a pending operation uses is not handed out again, whatever stream it was
+ * released on; receiving halves use only what is still there; what a buffer did can be asked after it was closed.
+ */
+import { describe, test } from "node:test";
+import { setTimeout as sleep } from "node:timers/promises";
+import { assert, assertEquals, assertRejects, assertThrows } from "@std/assert";
+import { type EpBuffer, EpError, type OperationOptions, type Tensor } from "@deepep/deepep";
+import { reasonOf, withRanks } from "./support/ranks.ts";
+
+const topk = (b: EpBuffer) => b.tensor("i32", [2, 2], Int32Array.of(0, 7, 2, 5));
+const rows = (b: EpBuffer, value: number) => b.tensor("bf16", [2, 16], new Float32Array(32).fill(value));
+const ones = (b: EpBuffer) => b.tensor("f32", [2, 2], new Float32Array(4).fill(1));
+const ONE = 0x3f80;
+
+/** Rank 0 releases its rows while their dispatch waits for rank 1, and writes to all memory that it can get. */
+async function releasedEarly(buffers: EpBuffer[], options: (b: EpBuffer) => OperationOptions): Promise<void> {
+  const received = [];
+  for (const b of buffers) { // one rank after the other: the first one's barrier holds its dispatch up
+    const call = options(b), x = rows(b, 1), topkIdx = topk(b);
+    await b.record();
+    b.barrier(call);
+    received.push(b.lowLatencyDispatch(x, { topkIdx, fp8: false, ...call }));
+    x.release();
+    topkIdx.release();
+    const others = Array.from({ length: 16 }, () => [rows(b, 2), topk(b)]).flat();
+    await sleep(20); // for the writes: the buffer's stream itself may stand behind the barrier
+    for (const tensor of others) tensor.release();
+  }
+  for (const [rank, result] of received.entries()) {
+    await result.received();
+    const [first] = await result.count.read();
+    assert(first! > 0 || rank > 0);
+    const x = await (result.x as Tensor<"bf16">).read();
+    if (first! > 0) assertEquals(x[0], ONE, `rank ${rank} received rows of a tensor that came after`);
+    result.release();
+  }
+}
+
+describe("memory of a pending operation", () => {
+  const ways: [string, (b: EpBuffer) => OperationOptions][] = [
+    ["on the buffer's stream", () => ({})],
+    ["with asyncFinish", () => ({ asyncFinish: true })],
+    ["on another stream", (b) => ({ stream: b.createStream() })],
+  ];
+  for (const [name, options] of ways) {
+    test(`is not handed out again: ${name}`, async () => {
+      const buffers: EpBuffer[] = [];
+      const all = Promise.withResolvers<void>(), done = Promise.withResolvers<void>();
+      const ranks = withRanks(2, {}, async (b) => {
+        buffers[b.rank] = b;
+        if (buffers.filter(Boolean).length === 2) all.resolve();
+        await done.promise;
+      });
+      try {
+        await all.promise;
+        await releasedEarly(buffers, options);
+      } finally {
+        done.resolve();
+        await ranks;
+      }
+    });
+  }
+});
+
+describe("receiving halves", () => {
+  test("a refused hook stays refused", async () => {
+    await withRanks(1, {}, async (b) => {
+      using x = rows(b, 1), topkIdx = topk(b);
+      const sent = b.lowLatencyDispatch(x, { topkIdx, recvHook: true });
+      sent.release();
+      assertThrows(() => sent.hook(), EpError, "not held");
+      await assertRejects(() => sent.received(), EpError, "not held");
+    });
+  });
+  test("use no tensor that was released before", async () => {
+    await withRanks(1, {}, async (b) => {
+      for (const gone of ["out", "topkIdx", "topkWeights"] as const) {
+        using x = rows(b, 1), topkIdx = topk(b), topkWeights = ones(b);
+        using recv = b.lowLatencyDispatch(x, { topkIdx, fp8: false });
+        const { handle } = recv;
+        const back = b.lowLatencyCombine(recv.x as Tensor, { topkIdx, topkWeights, handle, recvHook: true });
+        ({ out: back.x, topkIdx, topkWeights })[gone].release();
+        await assertRejects(() => back.received(), EpError, `${gone} was given back by tensor.release()`);
+        back[Symbol.dispose]();
+      }
+    });
+  });
+  test("are what the result's event marks", async () => {
+    await withRanks(1, {}, async (b) => {
+      using x = rows(b, 1), topkIdx = topk(b);
+      using sent = b.lowLatencyDispatch(x, { topkIdx, recvHook: true });
+      const half = sent.event;
+      const arrived = sent.hook();
+      assert(arrived !== half);
+      assertEquals(sent.event === arrived, true);
+      await sent.event;
+    });
+  });
+});
+
+test("a cached dispatch that waits for its counts gives them to its handle", async () => {
+  await withRanks(1, {}, async (b) => {
+    using x = rows(b, 1), topkIdx = topk(b);
+    using blind = await b.dispatch(x, { topkIdx, cpuSync: false });
+    assertEquals(blind.handle.counts, undefined);
+    using known = await b.dispatch(x, { handle: blind.handle });
+    assertEquals(known.handle.counts?.numTokens, 2);
+    using short = b.tensor("bf16", [1, 16]);
+    await assertRejects(() => b.combine(short, known.handle), RangeError, "received 2 rows");
+  });
+});
+
+test("a failure that is asked for after close keeps its code", async () => {
+  await withRanks(2, { timeoutMs: 100 }, async (b, rank) => {
+    if (rank === 1) return;
+    const event = b.barrier();
+    await b.close();
+    const reason = await reasonOf(event);
+    assert(reason instanceof EpError && reason.code === "timeout", String(reason));
+  });
+});
