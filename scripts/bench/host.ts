@@ -140,15 +140,15 @@ async function busyBatches(o: BenchOptions, ranks: Ranks, call: Call): Promise<S
   return spreadOf(medians);
 }
 
-/** Median of each batch of calls, then the spread of those. */
+/** Median of each batch of calls, then the spread of those. Long calls make smaller batches. */
 async function batches(options: BenchOptions, call: () => number | Promise<number>): Promise<Spread> {
-  const begin = nowUs();
-  for (let i = 0; i < WARM_CALLS && nowUs() - begin < 1e6; i++) await call();
+  const repeat = async (most: number): Promise<number[]> => {
+    const samples: number[] = [], end = nowUs() + 5000 * options.chainMs;
+    do samples.push(await call()); while (samples.length < most && nowUs() < end);
+    return samples;
+  };
+  await repeat(WARM_CALLS);
   const medians: number[] = [];
-  for (let b = 0; b < options.repetitions; b++) {
-    const samples: number[] = [], begin = nowUs();
-    while (samples.length < CALLS && nowUs() - begin < 1e6) samples.push(await call());
-    medians.push(spreadOf(samples).median);
-  }
+  for (let b = 0; b < options.repetitions; b++) medians.push(spreadOf(await repeat(CALLS)).median);
   return spreadOf(medians);
 }

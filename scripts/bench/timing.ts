@@ -96,7 +96,7 @@ export class Stopwatch {
       return (nowUs() - begin) / iterations;
     }
     for (;;) {
-      const delayMs = 10 + 2 * iterations * (this.#enqueueUs.get(chain) ?? 200) / 1000;
+      const delayMs = 3 + 2 * iterations * (this.#enqueueUs.get(chain) ?? 200) / 1000;
       const opened = this.#ranks.shut(chain.lanes, delayMs);
       const enqueueBegin = nowUs();
       const ends = await enqueue(chain, iterations);
