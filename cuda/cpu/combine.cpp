@@ -267,7 +267,8 @@ void combine(Buffer& buffer, const deepep_combine_args& args) {
   const int32_t borrowed = job.has_slot ? -1 : buffer.take_slot(-1);
   job.slot = static_cast<uint32_t>(job.has_slot ? args.slot : borrowed);
   buffer.enqueue(
-      DEEPEP_OP_COMBINE, stream_fields(args), true, [job = std::move(job)](Operation& op) { guarded(op, [&] { CombineRun(op, job).run(); }); }, 0, 0,
+      DEEPEP_OP_COMBINE, stream_fields(args), true,
+      [job = std::move(job)](Operation& op) { guarded(op, [&] { CombineRun(op, job).run(); }); }, 0, 0,
       borrowed);
 }
 

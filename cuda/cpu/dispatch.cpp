@@ -111,7 +111,8 @@ void dispatch(Buffer& buffer, deepep_dispatch_args& args) {
   const std::shared_ptr<Handle> handle = job.handle;
   const RoutingPlan plan = job.plan;
   const uint64_t epoch = buffer.enqueue(
-      DEEPEP_OP_DISPATCH, stream_fields(args), true, [job = std::move(job)](Operation& op) { guarded(op, [&] { run_dispatch(op, job); }); },
+      DEEPEP_OP_DISPATCH, stream_fields(args), true,
+      [job = std::move(job)](Operation& op) { guarded(op, [&] { run_dispatch(op, job); }); },
       args.counts_id);
   buffer.slots[static_cast<size_t>(slot)].dispatch_epoch = epoch;
   if (handle) handle->plan = plan;

@@ -45,7 +45,8 @@ TokensByKey tokens_by_key(const Routing& routing, const Options& options, uint32
   result.tokens.resize(result.begin[num_keys]);
   for (size_t i = 0; i < size_t{routing.plan.num_tokens} * routing.width; ++i) {
     const Hop hop = routing.hops[i];
-    if (hop.key >= 0) result.tokens[result.begin[static_cast<size_t>(hop.key)] + hop.index] = static_cast<uint32_t>(i / routing.width);
+    if (hop.key < 0) continue;
+    result.tokens[result.begin[static_cast<size_t>(hop.key)] + hop.index] = static_cast<uint32_t>(i / routing.width);
   }
   return result;
 }

@@ -107,7 +107,8 @@ void get_dispatch_layout(Buffer& buffer, const deepep_dispatch_layout_args& args
   buffer.enqueue(DEEPEP_OP_LAYOUT, stream_fields(args), false, [args](Operation& op) {
     const Options& options = op.buffer.options;
     const auto num_tokens = static_cast<uint32_t>(args.num_tokens);
-    const TopkIdx topk = {reinterpret_cast<const void*>(args.topk_idx), args.topk_idx_bytes, static_cast<uint32_t>(args.num_topk)};
+    const TopkIdx topk = {reinterpret_cast<const void*>(args.topk_idx), args.topk_idx_bytes,
+                          static_cast<uint32_t>(args.num_topk)};
     Counts counts;
     if (!count_topk(op, topk, num_tokens, counts, nullptr)) return;
     auto* per_rank = reinterpret_cast<int32_t*>(args.num_tokens_per_rank);

@@ -253,7 +253,8 @@ void low_latency_combine_receive(Buffer& buffer, const deepep_receive_args& args
   }
   const auto job = std::static_pointer_cast<LowLatencyCombine>(state->combine);
   buffer.enqueue(
-      DEEPEP_OP_LOW_LATENCY_COMBINE, stream_fields(args), false, [job](Operation& op) { guarded(op, [&] { receive(op, *job); }); }, 0,
+      DEEPEP_OP_LOW_LATENCY_COMBINE, stream_fields(args), false,
+      [job](Operation& op) { guarded(op, [&] { receive(op, *job); }); }, 0,
       state->combine_epoch);
   state->combine = nullptr;
 }

@@ -359,7 +359,8 @@ void low_latency_dispatch(Buffer& buffer, deepep_low_latency_dispatch_args& args
 void low_latency_dispatch_receive(Buffer& buffer, const deepep_receive_args& args) {
   const auto state = low_latency_state(buffer, args.slot);
   if (state->received) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "slot %d awaits no receive half: its dispatch had none, or it came already", args.slot);
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "slot %d awaits no receive half: its dispatch had none, or it came already",
+           args.slot);
   }
   const auto slot = static_cast<uint32_t>(args.slot);
   buffer.enqueue(

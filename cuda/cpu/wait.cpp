@@ -261,7 +261,8 @@ Arrival PeerWait::give_up(uint32_t peer, int32_t code, const uint64_t* word, uin
   failure.waited_ns = static_cast<int64_t>(waited_ns);
   const auto call = static_cast<unsigned long long>(op_.epoch);
   if (code == DEEPEP_ERROR_PEER_LOST) {
-    set_message(failure, "Cannot %s: rank %u has ended; waited for %s it in call %llu", doing(op_.op), peer, awaited.what, call);
+    set_message(failure, "Cannot %s: rank %u has ended; waited for %s it in call %llu", doing(op_.op), peer, awaited.what,
+                call);
   } else {
     set_message(failure, "Cannot %s: waited %.3f ms for %s rank %u in call %llu", doing(op_.op),
                 static_cast<double>(waited_ns) / 1e6, awaited.what, peer, call);
