@@ -209,4 +209,6 @@ test("tcp: Deno needs the rank's address and the launcher's variables, and says 
   assertEquals(await Promise.all([run(0, allowed), run(1, allowed)]), ["met", "met"]);
   const forbidden = `rank 1 is not allowed to connect to 127.0.0.1:${port}; Deno needs --allow-net=127.0.0.1:${port}`;
   assertEquals(await run(1, []), `system Cannot join: ${forbidden}`);
+  const deaf = `rank 0 is not allowed to listen at 127.0.0.1:${port}; Deno needs --allow-net=127.0.0.1:${port}`;
+  assertEquals(await run(0, []), `system Cannot join: ${deaf}`);
 });

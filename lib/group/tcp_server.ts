@@ -64,7 +64,9 @@ export class Host implements Channel {
   async #listen(retryMs: number): Promise<Server> {
     const { host, port } = this.#facts;
     // A name or an outward address stands for the machine, however it is routed to it: all interfaces, guarded by the secret.
-    const addresses = isLoopback(host) ? [host] : ["::", "0.0.0.0"];
+    const wanted = isLoopback(host) ? [host] : ["::", "0.0.0.0"];
+    const addresses = wanted.filter((address) => mayListen(address, port));
+    if (addresses.length === 0) throw this.#notAllowed();
     for (let waited = 0, i = 0;; i++) {
       try {
         return await listen(addresses[i % addresses.length]!, port, (socket) => this.#accept(socket));
@@ -75,6 +77,13 @@ export class Host implements Channel {
         if (code === "EADDRINUSE") waited += await sleep(50, 50);
       }
     }
+  }
+
+  #notAllowed(): EpError {
+    const { host, port } = this.#facts;
+    const flag = isLoopback(host) ? `--allow-net=${host}:${port}` : "--allow-net";
+    const message = `Cannot join: rank 0 is not allowed to listen at ${host}:${port}; Deno needs ${flag}`;
+    return new EpError(message, { code: "system", op: "connect", rank: 0 });
   }
 
   #cannotListen(error: NodeJS.ErrnoException): EpError {
@@ -224,6 +233,18 @@ export class Host implements Channel {
         : `deepep: refused ${connection.address} at ${host}:${port}: ${reason}`,
     );
   }
+}
+
+// The part of Deno's API in use: node:net throws a refusal where nobody can catch it, so it is asked for before.
+interface DenoPermissions {
+  permissions: { requestSync(descriptor: { name: "net"; host: string }): { state: string } };
+}
+
+/** Whether Deno lets this program listen; asks the user where it can. */
+function mayListen(address: string, port: number): boolean {
+  const { Deno: deno } = globalThis as { Deno?: DenoPermissions };
+  const host = address.includes(":") ? `[${address}]:${port}` : `${address}:${port}`;
+  return !deno || deno.permissions.requestSync({ name: "net", host }).state === "granted";
 }
 
 function listen(host: string, port: number, accept: (socket: Socket) => void): Promise<Server> {
