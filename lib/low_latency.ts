@@ -191,9 +191,15 @@ function castFlags(x: Payload, o: LowLatencyDispatchOptions): number {
     (o.scalesColumnMajor ?? true ? FLAG.SCALES_COLUMN_MAJOR[0] : 0) | (o.recvHook ? FLAG.RECEIVE_HOOK[0] : 0);
 }
 
-/** What arrives of `X`: e4m3 rows with scales when bf16 rows are cast, else what was sent. */
+type CastRows = ScaledRows<"f8e4m3", "f32" | "i32">;
+
+/**
+ * What arrives of `X`: e4m3 rows with scales when bf16 rows are cast, else what was sent; either, where the types do not
+ * tell whether they are.
+ */
 export type Received<X extends Payload, O extends LowLatencyDispatchOptions> = O extends { fp8: false } ? X
-  : X extends Tensor<"bf16"> ? ScaledRows<"f8e4m3", "f32" | "i32">
+  : X extends Tensor<"bf16"> ? O extends { fp8: true } ? CastRows : "fp8" extends keyof O ? X | CastRows : CastRows
+  : Tensor<"bf16"> extends X ? X | CastRows
   : X;
 
 /** Enqueues a low-latency dispatch. */
