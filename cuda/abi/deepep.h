@@ -135,7 +135,8 @@ extern "C" {
 #define DEEPEP_FEATURE_INJECT 64         /* deepep_inject works */
 
 /* ---- Bits of deepep_buffer_create_args.flags ---- */
-/* a peer that times out or dies is masked and the call goes on without it, instead of failing */
+/* a peer that times out or dies is masked and the call goes on without it, instead of failing; every rank must give
+ * it alike */
 #define DEEPEP_BUFFER_MASK_ON_TIMEOUT 1
 
 /* ---- Row layouts of deepep_dispatch ---- */
@@ -145,7 +146,8 @@ extern "C" {
 #define DEEPEP_LAYOUT_EXPERT 1
 
 /* ---- Bits of flags of the operations ---- */
-/* reuse the routing kept in `handle`: topk_idx and is_token_in_rank must be 0 */
+/* reuse the routing kept in `handle`: topk_idx and is_token_in_rank must be 0, layout and expert_alignment the
+ * handle's, num_topk 0 or the handle's */
 #define DEEPEP_FLAG_CACHED 1
 /* expert layout: write zeros into the alignment padding of recv_x and recv_scales */
 #define DEEPEP_FLAG_ZERO_PADDING 2
@@ -707,7 +709,8 @@ typedef struct deepep_dispatch_layout_args {
   uint64_t done_id;
   /* [in] DEEPEP_FLAG_* bits; unknown bits are refused */
   uint32_t flags;
-  /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's */
+  /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's. A wait is drawn out once, by half,
+   * when the awaited peer itself waits for a third: so that the third is blamed */
   uint32_t timeout_ms;
   /* [in] streaming multiprocessors to use; 0 = the plan's choice; ignored by the cpu backend */
   int32_t num_sms;
@@ -810,7 +813,8 @@ typedef struct deepep_dispatch_args {
   uint64_t done_id;
   /* [in] DEEPEP_FLAG_* bits; unknown bits are refused */
   uint32_t flags;
-  /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's */
+  /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's. A wait is drawn out once, by half,
+   * when the awaited peer itself waits for a third: so that the third is blamed */
   uint32_t timeout_ms;
   /* [in] streaming multiprocessors to use; 0 = the plan's choice; ignored by the cpu backend */
   int32_t num_sms;
@@ -895,7 +899,8 @@ typedef struct deepep_combine_args {
   int32_t slot;
   /* [in] 0 */
   uint32_t reserved;
-  /* [in] bf16 [rows, hidden] expert outputs in the layout of the dispatch; 0 = already in the slot's region */
+  /* [in] bf16 [rows, hidden] expert outputs in the layout of the dispatch; 0 = already in the slot's region, dense
+   * by this call's hidden */
   uint64_t x;
   /* [in] bytes from a row to the next; a multiple of 16 */
   uint64_t x_stride;
@@ -921,7 +926,8 @@ typedef struct deepep_combine_args {
   uint64_t done_id;
   /* [in] DEEPEP_FLAG_* bits; unknown bits are refused */
   uint32_t flags;
-  /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's */
+  /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's. A wait is drawn out once, by half,
+   * when the awaited peer itself waits for a third: so that the third is blamed */
   uint32_t timeout_ms;
   /* [in] streaming multiprocessors to use; 0 = the plan's choice; ignored by the cpu backend */
   int32_t num_sms;
@@ -984,7 +990,8 @@ typedef struct deepep_low_latency_dispatch_args {
   uint64_t scales_elem_stride;
   /* [in] i32 [num_local_experts]: rows received are added to it; 0 = none */
   uint64_t expert_stats;
-  /* [in] i64 [num_ranks]: nanoseconds waited for each peer are added to it; 0 = none */
+  /* [in] i64 [num_ranks]: nanoseconds waited for each peer are added to it, by both halves of a call with
+   * RECEIVE_HOOK; 0 = none */
   uint64_t wait_stats;
   /* [in] the caller's stream: the operation begins after what is enqueued there; 0 = none */
   uint64_t stream;
@@ -996,7 +1003,8 @@ typedef struct deepep_low_latency_dispatch_args {
   uint64_t done_id;
   /* [in] DEEPEP_FLAG_* bits; unknown bits are refused */
   uint32_t flags;
-  /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's */
+  /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's. A wait is drawn out once, by half,
+   * when the awaited peer itself waits for a third: so that the third is blamed */
   uint32_t timeout_ms;
   /* [in] streaming multiprocessors to use; 0 = the plan's choice; ignored by the cpu backend */
   int32_t num_sms;
@@ -1074,7 +1082,8 @@ typedef struct deepep_low_latency_combine_args {
   uint64_t x;
   /* [in] bf16 [num_tokens, hidden], written */
   uint64_t out;
-  /* [in] i64 [num_ranks]: nanoseconds waited for each peer are added to it; 0 = none */
+  /* [in] i64 [num_ranks]: nanoseconds waited for each peer are added to it, by both halves of a call with
+   * RECEIVE_HOOK; 0 = none */
   uint64_t wait_stats;
   /* [in] the caller's stream: the operation begins after what is enqueued there; 0 = none */
   uint64_t stream;
@@ -1086,7 +1095,8 @@ typedef struct deepep_low_latency_combine_args {
   uint64_t done_id;
   /* [in] DEEPEP_FLAG_* bits; unknown bits are refused */
   uint32_t flags;
-  /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's */
+  /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's. A wait is drawn out once, by half,
+   * when the awaited peer itself waits for a third: so that the third is blamed */
   uint32_t timeout_ms;
   /* [in] streaming multiprocessors to use; 0 = the plan's choice; ignored by the cpu backend */
   int32_t num_sms;
@@ -1129,7 +1139,8 @@ typedef struct deepep_receive_args {
   uint64_t done_id;
   /* [in] DEEPEP_FLAG_* bits; unknown bits are refused */
   uint32_t flags;
-  /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's */
+  /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's. A wait is drawn out once, by half,
+   * when the awaited peer itself waits for a third: so that the third is blamed */
   uint32_t timeout_ms;
   /* [in] streaming multiprocessors to use; 0 = the plan's choice; ignored by the cpu backend */
   int32_t num_sms;
@@ -1168,7 +1179,8 @@ typedef struct deepep_expert_output_args {
   uint64_t done_id;
   /* [in] DEEPEP_FLAG_* bits; unknown bits are refused */
   uint32_t flags;
-  /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's */
+  /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's. A wait is drawn out once, by half,
+   * when the awaited peer itself waits for a third: so that the third is blamed */
   uint32_t timeout_ms;
   /* [in] streaming multiprocessors to use; 0 = the plan's choice; ignored by the cpu backend */
   int32_t num_sms;
@@ -1205,7 +1217,8 @@ typedef struct deepep_barrier_args {
   uint64_t done_id;
   /* [in] DEEPEP_FLAG_* bits; unknown bits are refused */
   uint32_t flags;
-  /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's */
+  /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's. A wait is drawn out once, by half,
+   * when the awaited peer itself waits for a third: so that the third is blamed */
   uint32_t timeout_ms;
   /* [in] streaming multiprocessors to use; 0 = the plan's choice; ignored by the cpu backend */
   int32_t num_sms;

@@ -31,6 +31,7 @@ struct LowLatencyState {
   bool received = false;          // the dispatch's receive half was enqueued, or it had none
   uint64_t combine_epoch = 0;     // of a combine whose receive half is still to come; 0 = none
   std::shared_ptr<void> combine;  // that combine
+  int64_t* wait_stats = nullptr;  // the caller's, for both halves of the dispatch
 
   // Written by the dispatch; on the communication stream.
   LowLatencyLayout layout;

@@ -185,7 +185,7 @@ void reduce(Operation& op, const LowLatencyCombine& job, uint64_t view) {
 // The receive half.
 void receive(Operation& op, LowLatencyCombine& job) {
   if (!inject(op, DEEPEP_PHASE_REDUCE)) return;
-  PeerWait wait(op, 1, job.one_piece ? reinterpret_cast<int64_t*>(job.args.wait_stats) : nullptr);
+  PeerWait wait(op, 1, reinterpret_cast<int64_t*>(job.args.wait_stats));
   op.failure = Failure{};
   uint64_t view = job.state->routing.view & ~op.buffer.masked.load(std::memory_order_relaxed);
   const bool came = wait_for_outputs(op, job, wait, view);

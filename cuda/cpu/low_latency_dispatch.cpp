@@ -240,14 +240,14 @@ void forget_rows_of(Operation& op, const LowLatencyState& state, uint32_t slot, 
 }
 
 // The receive half.
-bool receive(Operation& op, LowLatencyState& state, uint32_t slot, int64_t* wait_stats) {
+bool receive(Operation& op, LowLatencyState& state, uint32_t slot) {
   if (!state.routing.valid) {  // Every rank has found the send half's failure alike.
     op.failure = state.failure;
     op.agreed = true;
     return false;
   }
   if (!inject(op, DEEPEP_PHASE_ARRIVE)) return false;
-  PeerWait wait(op, 0, wait_stats);
+  PeerWait wait(op, 0, state.wait_stats);
   for (uint32_t src = 0; src < op.buffer.options.num_ranks; ++src) {
     if (src == op.buffer.rank || !in_view(state.routing.view, src)) continue;
     const Arrival arrival = wait_pushed(op, wait, src, slot, state.routing.view);
@@ -335,6 +335,7 @@ void low_latency_dispatch(Buffer& buffer, deepep_low_latency_dispatch_args& args
                 args.topk_idx_bytes};
   state.layout = make_layout(buffer, args);
   state.received = (args.flags & DEEPEP_FLAG_RECEIVE_HOOK) == 0;
+  state.wait_stats = reinterpret_cast<int64_t*>(args.wait_stats);
   const int32_t slot = buffer.take_slot(args.slot);
   deepep_low_latency_dispatch_args out = args;  // args stays as it was should enqueue reject
   out.slot = slot;
@@ -347,7 +348,7 @@ void low_latency_dispatch(Buffer& buffer, deepep_low_latency_dispatch_args& args
         const bool both_halves = (job.args.flags & DEEPEP_FLAG_RECEIVE_HOOK) == 0;
         guarded(op, [&] {
           const bool sent = LowLatencySend(op, job).run();
-          if (sent && both_halves) receive(op, *job.state, job.slot, reinterpret_cast<int64_t*>(job.args.wait_stats));
+          if (sent && both_halves) receive(op, *job.state, job.slot);
         });
       });
   Slot& taken = buffer.slots[static_cast<size_t>(slot)];
@@ -365,7 +366,7 @@ void low_latency_dispatch_receive(Buffer& buffer, const deepep_receive_args& arg
   const auto slot = static_cast<uint32_t>(args.slot);
   buffer.enqueue(
       DEEPEP_OP_LOW_LATENCY_DISPATCH, stream_fields(args), false,
-      [state, slot](Operation& op) { guarded(op, [&] { receive(op, *state, slot, nullptr); }); }, 0, state->dispatch_epoch);
+      [state, slot](Operation& op) { guarded(op, [&] { receive(op, *state, slot); }); }, 0, state->dispatch_epoch);
   state->received = true;
 }
 

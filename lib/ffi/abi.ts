@@ -93,7 +93,10 @@ export const constants = {
   },
   /** Bits of `deepep_buffer_create_args.flags`. */
   BUFFER: {
-    MASK_ON_TIMEOUT: [1, "a peer that times out or dies is masked and the call goes on without it, instead of failing"],
+    MASK_ON_TIMEOUT: [
+      1,
+      "a peer that times out or dies is masked and the call goes on without it, instead of failing; every rank must give it alike",
+    ],
   },
   /** Row layouts of `deepep_dispatch`. */
   LAYOUT: {
@@ -105,7 +108,10 @@ export const constants = {
   },
   /** Bits of `flags` of the operations. */
   FLAG: {
-    CACHED: [1, "reuse the routing kept in `handle`: topk_idx and is_token_in_rank must be 0"],
+    CACHED: [
+      1,
+      "reuse the routing kept in `handle`: topk_idx and is_token_in_rank must be 0, layout and expert_alignment the handle's, num_topk 0 or the handle's",
+    ],
     ZERO_PADDING: [2, "expert layout: write zeros into the alignment padding of recv_x and recv_scales"],
     ASYNC_FINISH: [4, "do not make `stream` wait for the operation; order it with `event`"],
     NO_CPU_SYNC: [
@@ -152,7 +158,11 @@ const stream = {
   event: ["u64", "in", "event to record when the operation has ended; 0 = none"],
   done_id: ["u64", "in", "completion to queue when the operation has ended, with its status; 0 = none"],
   flags: ["u32", "in", "DEEPEP_FLAG_* bits; unknown bits are refused"],
-  timeout_ms: ["u32", "in", "deadline of each wait in the operation, milliseconds; 0 = the buffer's"],
+  timeout_ms: [
+    "u32",
+    "in",
+    "deadline of each wait in the operation, milliseconds; 0 = the buffer's. A wait is drawn out once, by half, when the awaited peer itself waits for a third: so that the third is blamed",
+  ],
   num_sms: ["i32", "in", "streaming multiprocessors to use; 0 = the plan's choice; ignored by the cpu backend"],
 } as const satisfies Record<string, Field>;
 
@@ -502,7 +512,7 @@ export const structs = {
       x: [
         "u64",
         "in",
-        "bf16 [rows, hidden] expert outputs in the layout of the dispatch; 0 = already in the slot's region",
+        "bf16 [rows, hidden] expert outputs in the layout of the dispatch; 0 = already in the slot's region, dense by this call's hidden",
       ],
       x_stride: ["u64", "in", "bytes from a row to the next; a multiple of 16"],
       topk_weights: ["u64", "in", "f32, shaped as recv_topk_weights: brought back and summed; 0 = none"],
@@ -527,7 +537,11 @@ export const structs = {
       ...routing,
       ...payload,
       expert_stats: ["u64", "in", "i32 [num_local_experts]: rows received are added to it; 0 = none"],
-      wait_stats: ["u64", "in", "i64 [num_ranks]: nanoseconds waited for each peer are added to it; 0 = none"],
+      wait_stats: [
+        "u64",
+        "in",
+        "i64 [num_ranks]: nanoseconds waited for each peer are added to it, by both halves of a call with RECEIVE_HOOK; 0 = none",
+      ],
       ...stream,
       max_rows: ["u32", "out", "rows an expert can hold: num_ranks * max_low_latency_tokens_per_rank"],
       recv_x: ["u64", "out", "[num_local_experts, max_rows, row bytes]: e4m3 with FLAG_FP8, else the payload rows"],
@@ -553,7 +567,11 @@ export const structs = {
       topk_weights: ["u64", "in", "f32 [num_tokens, num_topk]; 0 = all ones"],
       x: ["u64", "in", "bf16 [num_local_experts, max_rows, hidden]; 0 = already in the slot's expert-output region"],
       out: ["u64", "in", "bf16 [num_tokens, hidden], written"],
-      wait_stats: ["u64", "in", "i64 [num_ranks]: nanoseconds waited for each peer are added to it; 0 = none"],
+      wait_stats: [
+        "u64",
+        "in",
+        "i64 [num_ranks]: nanoseconds waited for each peer are added to it, by both halves of a call with RECEIVE_HOOK; 0 = none",
+      ],
       ...stream,
       reserved: ["u32", "in", "0"],
     },

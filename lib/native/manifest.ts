@@ -19,12 +19,12 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "4bd3248b5c69796716a6e2e15f11d7b502d07addcb0c7dcaa315d3b400940bed",
+    cpu: "8921812fa298bc945edcf2ec24e4c97358e0e73a0d83bead8af1b4e62d651bf9",
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "6f0b785f62288a82cd985a582aab15e2a99007e5808340056bcf9358a1a8d828",
-      bytes: 453040,
+      sha256: "939bf1b341ecc05bfd6b03ff62b48ebc02763ae3bee8c0db69a4699e9f2cb4d9",
+      bytes: 465328,
     },
   },
 };
