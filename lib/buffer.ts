@@ -181,9 +181,11 @@ export class EpBuffer implements AsyncDisposable {
   }
   /** Enqueues a barrier of all unmasked ranks. Collective. `await` the event to wait on the host. */
   barrier(options: OperationOptions = {}): EpEvent {
-    const operation = this.#core.operation("barrier", options, 0);
-    this.#core.launch("deepep_barrier", barrierStruct, {}, operation);
-    return operation.event;
+    return this.#core.collective("BARRIER", () => {
+      const operation = this.#core.operation("barrier", options, 0);
+      this.#core.launch("deepep_barrier", barrierStruct, {}, operation);
+      return operation.event;
+    });
   }
 
   // --- memory
@@ -298,10 +300,8 @@ export class EpBuffer implements AsyncDisposable {
     const mine = new BigUint64Array(new ArrayBuffer(16));
     mine[0] = info.epoch;
     mine[1] = [...masked].reduce((mask, r) => mask | 1n << BigInt(r), 0n);
-    const all = await this.#group.allGather(new Uint8Array(mine.buffer), {
-      ranks,
-      ...(options.timeoutMs === undefined ? {} : { timeoutMs: options.timeoutMs }),
-    });
+    const wait = options.timeoutMs === undefined ? {} : { timeoutMs: options.timeoutMs };
+    const all = await this.#group.allGather(new Uint8Array(mine.buffer), { ranks, ...wait });
     const words = ranks.map((r) => new BigUint64Array(all[r]!.slice().buffer));
     const other = words.findIndex((w) => w[1] !== mine[1]);
     if (other >= 0) {
@@ -315,7 +315,7 @@ export class EpBuffer implements AsyncDisposable {
     recoverStruct.pack({ epoch: words.reduce((most, w) => w[0]! > most ? w[0]! : most, 0n), masked_ranks: mine[1] });
     core.call("deepep_buffer_recover", recoverStruct, "recover");
     // Nobody may send on the new epochs before everybody has left the old ones.
-    await this.#group.allGather(new Uint8Array(1), { ranks });
+    await this.#group.allGather(new Uint8Array(1), { ranks, ...wait });
   }
 
   /** Counters, and how long each peer was waited for. */

@@ -59,6 +59,10 @@ function checkShapes(core: Core, y: Tensor, handle: DispatchHandle, o: CombineOp
 
 /** Enqueues a combine. Nothing to wait for: failures show at `await result.event` and when the result is read. */
 export function combine(core: Core, y: Tensor, handle: DispatchHandle, o: CombineOptions): CombineResult {
+  return core.collective("COMBINE", () => enqueue(core, y, handle, o));
+}
+
+function enqueue(core: Core, y: Tensor, handle: DispatchHandle, o: CombineOptions): CombineResult {
   core.open("combine");
   if (!(handle instanceof DispatchHandle)) throw new TypeError("Cannot combine: handle is no handle of a dispatch");
   const native = handle.use(core, "combine");

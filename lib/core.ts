@@ -7,7 +7,7 @@ import { constants, type StructName } from "./ffi/abi.ts";
 import { struct, type StructCodec, type StructInput } from "./ffi/struct.ts";
 import type { CallName, Device } from "./device.ts";
 import { type DType, itemSize } from "./dtype.ts";
-import { EpError } from "./error.ts";
+import { EpError, nativeCode } from "./error.ts";
 import type { ResolvedOptions } from "./plan.ts";
 import { EpEvent, type EventOwner, Stream } from "./stream.ts";
 import { type Hold, Tensor, type TensorOwner } from "./tensor.ts";
@@ -20,6 +20,7 @@ const eventCreateStruct = struct("deepep_event_create_args");
 const eventStruct = struct("deepep_event_args");
 const releaseStruct = struct("deepep_slot_release_args");
 const outputStruct = struct("deepep_expert_output_args");
+const refuseStruct = struct("deepep_refuse_args");
 const infoStruct: StructCodec<"deepep_buffer_info"> = struct("deepep_buffer_info");
 
 /** Options that every operation takes. */
@@ -98,6 +99,7 @@ export class Core implements EventOwner, TensorOwner {
 
   /** Facts and counters, as the library has them now. */
   info(): ReturnType<typeof infoStruct.read> {
+    this.open("look at the buffer");
     infoStruct.pack({});
     this.call("deepep_buffer_get_info", infoStruct, "info");
     return infoStruct.read();
@@ -130,6 +132,29 @@ export class Core implements EventOwner, TensorOwner {
       event,
       waits: fields.flags & constants.FLAG.ASYNC_FINISH[0] ? undefined : fields.stream,
     };
+  }
+
+  /**
+   * Makes a collective call. When this rank refuses it, the peers are told: the call counts as made and fails on every
+   * rank, instead of leaving the others waiting and the ranks one call apart.
+   */
+  collective<T>(op: keyof typeof constants.OP, launch: () => T): T {
+    try {
+      return launch();
+    } catch (error) {
+      this.#refuse(op, error);
+      throw error;
+    }
+  }
+
+  #refuse(op: keyof typeof constants.OP, error: unknown): void {
+    if (this.#closing) return;
+    refuseStruct.pack({ op: constants.OP[op][0], code: nativeCode(error) });
+    try {
+      this.call("deepep_refuse", refuseStruct, "refuse");
+    } catch {
+      // Only a buffer that has failed refuses this too, and of that the others have heard.
+    }
   }
 
   /** Throws when the buffer is closed. `doing` is what was asked, as in `dispatch`. */

@@ -190,8 +190,8 @@ function createHandle(core: Core, numTokens: number, numTopk: number, operation:
   return handleStruct.get("handle");
 }
 
-/** Enqueues a dispatch; resolves when the counts are known, or at once without `cpuSync`. */
-export async function dispatch<X extends Payload>(core: Core, x: X, o: DispatchOptions): Promise<DispatchResult<X>> {
+/** Checks, packs and makes the call. */
+function enqueue(core: Core, x: Payload, o: DispatchOptions) {
   core.open("dispatch");
   if (o.handle !== undefined && !(o.handle instanceof DispatchHandle)) {
     throw new TypeError("Cannot dispatch: handle is no handle of a dispatch");
@@ -230,6 +230,20 @@ export async function dispatch<X extends Payload>(core: Core, x: X, o: DispatchO
     if (cached === undefined) core.device.end("deepep_handle_destroy", native, "dispatch");
     throw error;
   }
+  const facts = { layout, numTokens: fields.num_tokens, numTopk: fields.num_topk, expertAlignment: alignment };
+  return { operation, native, cached, known, sync, counts_id, facts };
+}
+
+/** Enqueues a dispatch; resolves when the counts are known, or at once without `cpuSync`. */
+export async function dispatch<X extends Payload>(
+  core: Core,
+  x: X,
+  o: DispatchOptions = {},
+): Promise<DispatchResult<X>> {
+  const { operation, native, cached, known, sync, counts_id, facts } = core.collective(
+    "DISPATCH",
+    () => enqueue(core, x, o),
+  );
   const out = dispatchStruct.outputs();
   const slot: HeldSlot = { index: out.slot, hold: core.holdSlot(out.slot, "dispatch") };
   slot.hold.producer = operation.event;
@@ -245,14 +259,11 @@ export async function dispatch<X extends Payload>(core: Core, x: X, o: DispatchO
     host = readCounts(core, out.host_counts);
   }
   const handle = o.handle?.withSlot(slot, host) ?? new DispatchHandle(core, { native, users: 0 }, slot, {
-    layout,
-    numTokens: fields.num_tokens,
-    numTopk: fields.num_topk,
-    expertAlignment: alignment,
+    ...facts,
     counts: host,
     topkIdxDtype: o.topkIdx?.dtype as "i32" | "i64" | undefined,
   });
-  return result(core, x, out, slot, operation.event, o, layout, handle, host);
+  return result(core, x, out, slot, operation.event, o, facts.layout, handle, host);
 }
 
 function checkChoices(layout: RowLayout, alignment: number, o: DispatchOptions): void {

@@ -98,6 +98,12 @@ export function errorCode(code: number): EpErrorCode {
   return (errorWords.get(code) ?? "internal") as EpErrorCode;
 }
 
+/** The `DEEPEP_ERROR_*` code that tells a peer why this rank refuses a call. */
+export function nativeCode(error: unknown): number {
+  const word = error instanceof EpError ? error.code : "invalidArgument";
+  return [...errorWords].find(([, w]) => w === word)![0];
+}
+
 /** The fields of a `deepep_error`, as read at the border. */
 export interface NativeError {
   code: number;

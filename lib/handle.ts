@@ -93,6 +93,7 @@ export class DispatchHandle implements Disposable {
 
   /** Keeps the handle after its result is released; release it yourself then. Returns it. */
   keep(): this {
+    this.use(this.#core, "keep a handle");
     this.#kept = true;
     return this;
   }

@@ -44,7 +44,7 @@ export interface LowLatencyDispatchOptions extends OperationOptions {
   recvHook?: boolean;
   /** i32 `[numLocalExperts]`: rows received are added to it. */
   expertStats?: Tensor;
-  /** i64 `[numRanks]`: nanoseconds waited for each peer are added to it. */
+  /** i64 `[numRanks]`: nanoseconds waited for each peer are added to it, by both halves of a call with `recvHook`. */
   waitStats?: Tensor;
 }
 
@@ -208,6 +208,14 @@ export function lowLatencyDispatch<X extends Payload, O extends LowLatencyDispat
   x: X,
   o: O,
 ): LowLatencyResult<Received<X, O>> {
+  return core.collective("LOW_LATENCY_DISPATCH", () => enqueueDispatch(core, x, o));
+}
+
+function enqueueDispatch<X extends Payload, O extends LowLatencyDispatchOptions>(
+  core: Core,
+  x: X,
+  o: O,
+): LowLatencyResult<Received<X, O>> {
   const op = "lowLatencyDispatch";
   needsLowLatency(core, op);
   const routing = routingFields(core, op, o.topkIdx, core.options.maxLowLatencyTokensPerRank);
@@ -291,7 +299,7 @@ export interface LowLatencyCombineOptions extends OperationOptions {
   out?: Tensor<"bf16">;
   /** Only send; `received()` or `hook()` enqueues the receiving half. Default false. */
   recvHook?: boolean;
-  /** i64 `[numRanks]`: nanoseconds waited for each peer are added to it. */
+  /** i64 `[numRanks]`: nanoseconds waited for each peer are added to it, by both halves of a call with `recvHook`. */
   waitStats?: Tensor;
 }
 
@@ -329,6 +337,10 @@ export class LowLatencyCombineResult implements Disposable {
 
 /** Enqueues a low-latency combine. */
 export function lowLatencyCombine(core: Core, y: Tensor, o: LowLatencyCombineOptions): LowLatencyCombineResult {
+  return core.collective("LOW_LATENCY_COMBINE", () => enqueueCombine(core, y, o));
+}
+
+function enqueueCombine(core: Core, y: Tensor, o: LowLatencyCombineOptions): LowLatencyCombineResult {
   const op = "lowLatencyCombine";
   needsLowLatency(core, op);
   if (!(o.handle instanceof LowLatencyHandle)) {

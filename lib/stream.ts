@@ -38,7 +38,10 @@ const collected = new FinalizationRegistry<{ owner: EventOwner; native: bigint }
   owner.idleEvents.push(native);
 });
 
-/** A point in a stream. `event.wait(stream)` orders another stream after it; `await event` waits on the host. */
+/**
+ * A point in a stream. `event.wait(stream)` orders another stream after it; `await event` waits on the host. Being awaitable,
+ * an event that an async function returns by itself is awaited there: return it in an object to hand it on.
+ */
 export class EpEvent implements PromiseLike<void> {
   /** The native event. */
   readonly address: bigint;

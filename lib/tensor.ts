@@ -174,6 +174,8 @@ export class Tensor<D extends DType = DType> implements Disposable {
       throw new RangeError(`Cannot write ${data.byteLength} bytes: the tensor has ${this.byteLength}`);
     }
     owner.writeTensor(this as Tensor, data, options.stream);
+    // All that a failed operation left here has gone.
+    if (this.#owns) delete this.hold!.producer;
   }
 
   /**

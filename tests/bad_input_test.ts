@@ -236,6 +236,51 @@ describe("arguments", () => {
   });
 });
 
+describe("a call that one rank refuses", () => {
+  // What rank 1 hands in, and the call; the others make the call as it should be.
+  const calls: [string, (b: EpBuffer, bad: boolean) => Promise<unknown>, string][] = [
+    ["dispatch", (b, bad) => {
+      using x = rows(b, bad ? 5 : 2), topkIdx = bad ? b.tensor("i32", [5, 2]) : idx(b);
+      return b.dispatch(x, { topkIdx });
+    }, "x has 5 tokens"],
+    ["combine", async (b, bad) => {
+      using x = rows(b), topkIdx = idx(b);
+      using recv = await b.dispatch(x, { topkIdx });
+      using wrong = b.tensor("f32", [8, 16]);
+      using out = await b.combine(bad ? wrong : recv.x, recv.handle);
+      await out.event;
+    }, "f32 [8, 16]"],
+    ["low-latency dispatch", async (b, bad) => {
+      using x = rows(b), topkIdx = idx(b), wrong = b.tensor("f32", [2, 2]);
+      using recv = b.lowLatencyDispatch(x, { topkIdx: bad ? wrong : topkIdx, fp8: false });
+      await recv.received();
+    }, "f32 [2, 2]"],
+    ["low-latency combine", async (b, bad) => {
+      using x = rows(b), topkIdx = idx(b), topkWeights = b.tensor("f32", [2, 2], Float32Array.of(1, 1, 1, 1));
+      using recv = b.lowLatencyDispatch(x, { topkIdx, fp8: false });
+      const weights = bad ? topkIdx : topkWeights;
+      using out = b.lowLatencyCombine(recv.x, { topkIdx, topkWeights: weights, handle: recv.handle });
+      await out.received();
+    }, "topkWeights is i32"],
+    ["barrier", async (b, bad) => await b.barrier({ timeoutMs: bad ? -1 : 1000 }), "timeoutMs is -1"],
+  ];
+  for (const [name, call, words] of calls) {
+    test(`${name}: the others hear at once which rank, and all can go on`, async () => {
+      await withRanks(3, { timeoutMs: 20_000 }, async (b, rank) => {
+        const began = performance.now(), reason = await reasonOf(call(b, rank === 1));
+        assert(performance.now() - began < 5000);
+        if (rank === 1) assert(reason.message.includes(words), String(reason));
+        else assert(reason instanceof EpError && reason.code === "aborted" && reason.peer === 1, String(reason));
+        assertEquals(b.failed, false);
+        for (let i = 0; i < 3; i++) await works(b);
+        for (let i = 0; i < 3; i++) {
+          await call(b, false).then((held) => (held as Disposable | undefined)?.[Symbol.dispose]?.());
+        }
+      });
+    });
+  }
+});
+
 describe("life", () => {
   test("a dispatch with no free slot names the holders", async () => {
     await withRanks(1, { numSlots: 2 }, async (b) => {

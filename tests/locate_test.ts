@@ -76,7 +76,7 @@ test("the option goes before the environment, the environment before the rest", 
     string,
     string,
   ];
-  for (const file of [first, second, beside]) writeFileSync(file, "");
+  for (const file of [first, second, beside]) writeFileSync(file, body);
   const here = place({ url: pathToFileURL(beside) });
   setEnv("DEEPEP_LIBRARY_TEST", second);
   assertEquals(await locate(here, first), first);
@@ -84,6 +84,15 @@ test("the option goes before the environment, the environment before the rest", 
   setEnv("DEEPEP_LIBRARY_TEST", "");
   assertEquals(await locate(here), beside);
   assertEquals(numRequests, 0);
+});
+
+test("a file beside the package that is not this release's is refused", async () => {
+  const file = join(temporaryFolder(), name);
+  writeFileSync(file, body.slice(1)); // truncated
+  const error = await assertRejects(() => locate(place({ url: pathToFileURL(file) })), LibraryError, "SHA-256");
+  for (const words of [file, sha256(body), sha256(body.slice(1)), "DEEPEP_LIBRARY_TEST"]) {
+    assert(error.message.includes(words), error.message);
+  }
 });
 
 test("a file that its user names is taken or refused, never replaced", async () => {

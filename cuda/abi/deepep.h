@@ -1237,6 +1237,23 @@ static_assert(offsetof(deepep_barrier_args, timeout_ms) == 44, "timeout_ms");
 static_assert(offsetof(deepep_barrier_args, num_sms) == 48, "num_sms");
 static_assert(offsetof(deepep_barrier_args, reserved_2) == 52, "reserved_2");
 
+/* Arguments of deepep_refuse. */
+typedef struct deepep_refuse_args {
+  /* [in] sizeof this struct */
+  uint32_t size;
+  /* [in] DEEPEP_OP_* of the collective call that this rank cannot make */
+  int32_t op;
+  /* [in] DEEPEP_ERROR_* that says why; the peers are told it */
+  int32_t code;
+  /* [in] 0 */
+  uint32_t reserved;
+} deepep_refuse_args;
+static_assert(sizeof(deepep_refuse_args) == 16, "size");
+static_assert(offsetof(deepep_refuse_args, size) == 0, "size");
+static_assert(offsetof(deepep_refuse_args, op) == 4, "op");
+static_assert(offsetof(deepep_refuse_args, code) == 8, "code");
+static_assert(offsetof(deepep_refuse_args, reserved) == 12, "reserved");
+
 /* Arguments of deepep_get_status. */
 typedef struct deepep_status_args {
   /* [in] sizeof this struct */
@@ -1422,6 +1439,11 @@ DEEPEP_API int32_t deepep_expert_output(uint64_t buffer, deepep_expert_output_ar
 
 /* Enqueues a barrier of all unmasked ranks. Collective. Graph-safe. */
 DEEPEP_API int32_t deepep_barrier(uint64_t buffer, const deepep_barrier_args* args, deepep_error* error);
+
+/* Enqueues this rank's refusal of a collective call. A call that was rejected at the border was not made: its peers
+ * wait for it. Repair and repeat it, or refuse it: then it counts as made, and fails with ABORTED, naming this rank,
+ * on every other. Collective, in the place of the call. */
+DEEPEP_API int32_t deepep_refuse(uint64_t buffer, const deepep_refuse_args* args, deepep_error* error);
 
 /* Writes the record of a failed operation into `error`; returns DEEPEP_OK when there is none. The last 64 failures
  * are kept. */

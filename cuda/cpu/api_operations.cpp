@@ -77,4 +77,8 @@ int32_t deepep_barrier(uint64_t buffer, const deepep_barrier_args* args, deepep_
   return operate("enter a barrier", DEEPEP_OP_BARRIER, buffer, args, error, barrier);
 }
 
+int32_t deepep_refuse(uint64_t buffer, const deepep_refuse_args* args, deepep_error* error) {
+  return operate("refuse a call", DEEPEP_OP_NONE, buffer, args, error, refuse_call);
+}
+
 }  // extern "C"

@@ -33,9 +33,7 @@ bool check_messages(Operation& op, const Exchange& exchanged) {
   const uint32_t num_ranks = op.buffer.options.num_ranks;
   for (uint32_t peer = 0; peer < num_ranks; ++peer) {
     if (peer == op.buffer.rank || exchanged.from[peer] == nullptr || exchanged.from[peer]->code == 0) continue;
-    set_agreed_failure(op, DEEPEP_ERROR_ABORTED, peer);
-    set_message(op.failure, "Cannot %s: rank %u refused call %llu because of its own arguments (its error has code %d)",
-                doing(op.op), peer, static_cast<unsigned long long>(op.epoch), exchanged.from[peer]->code);
+    fail_refused(op, peer, exchanged.from[peer]->code);
     return false;
   }
   for (uint32_t peer = 0; peer < num_ranks; ++peer) {

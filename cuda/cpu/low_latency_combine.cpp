@@ -137,9 +137,8 @@ bool wait_for_outputs(Operation& op, const LowLatencyCombine& job, PeerWait& wai
     op.failure = job.refusal;
     op.agreed = true;
   } else if (refused >= 0) {
-    refuse(op, DEEPEP_ERROR_ABORTED, "rank %d refused call %llu because of its own arguments", refused,
-           static_cast<unsigned long long>(op.epoch));
-    op.failure.peer = refused;
+    const auto by = static_cast<uint32_t>(refused);
+    fail_refused(op, by, ready_at(buffer.symmetric(buffer.rank), buffer.regions, by, job.slot)->code);
   }
   return op.failure.code == 0;
 }
@@ -189,7 +188,7 @@ void receive(Operation& op, LowLatencyCombine& job) {
   op.failure = Failure{};
   uint64_t view = job.state->routing.view & ~op.buffer.masked.load(std::memory_order_relaxed);
   const bool came = wait_for_outputs(op, job, wait, view);
-  if (op.failure.code == DEEPEP_ERROR_MISMATCH) forget_readers(op, job.slot);  // the peer that is elsewhere will not read
+  if (!came && op.agreed) forget_readers(op, job.slot);  // a call that fails on every rank is read by none
   if (!came && !op.agreed) return;
   if (came) reduce(op, job, view);
   // When the call was refused nobody reads, and says so too: then the announcements may be made anew.

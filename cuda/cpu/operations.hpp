@@ -21,6 +21,7 @@ void low_latency_combine(Buffer& buffer, const deepep_low_latency_combine_args& 
 void low_latency_combine_receive(Buffer& buffer, const deepep_receive_args& args);
 void expert_output(Buffer& buffer, deepep_expert_output_args& args);
 void barrier(Buffer& buffer, const deepep_barrier_args& args);
+void refuse_call(Buffer& buffer, const deepep_refuse_args& args);
 
 // Handles are published in the registry under Kind::handle (registry.hpp) and keep a weak_ptr to their buffer.
 void handle_create(Buffer& buffer, deepep_handle_create_args& args);

@@ -116,6 +116,16 @@ void fail_elsewhere(Operation& op, uint32_t peer, int32_t theirs) {
               static_cast<unsigned long long>(op.epoch));
 }
 
+void fail_refused(Operation& op, uint32_t by, int32_t code) {
+  op.agreed = true;
+  op.failure.code = DEEPEP_ERROR_ABORTED;
+  op.failure.op = op.op;
+  op.failure.phase = op.phase;
+  op.failure.peer = static_cast<int32_t>(by);
+  set_message(op.failure, "Cannot %s: rank %u refused call %llu because of its own arguments (its error has code %d)",
+              doing(op.op), by, static_cast<unsigned long long>(op.epoch), code);
+}
+
 void fail_left_out(Operation& op, uint32_t by) {
   op.failure.code = DEEPEP_ERROR_ABORTED;
   op.failure.op = op.op;
@@ -203,13 +213,15 @@ Arrival PeerWait::sleep_until(uint32_t peer, const uint64_t* word, uint64_t at_l
   return arrival;
 }
 
-// Whether the peer's message of this call is of another operation: the peer finds the same, so the buffer stays good.
+// Whether the peer's message of this call is of another operation, or refuses it: every rank finds that alike, so the
+// buffer stays good.
 bool PeerWait::is_elsewhere(uint32_t peer, const MessageHeader* message) {
   // Pairs with the release in publish() of the peer.
   if (message == nullptr || load_acquire(&message->epoch) != op_.epoch) return false;
   const auto theirs = static_cast<int32_t>(message->agreed[kAgreedOp]);
-  if (theirs == op_.op) return false;
-  fail_elsewhere(op_, peer, theirs);
+  if (theirs == op_.op && message->code == 0) return false;
+  if (message->code != 0) fail_refused(op_, peer, message->code);
+  else fail_elsewhere(op_, peer, theirs);
   return true;
 }
 

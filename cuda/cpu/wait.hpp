@@ -86,6 +86,8 @@ void guarded(Operation& op, Work work) {
 bool is_left_out(Operation& op);
 // Ends the operation because `peer` makes another one (DEEPEP_OP_*) in this call.
 void fail_elsewhere(Operation& op, uint32_t peer, int32_t theirs);
+// Ends the operation because `by` said with this code that it cannot make the call.
+void fail_refused(Operation& op, uint32_t by, int32_t code);
 // Ends the operation because rank `by` goes on without this one.
 void fail_left_out(Operation& op, uint32_t by);
 

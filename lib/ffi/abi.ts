@@ -604,6 +604,15 @@ export const structs = {
     doc: "Arguments of deepep_barrier.",
     fields: { size, reserved, ...stream, reserved_2: ["u32", "in", "0"] },
   },
+  deepep_refuse_args: {
+    doc: "Arguments of deepep_refuse.",
+    fields: {
+      size,
+      op: ["i32", "in", "DEEPEP_OP_* of the collective call that this rank cannot make"],
+      code: ["i32", "in", "DEEPEP_ERROR_* that says why; the peers are told it"],
+      reserved,
+    },
+  },
   deepep_status_args: {
     doc: "Arguments of deepep_get_status.",
     fields: { size, reserved, id: ["u64", "in", "completion id of the operation; 0 = the latest failure"] },
@@ -842,6 +851,12 @@ export const functions = {
     args: [["buffer", "u64"], ["args", "deepep_barrier_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc: "Enqueues a barrier of all unmasked ranks. Collective. Graph-safe.",
+  },
+  deepep_refuse: {
+    args: [["buffer", "u64"], ["args", "deepep_refuse_args"], ["error", "deepep_error"]],
+    ret: "i32",
+    doc:
+      "Enqueues this rank's refusal of a collective call. A call that was rejected at the border was not made: its peers wait for it. Repair and repeat it, or refuse it: then it counts as made, and fails with ABORTED, naming this rank, on every other. Collective, in the place of the call.",
   },
   deepep_get_status: {
     args: [["buffer", "u64"], ["args", "deepep_status_args"], ["error", "deepep_error"]],

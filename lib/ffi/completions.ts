@@ -38,7 +38,7 @@ export interface CompletionOptions {
 
 const CAPACITY = 64;
 const ENTRY_BYTES = 16; // deepep_completion: id u64, status i32, reserved u32
-const MAX_FAILURES = 1024;
+const MAX_FAILURES = 65_536;
 const FOREVER_MS = 0x3fff_ffff;
 const OK = constants.ERROR.OK[0];
 const CLOSED = constants.ERROR.CLOSED[0];

@@ -97,6 +97,22 @@ async function fromCache(file: string, hash: string): Promise<{ path?: string; r
   }
 }
 
+/** Throws when the file beside the package is not the one of this release: truncated, or of another version. */
+async function checkBeside(place: Place, file: string): Promise<void> {
+  let bytes: Uint8Array;
+  try {
+    bytes = await readFile(file);
+  } catch {
+    return; // Deno without --allow-read: it may be opened, but not looked at
+  }
+  const found = sha256(bytes);
+  if (place.sha256 === undefined || found === place.sha256) return;
+  throw new LibraryError(
+    `Cannot use ${file}: its SHA-256 is ${found} (${bytes.length} bytes), but the manifest says ${place.sha256}; ` +
+      `install the package again, rebuild it (scripts/build.ts), or name the file with ${place.env}`,
+  );
+}
+
 /** Fetches a library, checks it, and puts it into the cache. */
 async function download(place: Place, hash: string, folder: string): Promise<string> {
   const response = await fetch(place.url, { signal: AbortSignal.timeout(FETCH_MS) });
@@ -139,7 +155,10 @@ export async function locate(place: Place, path?: string): Promise<string> {
 
   if (place.url.protocol === "file:") {
     const beside = fileURLToPath(place.url);
-    if (mayExist(beside)) return beside;
+    if (mayExist(beside)) {
+      await checkBeside(place, beside);
+      return beside;
+    }
     tried.push(`${beside}: no such file`);
   }
   const hash = place.sha256;

@@ -19,12 +19,12 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "8921812fa298bc945edcf2ec24e4c97358e0e73a0d83bead8af1b4e62d651bf9",
+    cpu: "14e7c69ed23a7ae4cd6342c7bca7568cb91ddd93c7a3d9dd08b25313a8f914f4",
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "939bf1b341ecc05bfd6b03ff62b48ebc02763ae3bee8c0db69a4699e9f2cb4d9",
-      bytes: 465328,
+      sha256: "1b29d1961877df41a31ea5699fe9d61bae50beecbbbf86bc71eba84b40fa9c2f",
+      bytes: 473520,
     },
   },
 };
