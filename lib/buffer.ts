@@ -22,6 +22,7 @@ import {
   type LowLatencyResult,
   type Received,
 } from "./low_latency.ts";
+import { fill } from "./memory.ts";
 import { checkLive, type Payload } from "./payload.ts";
 import type { ResolvedOptions } from "./plan.ts";
 import type { EpEvent, Stream } from "./stream.ts";
@@ -224,7 +225,7 @@ export class EpBuffer implements AsyncDisposable {
   /** Fills a contiguous tensor with a byte value, in stream order. */
   fill(tensor: Tensor, value: number, options: { stream?: Stream } = {}): void {
     checkLive(this.#core, "fill", "the tensor", tensor);
-    this.#core.fill(tensor, value, options.stream);
+    fill(this.#core, tensor, value, options.stream);
   }
   /** Copies a tensor's bytes to another of the same size, in stream order. Both contiguous. */
   copy(to: Tensor, from: Tensor, options: { stream?: Stream } = {}): void {
@@ -235,7 +236,7 @@ export class EpBuffer implements AsyncDisposable {
         `Cannot copy ${from.byteLength} bytes to ${to.byteLength}: sizes must be equal and both contiguous`,
       );
     }
-    this.#core.copy(to.address, from.address, from.byteLength, options.stream ?? this.stream);
+    this.#core.copy(to.address, from.address, from.byteLength, options.stream);
   }
   /** Copies any tensor, a foreign one too, to the host. See {@linkcode Tensor.read}. */
   async read(tensor: Tensor, options: { stream?: Stream } = {}): Promise<Uint8Array> {

@@ -1,20 +1,18 @@
 /**
- * The inside of a buffer: the native object, its streams, events, slots and memory. In: a connected native buffer from
+ * The inside of a buffer: the native object, its streams, events and slots. In: a connected native buffer from
  * connect.ts. Out: what dispatch.ts, combine.ts and low_latency.ts need to pack one struct and make one call. Not
  * exported to users; buffer.ts is.
  */
 import { constants, type StructName } from "./ffi/abi.ts";
 import { struct, type StructCodec, type StructInput } from "./ffi/struct.ts";
 import type { CallName, Device } from "./device.ts";
-import { type DType, itemSize } from "./dtype.ts";
+import type { DType } from "./dtype.ts";
 import { EpError, nativeCode } from "./error.ts";
+import { allocTensor, copy, free, readTensor, writeTensor } from "./memory.ts";
 import type { ResolvedOptions } from "./plan.ts";
 import { EpEvent, type EventOwner, Stream } from "./stream.ts";
-import { type Hold, Tensor, type TensorOwner } from "./tensor.ts";
+import type { Hold, Tensor, TensorOwner } from "./tensor.ts";
 
-const allocStruct = struct("deepep_alloc_args");
-const copyStruct = struct("deepep_copy_args");
-const fillStruct = struct("deepep_fill_args");
 const streamStruct = struct("deepep_stream_create_args");
 const eventCreateStruct = struct("deepep_event_create_args");
 const eventStruct = struct("deepep_event_args");
@@ -296,34 +294,24 @@ export class Core implements EventOwner, TensorOwner {
     return this.#outputs.get(slot);
   }
 
-  // --- memory
-
-  #alloc(bytes: number, kind: number): bigint {
-    allocStruct.pack({ bytes: BigInt(Math.max(bytes, 1)), kind });
-    this.call("deepep_alloc", allocStruct, "alloc");
-    return allocStruct.get("address");
-  }
-
-  #free(address: bigint, kind: number, stream?: Stream): void {
-    allocStruct.pack({ bytes: 1n, kind, address, stream: stream?.address ?? 0n });
-    this.call("deepep_free", allocStruct, "free");
-  }
+  // --- memory: memory.ts does it
 
   /** A new tensor of this buffer's device. */
   alloc<D extends DType>(dtype: D, shape: readonly number[], producer?: EpEvent): Tensor<D> {
-    this.open("allocate a tensor");
-    if (!(dtype in itemSize)) throw new TypeError(`Cannot allocate a tensor: unknown dtype ${String(dtype)}`);
-    if (!shape.every((n) => Number.isSafeInteger(n) && n >= 0)) {
-      throw new RangeError(`Cannot allocate a tensor: shape is [${shape.join(", ")}]`);
-    }
-    const bytes = shape.reduce((a, b) => a * b, itemSize[dtype]);
-    const hold: Hold = { owner: this, alive: true, ...(producer ? { producer } : {}) };
-    return new Tensor(this.#alloc(bytes, constants.MEMORY.DEVICE[0]), dtype, shape, { hold, owns: true });
+    return allocTensor(this, dtype, shape, producer);
   }
-
   freeTensor(address: bigint, stream: Stream = this.stream): void {
-    if (this.#closing) return; // went with the buffer
-    this.#free(address, constants.MEMORY.DEVICE[0], this.#afterOperations(stream));
+    if (!this.#closing) free(this, address, "DEVICE", this.#afterOperations(stream)); // else it went with the buffer
+  }
+  /** Enqueues a copy between addresses. */
+  copy(dst: bigint, src: bigint, bytes: number, stream: Stream = this.stream): void {
+    copy(this, dst, src, bytes, stream);
+  }
+  readTensor(tensor: Tensor, stream: Stream = this.stream): Promise<ArrayBuffer> {
+    return readTensor(this, tensor, stream);
+  }
+  writeTensor(tensor: Tensor, data: ArrayBufferView, stream: Stream = this.stream): void {
+    writeTensor(this, tensor, data, stream);
   }
 
   /**
@@ -339,61 +327,6 @@ export class Core implements EventOwner, TensorOwner {
     this.#mark(stream).wait(this.#reclaim);
     this.#latest.event.wait(this.#reclaim);
     return this.#reclaim;
-  }
-
-  /** Enqueues a copy of a contiguous tensor to another address. */
-  copy(dst: bigint, src: bigint, bytes: number, stream: Stream, id = 0n): void {
-    this.open("copy");
-    copyStruct.pack({ dst, src, bytes: BigInt(bytes), stream: streamAddress("copy", stream), done_id: id });
-    this.call("deepep_copy", copyStruct, "copy");
-  }
-
-  /** Enqueues a fill with a byte value. */
-  fill(tensor: Tensor, value: number, stream: Stream = this.stream): void {
-    this.open("fill a tensor");
-    if (!tensor.contiguous) throw new RangeError("Cannot fill: the tensor is not contiguous");
-    if (!(Number.isInteger(value) && value >= 0 && value <= 255)) {
-      throw new RangeError(`Cannot fill: value is ${value}, needs a byte, 0 to 255`);
-    }
-    const bytes = BigInt(tensor.byteLength);
-    fillStruct.pack({ dst: tensor.address, bytes, value, stream: streamAddress("fill", stream) });
-    this.call("deepep_fill", fillStruct, "fill");
-  }
-
-  // Pinned staging memory of the library stands between JavaScript and the device: JavaScript's memory may move or die
-  // while a stream still copies.
-  async readTensor(tensor: Tensor, stream: Stream = this.stream): Promise<ArrayBuffer> {
-    this.open("read a tensor");
-    const span = spanOf(tensor), bytes = new ArrayBuffer(span);
-    if (span > 0) {
-      const staging = this.#alloc(span, constants.MEMORY.HOST[0]), id = this.device.nextId();
-      try {
-        this.copy(staging, tensor.address, span, stream, id);
-        await this.completed(id, "read");
-        this.device.hostRead(staging, new Uint8Array(bytes));
-      } catch (error) {
-        this.device.forget(id);
-        throw error;
-      } finally {
-        this.#free(staging, constants.MEMORY.HOST[0]);
-      }
-      tensor.hold?.producer?.check();
-    }
-    return tensor.contiguous ? bytes : gather(tensor, bytes);
-  }
-
-  writeTensor(tensor: Tensor, data: ArrayBufferView, stream: Stream = this.stream): void {
-    this.open("write a tensor");
-    if (data.byteLength === 0) return;
-    const staging = this.#alloc(data.byteLength, constants.MEMORY.HOST[0]);
-    try {
-      this.device.hostWrite(staging, data);
-      this.copy(tensor.address, staging, data.byteLength, stream);
-    } catch (error) {
-      this.#free(staging, constants.MEMORY.HOST[0]);
-      throw error;
-    }
-    this.#free(staging, constants.MEMORY.HOST[0], stream);
   }
 
   // --- the end
@@ -424,39 +357,7 @@ export class Core implements EventOwner, TensorOwner {
 }
 
 /** The native stream, checked to be one: another address would be taken for a stream by a GPU's driver. */
-function streamAddress(op: string, stream: Stream): bigint {
+export function streamAddress(op: string, stream: Stream): bigint {
   if (!(stream instanceof Stream)) throw new TypeError(`Cannot ${op}: stream is no stream`);
   return stream.address;
-}
-
-/** Bytes from a tensor's first element to its last, both included. */
-function spanOf(tensor: Tensor): number {
-  if (tensor.size === 0) return 0;
-  const last = tensor.shape.reduce((sum, n, i) => sum + (n - 1) * tensor.strides[i]!, 0);
-  return (last + 1) * itemSize[tensor.dtype];
-}
-
-/** Row-major elements of a strided tensor whose span is `bytes`. */
-function gather(tensor: Tensor, bytes: ArrayBuffer): ArrayBuffer {
-  const { shape, strides, dtype } = tensor;
-  const out = new ArrayBuffer(tensor.byteLength);
-  // Elements travel as integers of their width: a float array may change the bits of a NaN.
-  const Words = {
-    1: Uint8Array,
-    2: Uint16Array,
-    4: Uint32Array,
-    8: BigUint64Array,
-  }[itemSize[dtype]] as typeof Uint32Array;
-  const source = new Words(bytes), to = new Words(out);
-  const index: number[] = shape.map(() => 0);
-  for (let i = 0, at = 0; i < to.length; i++) {
-    to[i] = source[at]!;
-    for (let d = shape.length - 1; d >= 0; d--) {
-      at += strides[d]!;
-      if (++index[d]! < shape[d]!) break;
-      at -= shape[d]! * strides[d]!;
-      index[d] = 0;
-    }
-  }
-  return out;
 }
