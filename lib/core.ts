@@ -10,7 +10,7 @@ import type { DType } from "./dtype.ts";
 import { EpError, nativeCode } from "./error.ts";
 import { allocTensor, copy, free, readTensor, writeTensor } from "./memory.ts";
 import type { ResolvedOptions } from "./plan.ts";
-import { EpEvent, type EventOwner, Stream } from "./stream.ts";
+import { EpEvent, type EventOwner, Stream, streamAddress } from "./stream.ts";
 import type { Hold, Tensor, TensorOwner } from "./tensor.ts";
 
 const streamStruct = struct("deepep_stream_create_args");
@@ -354,10 +354,4 @@ export class Core implements EventOwner, TensorOwner {
     this.idleEvents.length = 0;
     this.device.end("deepep_buffer_destroy", this.native, "close");
   }
-}
-
-/** The native stream, checked to be one: another address would be taken for a stream by a GPU's driver. */
-export function streamAddress(op: string, stream: Stream): bigint {
-  if (!(stream instanceof Stream)) throw new TypeError(`Cannot ${op}: stream is no stream`);
-  return stream.address;
 }

@@ -5,9 +5,9 @@
  */
 import { constants } from "./ffi/abi.ts";
 import { struct } from "./ffi/struct.ts";
-import { type Core, streamAddress } from "./core.ts";
+import type { Core } from "./core.ts";
 import { type DType, itemSize } from "./dtype.ts";
-import type { EpEvent, Stream } from "./stream.ts";
+import { type EpEvent, type Stream, streamAddress } from "./stream.ts";
 import { type Hold, Tensor } from "./tensor.ts";
 
 const allocStruct = struct("deepep_alloc_args");

@@ -25,6 +25,12 @@ export class Stream {
   }
 }
 
+/** The native stream, checked to be one: another address would be taken for a stream by a GPU's driver. */
+export function streamAddress(op: string, stream: Stream): bigint {
+  if (!(stream instanceof Stream)) throw new TypeError(`Cannot ${op}: stream is no stream`);
+  return stream.address;
+}
+
 /** What an event needs of the buffer it belongs to. */
 export interface EventOwner {
   readonly device: Device;
