@@ -35,6 +35,7 @@ export type { DispatchLayout } from "./lib/dispatch_layout.ts";
 export type { CombineOptions, CombineResult } from "./lib/combine.ts";
 export { DispatchHandle, type RecvCounts, type ReleaseOptions, type RowLayout, SlotResult } from "./lib/handle.ts";
 export {
+  type CastRows,
   type LowLatencyCombineOptions,
   LowLatencyCombineResult,
   type LowLatencyDispatchOptions,

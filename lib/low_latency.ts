@@ -191,7 +191,7 @@ function castFlags(x: Payload, o: LowLatencyDispatchOptions): number {
     (o.scalesColumnMajor ?? true ? FLAG.SCALES_COLUMN_MAJOR[0] : 0) | (o.recvHook ? FLAG.RECEIVE_HOOK[0] : 0);
 }
 
-type CastRows = ScaledRows<"f8e4m3", "f32" | "i32">;
+export type CastRows = ScaledRows<"f8e4m3", "f32" | "i32">;
 
 /**
  * What arrives of `X`: e4m3 rows with scales when bf16 rows are cast, else what was sent; either, where the types do not
