@@ -191,6 +191,7 @@ function castFlags(x: Payload, o: LowLatencyDispatchOptions): number {
     (o.scalesColumnMajor ?? true ? FLAG.SCALES_COLUMN_MAJOR[0] : 0) | (o.recvHook ? FLAG.RECEIVE_HOOK[0] : 0);
 }
 
+/** What bf16 rows arrive as when they are cast inside: e4m3 with f32 scales, or i32 of four exponents each. */
 export type CastRows = ScaledRows<"f8e4m3", "f32" | "i32">;
 
 /**
