@@ -28,7 +28,7 @@
 export { type BufferStats, EpBuffer } from "./lib/buffer.ts";
 export type { BufferOptions, BufferSize } from "./lib/connect.ts";
 export type { BufferShape, ResolvedOptions } from "./lib/plan.ts";
-export type { Backend, Capabilities } from "./lib/device.ts";
+export type { Backend, Capabilities, Wake } from "./lib/device.ts";
 export type { OperationOptions } from "./lib/core.ts";
 export { type DeviceCounts, type DispatchOptions, DispatchResult } from "./lib/dispatch.ts";
 export type { DispatchLayout } from "./lib/dispatch_layout.ts";

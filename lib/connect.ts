@@ -6,7 +6,7 @@
 import { ABI_VERSION, constants } from "./ffi/abi.ts";
 import { struct } from "./ffi/struct.ts";
 import { Core } from "./core.ts";
-import { type Backend, type Device, openBest, openDevice } from "./device.ts";
+import { type Backend, type Device, openBest, openDevice, type Wake } from "./device.ts";
 import { EpError, type EpErrorCode } from "./error.ts";
 import type { Group } from "./group/group.ts";
 import { type BufferShape, type ResolvedOptions, resolveOptions, whole } from "./plan.ts";
@@ -28,6 +28,12 @@ export interface BufferOptions extends BufferShape {
   numSms?: number;
   /** A peer that times out or dies is masked and calls go on without it, instead of failing; alike on every rank. Default false. */
   maskOnTimeout?: boolean;
+  /**
+   * How the event loop hears of operations that take longer than a millisecond: `"poll"`: by timers, 1 to 2 ms late;
+   * `"callback"`: a native thread calls back, some 0.3 ms late; Deno then needs `--allow-ffi` without a path. Default
+   * `"poll"`. Shorter operations are polled on every turn either way.
+   */
+  wake?: Wake;
   /** Deadline of each exchange while the buffer is created, milliseconds. Default: the group's. */
   connectTimeoutMs?: number;
 }
@@ -97,13 +103,17 @@ function compare(rank: number, all: readonly Record<string, string | number>[]):
 
 async function openLocal(options: BufferOptions): Promise<{ device: Device; reason: string }> {
   const backend = options.backend ?? "auto";
-  if (backend === "auto") return await openBest(options.library);
+  const { library: path, wake = "poll" } = options, how = { path, wake };
+  if (wake !== "poll" && wake !== "callback") {
+    throw new RangeError(`Cannot create a buffer: wake is ${JSON.stringify(wake)}, needs poll or callback`);
+  }
+  if (backend === "auto") return await openBest(how);
   if (!["cpu", "cuda", "nvshmem"].includes(backend)) {
     throw new RangeError(
       `Cannot create a buffer: backend is ${JSON.stringify(backend)}, needs auto, cpu, cuda or nvshmem`,
     );
   }
-  return { device: await openDevice(backend, options.library), reason: "asked for" };
+  return { device: await openDevice(backend, how), reason: "asked for" };
 }
 
 /** Creates and connects a native buffer. Collective over the group. */

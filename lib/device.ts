@@ -3,7 +3,7 @@
  * In: a backend's name. Out: `call()`, which turns a status code into an `EpError`, and promises for completions.
  * Called by buffer, stream and tensor; nothing above this file sees a codec's bytes or a status code.
  */
-import { Completions } from "./ffi/completions.ts";
+import { Completions, wakeOf } from "./ffi/completions.ts";
 import { constants, type functions } from "./ffi/abi.ts";
 import { type Library, openLibrary } from "./ffi/open.ts";
 import { struct, type StructCodec } from "./ffi/struct.ts";
@@ -24,6 +24,9 @@ export type EndName = {
     ? N
     : never;
 }[keyof Functions];
+
+/** How the event loop hears of long operations: it polls by timer, or a native thread calls back. */
+export type Wake = "poll" | "callback";
 
 /** What a device can do. */
 export interface Capabilities {
@@ -62,7 +65,7 @@ export class Device {
   readonly #completions: Completions;
 
   /** @ignore Use {@linkcode openDevice}. */
-  constructor(backend: Backend, library: Library) {
+  constructor(backend: Backend, library: Library, wake: Wake = "poll") {
     this.backend = backend;
     this.path = library.path;
     this.#symbols = library.symbols;
@@ -73,6 +76,7 @@ export class Device {
     // Kernels of the cpu backend run on the cores that polling would burn, so it polls each turn only briefly.
     this.#completions = new Completions({
       drain: (out, capacity) => this.#symbols.deepep_queue_drain(queue, out, capacity),
+      ...(wake === "callback" && { wake: wakeOf(library, queue) }),
     }, { spinMs: backend === "cpu" ? 0.1 : 1 });
   }
 
@@ -173,13 +177,19 @@ export class Device {
 
 const open = new Map<string, Promise<Device>>();
 
-/** Opens a backend's library; the same device for the same file in this realm. @throws {LibraryError} */
-export function openDevice(backend: Backend, path?: string): Promise<Device> {
-  const key = `${backend}:${path ?? ""}`;
+/** Where a device's library is, and how it is listened to. */
+export interface DeviceOptions {
+  readonly path?: string | undefined;
+  readonly wake?: Wake | undefined;
+}
+
+/** Opens a backend's library; the same device for the same options in this realm. @throws {LibraryError} */
+export function openDevice(backend: Backend, { path, wake }: DeviceOptions = {}): Promise<Device> {
+  const key = `${backend}:${wake ?? "poll"}:${path ?? ""}`;
   const found = open.get(key);
   if (found) return found;
   const opening = openLibrary(backend, path === undefined ? {} : { path }).then((library) =>
-    new Device(backend, library)
+    new Device(backend, library, wake)
   );
   open.set(key, opening);
   opening.catch(() => open.delete(key));
@@ -187,14 +197,14 @@ export function openDevice(backend: Backend, path?: string): Promise<Device> {
 }
 
 /** Opens the best backend that works here and says which and why. @throws {LibraryError} when none does */
-export async function openBest(path?: string): Promise<{ device: Device; reason: string }> {
+export async function openBest(options: DeviceOptions = {}): Promise<{ device: Device; reason: string }> {
   const tried: string[] = [];
   for (const backend of ["nvshmem", "cuda", "cpu"] as const) {
     if (backend === "nvshmem") { // only worth its set-up between nodes: asked for by name
       continue;
     }
     try {
-      const device = await openDevice(backend, path);
+      const device = await openDevice(backend, options);
       device.capabilities();
       return {
         device,
