@@ -44,12 +44,15 @@ const preamble = `
  *     a struct, and a deepep_error. It returns DEEPEP_OK or a DEEPEP_ERROR_* code, and on failure fills the error.
  *   - Every struct that a call takes begins with \`size\`: set it to sizeof the struct, and every field that you do not
  *     use to 0. A struct of another size is refused. Set \`error.size\` too.
- *   - [in] fields are read; [out] fields are written before the call returns. Every field is either. Device addresses,
+ *   - [in] fields are read; [out] fields are written before the call returns. Every field is either, but for those whose
+ *     text says what goes in and what comes out (\`slot\`, the address of deepep_alloc). Device addresses,
  *     streams, events and objects are plain 64-bit integers; a missing one is 0. Nothing keeps a pointer to the
  *     structs, or to the bytes that deepep_host_read and deepep_host_write are lent.
  *   - Every call is thread-safe. An "enqueues" call returns at once; the work runs in stream order on the buffer's
  *     communication stream, after \`stream\` (or \`previous_event\`), and \`stream\` waits for it unless FLAG_ASYNC_FINISH.
  *     Tensors that it names must stay valid until it has ended.
+ *   - Ranks that share a process need a stream each: one that waits for the first rank's operation keeps the second
+ *     rank's from beginning, and the first waits for the second. Objects are of no use in a process forked off later.
  *   - "Collective" calls must be made by every unmasked rank, in the same order, with arguments that agree. "Local"
  *     calls concern one rank and never wait for a peer. "Graph-safe" calls can be captured in a CUDA graph.
  *   - What happens while an operation runs is reported later: give it a \`done_id\` (any number but 0, unique per queue),

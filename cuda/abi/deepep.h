@@ -9,12 +9,15 @@
  *     a struct, and a deepep_error. It returns DEEPEP_OK or a DEEPEP_ERROR_* code, and on failure fills the error.
  *   - Every struct that a call takes begins with `size`: set it to sizeof the struct, and every field that you do not
  *     use to 0. A struct of another size is refused. Set `error.size` too.
- *   - [in] fields are read; [out] fields are written before the call returns. Every field is either. Device addresses,
+ *   - [in] fields are read; [out] fields are written before the call returns. Every field is either, but for those whose
+ *     text says what goes in and what comes out (`slot`, the address of deepep_alloc). Device addresses,
  *     streams, events and objects are plain 64-bit integers; a missing one is 0. Nothing keeps a pointer to the
  *     structs, or to the bytes that deepep_host_read and deepep_host_write are lent.
  *   - Every call is thread-safe. An "enqueues" call returns at once; the work runs in stream order on the buffer's
  *     communication stream, after `stream` (or `previous_event`), and `stream` waits for it unless FLAG_ASYNC_FINISH.
  *     Tensors that it names must stay valid until it has ended.
+ *   - Ranks that share a process need a stream each: one that waits for the first rank's operation keeps the second
+ *     rank's from beginning, and the first waits for the second. Objects are of no use in a process forked off later.
  *   - "Collective" calls must be made by every unmasked rank, in the same order, with arguments that agree. "Local"
  *     calls concern one rank and never wait for a peer. "Graph-safe" calls can be captured in a CUDA graph.
  *   - What happens while an operation runs is reported later: give it a `done_id` (any number but 0, unique per queue),
@@ -508,7 +511,7 @@ typedef struct deepep_buffer_recover_args {
   uint32_t size;
   /* [in] 0 */
   uint32_t reserved;
-  /* [in] the largest epoch of all surviving ranks: the next call gets a number above it */
+  /* [in] the largest epoch of all surviving ranks, at most 2^47: the next call gets a number above it */
   uint64_t epoch;
   /* [in] bit r: rank r is masked from now on, the same on every survivor */
   uint64_t masked_ranks;
@@ -525,7 +528,7 @@ typedef struct deepep_mask_args {
   uint32_t size;
   /* [in] the peer, not this rank */
   uint32_t rank;
-  /* [in] 1 = leave it out of every wait, send and reduction; 0 = take it in again */
+  /* [in] 1 = leave it out of every wait, send and reduction; 0 = take it in again, at the same epoch */
   uint32_t masked;
   /* [in] 0 */
   uint32_t reserved;
@@ -699,7 +702,8 @@ typedef struct deepep_dispatch_layout_args {
   uint64_t num_tokens_per_expert;
   /* [in] u8 [num_tokens, num_ranks]: 1 when the token goes to the rank, written */
   uint64_t is_token_in_rank;
-  /* [in] the caller's stream: the operation begins after what is enqueued there; 0 = none */
+  /* [in] the caller's stream: the operation begins after what is enqueued there; 0 = none (CUDA's default stream is
+   * cudaStreamLegacy, 1) */
   uint64_t stream;
   /* [in] wait for this event instead of `stream`'s present work; 0 = none */
   uint64_t previous_event;
@@ -707,7 +711,7 @@ typedef struct deepep_dispatch_layout_args {
   uint64_t event;
   /* [in] completion to queue when the operation has ended, with its status; 0 = none */
   uint64_t done_id;
-  /* [in] DEEPEP_FLAG_* bits; unknown bits are refused */
+  /* [in] DEEPEP_FLAG_* bits; those that the call has no use for are refused */
   uint32_t flags;
   /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's. A wait is drawn out once, by half,
    * when the awaited peer itself waits for a third: so that the third is blamed */
@@ -764,7 +768,7 @@ typedef struct deepep_dispatch_args {
   uint32_t layout;
   /* [in] handle that keeps the routing; CACHED: that has it */
   uint64_t handle;
-  /* [out] in: a free slot, or -1 for any; out: the slot taken, held until deepep_slot_release */
+  /* [out] in: a free slot, or -1 (not 0) for any; out: the slot taken, held until deepep_slot_release */
   int32_t slot;
   /* [in] 1 … 65536: num_recv_tokens_per_expert are rounded up to it; expert layout: groups too */
   uint32_t expert_alignment;
@@ -781,9 +785,9 @@ typedef struct deepep_dispatch_args {
   uint64_t topk_weights;
   /* [in] without topk_idx: u8 [num_tokens, num_ranks] (rank layout only) */
   uint64_t is_token_in_rank;
-  /* [in] without topk_idx, optional: i32 [num_experts], only summed into the per-expert counts */
+  /* [in] without topk_idx, optional: i32 [num_experts], 0 … 65536 * 32 each, only summed into the per-expert counts */
   uint64_t num_tokens_per_expert;
-  /* [in] rows [num_tokens], row_bytes of payload each */
+  /* [in] rows [num_tokens], row_bytes of payload each; aligned to 16 bytes */
   uint64_t x;
   /* [in] bytes from a row to the next; a multiple of 16 */
   uint64_t x_stride;
@@ -803,7 +807,8 @@ typedef struct deepep_dispatch_args {
   uint64_t expert_stats;
   /* [in] completion to queue as soon as host_counts is filled; 0 = none */
   uint64_t counts_id;
-  /* [in] the caller's stream: the operation begins after what is enqueued there; 0 = none */
+  /* [in] the caller's stream: the operation begins after what is enqueued there; 0 = none (CUDA's default stream is
+   * cudaStreamLegacy, 1) */
   uint64_t stream;
   /* [in] wait for this event instead of `stream`'s present work; 0 = none */
   uint64_t previous_event;
@@ -811,7 +816,7 @@ typedef struct deepep_dispatch_args {
   uint64_t event;
   /* [in] completion to queue when the operation has ended, with its status; 0 = none */
   uint64_t done_id;
-  /* [in] DEEPEP_FLAG_* bits; unknown bits are refused */
+  /* [in] DEEPEP_FLAG_* bits; those that the call has no use for are refused */
   uint32_t flags;
   /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's. A wait is drawn out once, by half,
    * when the awaited peer itself waits for a third: so that the third is blamed */
@@ -916,7 +921,8 @@ typedef struct deepep_combine_args {
   uint64_t out;
   /* [in] f32 [num_tokens, num_topk], written when topk_weights is given */
   uint64_t out_topk_weights;
-  /* [in] the caller's stream: the operation begins after what is enqueued there; 0 = none */
+  /* [in] the caller's stream: the operation begins after what is enqueued there; 0 = none (CUDA's default stream is
+   * cudaStreamLegacy, 1) */
   uint64_t stream;
   /* [in] wait for this event instead of `stream`'s present work; 0 = none */
   uint64_t previous_event;
@@ -924,7 +930,7 @@ typedef struct deepep_combine_args {
   uint64_t event;
   /* [in] completion to queue when the operation has ended, with its status; 0 = none */
   uint64_t done_id;
-  /* [in] DEEPEP_FLAG_* bits; unknown bits are refused */
+  /* [in] DEEPEP_FLAG_* bits; those that the call has no use for are refused */
   uint32_t flags;
   /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's. A wait is drawn out once, by half,
    * when the awaited peer itself waits for a third: so that the third is blamed */
@@ -961,7 +967,7 @@ static_assert(offsetof(deepep_combine_args, reserved_2) == 132, "reserved_2");
 typedef struct deepep_low_latency_dispatch_args {
   /* [in] sizeof this struct */
   uint32_t size;
-  /* [out] in: a free slot, or -1 for any; out: the slot taken */
+  /* [out] in: a free slot, or -1 (not 0) for any; out: the slot taken, held as deepep_dispatch's */
   int32_t slot;
   /* [in] tokens on this rank, 0 … max_tokens_per_rank (low latency: its own limit) */
   int32_t num_tokens;
@@ -972,7 +978,7 @@ typedef struct deepep_low_latency_dispatch_args {
   /* [in] int32 or int64 [num_tokens, num_topk]: expert of each entry, -1 = none; anything else outside 0 …
    * num_experts - 1 fails the call on every rank */
   uint64_t topk_idx;
-  /* [in] rows [num_tokens], row_bytes of payload each */
+  /* [in] rows [num_tokens], row_bytes of payload each; aligned to 16 bytes */
   uint64_t x;
   /* [in] bytes from a row to the next; a multiple of 16 */
   uint64_t x_stride;
@@ -993,7 +999,8 @@ typedef struct deepep_low_latency_dispatch_args {
   /* [in] i64 [num_ranks]: nanoseconds waited for each peer are added to it, by both halves of a call with
    * RECEIVE_HOOK; 0 = none */
   uint64_t wait_stats;
-  /* [in] the caller's stream: the operation begins after what is enqueued there; 0 = none */
+  /* [in] the caller's stream: the operation begins after what is enqueued there; 0 = none (CUDA's default stream is
+   * cudaStreamLegacy, 1) */
   uint64_t stream;
   /* [in] wait for this event instead of `stream`'s present work; 0 = none */
   uint64_t previous_event;
@@ -1001,7 +1008,7 @@ typedef struct deepep_low_latency_dispatch_args {
   uint64_t event;
   /* [in] completion to queue when the operation has ended, with its status; 0 = none */
   uint64_t done_id;
-  /* [in] DEEPEP_FLAG_* bits; unknown bits are refused */
+  /* [in] DEEPEP_FLAG_* bits; those that the call has no use for are refused */
   uint32_t flags;
   /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's. A wait is drawn out once, by half,
    * when the awaited peer itself waits for a third: so that the third is blamed */
@@ -1085,7 +1092,8 @@ typedef struct deepep_low_latency_combine_args {
   /* [in] i64 [num_ranks]: nanoseconds waited for each peer are added to it, by both halves of a call with
    * RECEIVE_HOOK; 0 = none */
   uint64_t wait_stats;
-  /* [in] the caller's stream: the operation begins after what is enqueued there; 0 = none */
+  /* [in] the caller's stream: the operation begins after what is enqueued there; 0 = none (CUDA's default stream is
+   * cudaStreamLegacy, 1) */
   uint64_t stream;
   /* [in] wait for this event instead of `stream`'s present work; 0 = none */
   uint64_t previous_event;
@@ -1093,7 +1101,7 @@ typedef struct deepep_low_latency_combine_args {
   uint64_t event;
   /* [in] completion to queue when the operation has ended, with its status; 0 = none */
   uint64_t done_id;
-  /* [in] DEEPEP_FLAG_* bits; unknown bits are refused */
+  /* [in] DEEPEP_FLAG_* bits; those that the call has no use for are refused */
   uint32_t flags;
   /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's. A wait is drawn out once, by half,
    * when the awaited peer itself waits for a third: so that the third is blamed */
@@ -1129,7 +1137,8 @@ typedef struct deepep_receive_args {
   uint32_t size;
   /* [in] the slot of the send half */
   int32_t slot;
-  /* [in] the caller's stream: the operation begins after what is enqueued there; 0 = none */
+  /* [in] the caller's stream: the operation begins after what is enqueued there; 0 = none (CUDA's default stream is
+   * cudaStreamLegacy, 1) */
   uint64_t stream;
   /* [in] wait for this event instead of `stream`'s present work; 0 = none */
   uint64_t previous_event;
@@ -1137,7 +1146,7 @@ typedef struct deepep_receive_args {
   uint64_t event;
   /* [in] completion to queue when the operation has ended, with its status; 0 = none */
   uint64_t done_id;
-  /* [in] DEEPEP_FLAG_* bits; unknown bits are refused */
+  /* [in] DEEPEP_FLAG_* bits; those that the call has no use for are refused */
   uint32_t flags;
   /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's. A wait is drawn out once, by half,
    * when the awaited peer itself waits for a third: so that the third is blamed */
@@ -1169,7 +1178,8 @@ typedef struct deepep_expert_output_args {
   uint64_t address;
   /* [out] size of the region */
   uint64_t bytes;
-  /* [in] the caller's stream: the operation begins after what is enqueued there; 0 = none */
+  /* [in] the caller's stream: the operation begins after what is enqueued there; 0 = none (CUDA's default stream is
+   * cudaStreamLegacy, 1) */
   uint64_t stream;
   /* [in] wait for this event instead of `stream`'s present work; 0 = none */
   uint64_t previous_event;
@@ -1177,7 +1187,7 @@ typedef struct deepep_expert_output_args {
   uint64_t event;
   /* [in] completion to queue when the operation has ended, with its status; 0 = none */
   uint64_t done_id;
-  /* [in] DEEPEP_FLAG_* bits; unknown bits are refused */
+  /* [in] DEEPEP_FLAG_* bits; those that the call has no use for are refused */
   uint32_t flags;
   /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's. A wait is drawn out once, by half,
    * when the awaited peer itself waits for a third: so that the third is blamed */
@@ -1207,7 +1217,8 @@ typedef struct deepep_barrier_args {
   uint32_t size;
   /* [in] 0 */
   uint32_t reserved;
-  /* [in] the caller's stream: the operation begins after what is enqueued there; 0 = none */
+  /* [in] the caller's stream: the operation begins after what is enqueued there; 0 = none (CUDA's default stream is
+   * cudaStreamLegacy, 1) */
   uint64_t stream;
   /* [in] wait for this event instead of `stream`'s present work; 0 = none */
   uint64_t previous_event;
@@ -1215,7 +1226,7 @@ typedef struct deepep_barrier_args {
   uint64_t event;
   /* [in] completion to queue when the operation has ended, with its status; 0 = none */
   uint64_t done_id;
-  /* [in] DEEPEP_FLAG_* bits; unknown bits are refused */
+  /* [in] DEEPEP_FLAG_* bits; those that the call has no use for are refused */
   uint32_t flags;
   /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's. A wait is drawn out once, by half,
    * when the awaited peer itself waits for a third: so that the third is blamed */

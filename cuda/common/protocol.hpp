@@ -110,6 +110,8 @@ struct Abort {
   bool goes_on = false;  // the sender has only left the culprit out and goes on with the call
 };
 constexpr uint64_t kAbortGoesOn = 0x80;
+// The highest epoch that a recovery may continue at: the word has 48 bits for epochs, and calls come on top.
+constexpr uint64_t kMaxBaseEpoch = uint64_t{1} << 47;
 
 DEEPEP_HOST_DEVICE constexpr uint64_t abort_word(const Abort& abort) {
   const uint64_t code = static_cast<uint64_t>(abort.code) | (abort.goes_on ? kAbortGoesOn : 0);

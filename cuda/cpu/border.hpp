@@ -9,6 +9,7 @@
 #include <exception>
 #include <memory>
 #include <new>
+#include <type_traits>
 
 #include "../abi/deepep.h"
 #include "../common/failure.hpp"
@@ -79,6 +80,20 @@ int32_t cross(const char* doing, int32_t op, deepep_error* error, Body body) noe
   }
 }
 
+// The bits of flags that a call has a use for: another one would be a wish that is not fulfilled.
+template <class Args>
+constexpr uint32_t kFlagsOf = DEEPEP_FLAG_ASYNC_FINISH;
+template <>
+constexpr uint32_t kFlagsOf<deepep_dispatch_args> = DEEPEP_FLAG_ASYNC_FINISH | DEEPEP_FLAG_CACHED | DEEPEP_FLAG_ZERO_PADDING |
+                                                    DEEPEP_FLAG_NO_CPU_SYNC | DEEPEP_FLAG_SCALES_COLUMN_MAJOR;
+template <>
+constexpr uint32_t kFlagsOf<deepep_low_latency_dispatch_args> =
+    DEEPEP_FLAG_ASYNC_FINISH | DEEPEP_FLAG_NO_CPU_SYNC | DEEPEP_FLAG_SCALES_COLUMN_MAJOR | DEEPEP_FLAG_RECEIVE_HOOK |
+    DEEPEP_FLAG_FP8 | DEEPEP_FLAG_ROUND_SCALE | DEEPEP_FLAG_UE8M0;
+template <>
+constexpr uint32_t kFlagsOf<deepep_low_latency_combine_args> =
+    DEEPEP_FLAG_ASYNC_FINISH | DEEPEP_FLAG_RECEIVE_HOOK | DEEPEP_FLAG_LOGFMT;
+
 // The args, once their size is right and what is reserved is 0.
 template <class Args>
 Args& check(Args* args) {
@@ -96,6 +111,10 @@ Args& check(Args* args) {
     constexpr uint32_t known = DEEPEP_FLAG_LOGFMT * 2 - 1;  // all bits up to the last
     if (args->flags & ~known) {
       reject(DEEPEP_ERROR_INVALID_ARGUMENT, "flags is 0x%x, known bits are 0x%x", args->flags, known);
+    }
+    if (args->flags & ~kFlagsOf<std::remove_const_t<Args>>) {
+      reject(DEEPEP_ERROR_INVALID_ARGUMENT, "flags is 0x%x, of which this call has no use for 0x%x", args->flags,
+             args->flags & ~kFlagsOf<std::remove_const_t<Args>>);
     }
   }
   return *args;

@@ -10,6 +10,7 @@
 #include <thread>
 #include <utility>
 
+#include "../common/protocol.hpp"
 #include "options.hpp"
 #include "queue.hpp"
 #include "registry.hpp"
@@ -152,6 +153,9 @@ void Buffer::recover(uint64_t agreed_epoch, uint64_t masked_ranks) {
   }
   if (agreed_epoch < epoch) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "epoch is %llu, this rank has enqueued %llu already", shown(agreed_epoch), shown(epoch));
+  }
+  if (agreed_epoch > kMaxBaseEpoch) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "epoch is %llu, at most %llu", shown(agreed_epoch), shown(kMaxBaseEpoch));
   }
   if (num_pending_ != 0) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%llu operations have not ended yet", shown(num_pending_));

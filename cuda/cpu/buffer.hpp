@@ -48,6 +48,7 @@ StreamFields stream_fields(const Args& args) {
 // One result's worth of memory. Guarded by Buffer::mutex.
 struct Slot {
   bool held = false;
+  bool borrowed = false;              // by an operation that gives it back itself
   uint64_t dispatch_epoch = 0;        // of the dispatch that filled it last; written by the operations
   uint64_t combine_epoch = 0;         // of the last combine that used its expert-output region; 0 after a recovery
   std::shared_ptr<void> state;        // the operations' record; empty when a slot was just taken

@@ -109,6 +109,7 @@ uint64_t Buffer::enqueue(int32_t op_kind, const StreamFields& fields, bool colle
     slot.holder_epoch = this_epoch;
   }
   taken_slots_.clear();
+  if (borrowed_slot >= 0) slots[static_cast<size_t>(borrowed_slot)].borrowed = true;
   if (event) event->set(record);
   if (stream && !(fields.flags & DEEPEP_FLAG_ASYNC_FINISH)) stream->push_wait(record);
   return this_epoch;
@@ -218,13 +219,16 @@ Slot& Buffer::held_slot(int32_t slot) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "slot is %d, at most %zu", slot, slots.size() - 1);
   }
   Slot& found = slots[static_cast<size_t>(slot)];
-  if (!found.held) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "slot %d is not held: it was released, or never taken", slot);
+  if (!found.held || found.borrowed) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "slot %d is not held: it was released, or never taken", slot);
+  }
   return found;
 }
 
 void Buffer::give_slot(int32_t slot, std::shared_ptr<Record> reusable) {
   Slot& given = slots[static_cast<size_t>(slot)];
   given.held = false;
+  given.borrowed = false;
   given.reusable = std::move(reusable);
 }
 

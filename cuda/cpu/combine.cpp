@@ -94,7 +94,7 @@ uint64_t CombineRun::num_rows() const {
 
 // What can only be checked once the handle is filled.
 void CombineRun::check_content() {
-  if (!routing_.valid) {
+  if (!routing_.is(job_.plan)) {
     refuse(op_, DEEPEP_ERROR_INVALID_ARGUMENT, "the handle holds no routing: its dispatch failed");
   } else if (args_.x == 0 && !job_.has_slot && num_rows() > 0) {
     refuse(op_, DEEPEP_ERROR_INVALID_ARGUMENT, "neither x nor a slot is given, but there are %llu rows",
@@ -140,7 +140,7 @@ Draft CombineRun::draft() const {
   draft.agreed[kAgreedExpertAlignment] = job_.plan.expert_alignment;
   draft.agreed[kAgreedRowBytes] = static_cast<uint32_t>(row_bytes_);
   draft.agreed[kAgreedNumTopk] = job_.plan.num_topk;
-  const bool has_rows = job_.plan.num_tokens > 0 || (routing_.valid && num_rows() > 0);
+  const bool has_rows = job_.plan.num_tokens > 0 || (routing_.is(job_.plan) && num_rows() > 0);
   draft.agreed[kAgreedTopkWeights] = expert_weights_ != nullptr ? 1 : has_rows ? 0 : kNoOpinion;
   draft.agreed[kAgreedRouting] = static_cast<uint32_t>(routing_.epoch);
   draft.slot = job_.slot;
@@ -223,6 +223,7 @@ void CombineRun::reduce() {
   const ExpertOwners owners(options_);
   const std::vector<uint32_t> bases = row_bases(routing_, options_, buffer_.rank);
   for (uint32_t token = 0; token < job_.plan.num_tokens; ++token) reduce_token(token, owners, bases);
+  if (is_overtaken(op_)) return;
   for (uint32_t rank = 0; rank < options_.num_ranks; ++rank) {
     if (in_view(exchange_.view, rank)) end_reading(op_, rank, exchange_.from[rank]->slot);
   }

@@ -116,6 +116,7 @@ void dispatch(Buffer& buffer, deepep_dispatch_args& args) {
       args.counts_id);
   buffer.slots[static_cast<size_t>(slot)].dispatch_epoch = epoch;
   if (handle) handle->plan = plan;
+  if (handle && plan.epoch == 0) handle->plan.epoch = epoch;
   args = out;
 }
 

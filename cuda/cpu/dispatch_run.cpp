@@ -108,7 +108,7 @@ class DispatchRun {
 // Counts this rank's tokens, or takes the routing of the handle.
 void DispatchRun::route(Counts& counts) {
   if (job_.cached) {
-    if (!routing_.valid) refuse(op_, DEEPEP_ERROR_INVALID_ARGUMENT, "the handle holds no routing: its dispatch failed");
+    if (!routing_.is(plan_)) refuse(op_, DEEPEP_ERROR_INVALID_ARGUMENT, "the handle holds no routing: its dispatch failed");
     return;
   }
   routing_.valid = false;

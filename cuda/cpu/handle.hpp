@@ -36,6 +36,7 @@ struct RoutingPlan {
   uint32_t num_tokens = 0;
   uint32_t num_topk = 0;        // 0 = routed by is_token_in_rank
   uint32_t topk_idx_bytes = 4;
+  uint64_t epoch = 0;           // of the dispatch that makes the routing; 0 = not enqueued yet
   // Hops of a token: rank layout ascending by rank, at most one a rank; otherwise one for each k.
   uint32_t width(uint32_t num_ranks) const {
     return space != RowSpace::rank ? num_topk : num_topk != 0 && num_topk < num_ranks ? num_topk : num_ranks;
@@ -53,6 +54,9 @@ struct Routing {
   std::vector<int32_t> experts;    // [num_tokens, num_topk]: topk_idx
   std::vector<uint32_t> tokens;    // the count matrix: [num_ranks, num_ranks]
   std::vector<uint32_t> entries;   // [num_ranks, num_experts]
+
+  // Whether it is what the plan's dispatch has made: that one may have failed, or been skipped, and left an earlier routing.
+  bool is(const RoutingPlan& enqueued) const { return valid && epoch == enqueued.epoch; }
 
   CountMatrix matrix(const Options& options) const {
     return {tokens.data(), entries.data(), options.num_ranks, options.num_experts, view};

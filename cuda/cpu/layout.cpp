@@ -84,8 +84,11 @@ bool count_tokens_in_rank(Operation& op, const uint8_t* is_token_in_rank, const 
     count_ranks(ranks, counts.tokens);
   }
   for (uint32_t e = 0; num_tokens_per_expert != nullptr && e < options.num_experts; ++e) {
-    if (num_tokens_per_expert[e] < 0) {
-      refuse(op, DEEPEP_ERROR_INVALID_ARGUMENT, "num_tokens_per_expert[%u] is %d", e, num_tokens_per_expert[e]);
+    // No rank has more entries; so the sums over all ranks fit an int32.
+    constexpr uint32_t most = DEEPEP_MAX_TOKENS * DEEPEP_MAX_TOPK;
+    if (num_tokens_per_expert[e] < 0 || static_cast<uint32_t>(num_tokens_per_expert[e]) > most) {
+      refuse(op, DEEPEP_ERROR_INVALID_ARGUMENT, "num_tokens_per_expert[%u] is %d, it must be 0 … %u", e,
+             num_tokens_per_expert[e], most);
       return false;
     }
     counts.entries[e] = static_cast<uint32_t>(num_tokens_per_expert[e]);

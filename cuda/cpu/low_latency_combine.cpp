@@ -29,6 +29,7 @@ struct LowLatencyCombine {
   std::vector<int32_t> experts;  // [num_tokens, num_topk], -1 = left out by this combine
   std::vector<float> weights;    // the same shape; empty = all ones
   Failure refusal;               // an error in this rank's arguments
+  bool announced = false;        // the send half has come to its end
 };
 
 // Takes routing and weights over. An entry must be the dispatch's or -1.
@@ -115,6 +116,7 @@ bool send(Operation& op, LowLatencyCombine& job) {
   if (op.failure.code == 0) copy_in(op.buffer, job);
   announce_outputs(op, job);
   job.refusal = op.failure;
+  job.announced = true;
   return true;
 }
 
@@ -143,7 +145,8 @@ bool wait_for_outputs(Operation& op, const LowLatencyCombine& job, PeerWait& wai
   return op.failure.code == 0;
 }
 
-void reduce(Operation& op, const LowLatencyCombine& job, uint64_t view) {
+// False when the rows may have been overwritten before they were read.
+bool reduce(Operation& op, const LowLatencyCombine& job, uint64_t view) {
   Buffer& buffer = op.buffer;
   const Options& options = buffer.options;
   const Routing& routing = job.state->routing;
@@ -179,10 +182,12 @@ void reduce(Operation& op, const LowLatencyCombine& job, uint64_t view) {
     rows_pulled += count;
   }
   buffer.counters.rows_pulled += rows_pulled;
+  return !is_overtaken(op);
 }
 
 // The receive half.
 void receive(Operation& op, LowLatencyCombine& job) {
+  if (!job.announced) return fail_without_send(op);
   if (!inject(op, DEEPEP_PHASE_REDUCE)) return;
   PeerWait wait(op, 1, reinterpret_cast<int64_t*>(job.args.wait_stats));
   op.failure = Failure{};
@@ -190,7 +195,7 @@ void receive(Operation& op, LowLatencyCombine& job) {
   const bool came = wait_for_outputs(op, job, wait, view);
   if (!came && op.agreed) forget_readers(op, job.slot);  // a call that fails on every rank is read by none
   if (!came && !op.agreed) return;
-  if (came) reduce(op, job, view);
+  if (came && !reduce(op, job, view)) return;
   // When the call was refused nobody reads, and says so too: then the announcements may be made anew.
   for (uint32_t rank = 0; rank < op.buffer.options.num_ranks; ++rank) {
     if (in_view(view, rank)) end_reading(op, rank, job.state->slots[rank]);

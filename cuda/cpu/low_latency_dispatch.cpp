@@ -241,8 +241,12 @@ void forget_rows_of(Operation& op, const LowLatencyState& state, uint32_t slot, 
 
 // The receive half.
 bool receive(Operation& op, LowLatencyState& state, uint32_t slot) {
-  if (!state.routing.valid) {  // Every rank has found the send half's failure alike.
-    op.failure = state.failure;
+  if (!state.routing.valid) {
+    if (state.failure.code == 0) {
+      fail_without_send(op);
+      return false;
+    }
+    op.failure = state.failure;  // Every rank has found it alike.
     op.agreed = true;
     return false;
   }

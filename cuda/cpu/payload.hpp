@@ -38,6 +38,10 @@ void check_payload(const Buffer& buffer, const Args& args) {
            buffer.options.max_row_bytes);
   }
   if (args.num_tokens > 0 && args.x == 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "x is missing");
+  if (args.x % 16 != 0) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "x is at address 0x%llx, it must be aligned to 16 bytes",
+           static_cast<unsigned long long>(args.x));
+  }
   if (args.num_tokens > 1 && (args.x_stride % 16 != 0 || args.x_stride < args.row_bytes)) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "x_stride is %llu, it must be a multiple of 16 and at least row_bytes, %u",
            static_cast<unsigned long long>(args.x_stride), args.row_bytes);

@@ -4,6 +4,8 @@
 
 #include "registry.hpp"
 
+#include <unistd.h>
+
 #include <mutex>
 #include <utility>
 #include <vector>
@@ -21,6 +23,7 @@ constexpr uint64_t kIndexMask = (uint64_t{1} << kIndexBits) - 1;
 struct Entry {
   uint32_t kind = 0;        // 0 = free
   uint32_t generation = 0;  // of the present or the last object
+  pid_t process = 0;        // that made the object, and has its threads
   std::shared_ptr<void> object;
 };
 
@@ -39,7 +42,7 @@ uint64_t make_id(Kind kind, uint32_t generation, uint64_t index) {
   return static_cast<uint64_t>(kind) << 56 | uint64_t{generation} << kIndexBits | index;
 }
 
-enum class Found { yes, never_existed, destroyed, other_kind };
+enum class Found { yes, never_existed, destroyed, other_kind, other_process };
 
 // Call with the table locked.
 Found look_up(Table& all, Kind kind, uint64_t id, Entry** entry) {
@@ -52,12 +55,17 @@ Found look_up(Table& all, Kind kind, uint64_t id, Entry** entry) {
   if (found_kind < 1 || found_kind > static_cast<uint64_t>(Kind::handle)) return Found::never_existed;
   if (found_kind != static_cast<uint64_t>(kind)) return Found::other_kind;
   if (generation < (*entry)->generation || (*entry)->kind == 0) return Found::destroyed;
-  return (*entry)->kind == found_kind ? Found::yes : Found::never_existed;
+  if ((*entry)->kind != found_kind) return Found::never_existed;
+  // A fork copies the table, but no thread: work enqueued there would never run, and a destroy would wait for it.
+  return (*entry)->process == getpid() ? Found::yes : Found::other_process;
 }
 
 [[noreturn]] void reject_id(Found found, Kind kind, uint64_t id, const char* name) {
   const auto shown = static_cast<unsigned long long>(id);
   if (found == Found::destroyed) reject(DEEPEP_ERROR_CLOSED, "%s 0x%llx was destroyed", name, shown);
+  if (found == Found::other_process) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s 0x%llx belongs to the process that has forked this one", name, shown);
+  }
   if (found == Found::other_kind) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s 0x%llx is the handle of something else (%s)", name, shown,
            kind_name(static_cast<Kind>(id >> 56)));
@@ -101,6 +109,7 @@ uint64_t publish(Kind kind, std::shared_ptr<void> object) {
   Entry& entry = all.entries[index];
   entry.kind = static_cast<uint32_t>(kind);
   entry.generation += 1;
+  entry.process = getpid();
   entry.object = std::move(object);
   return make_id(kind, entry.generation, index);
 }

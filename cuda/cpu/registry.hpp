@@ -2,7 +2,8 @@
 //
 // In: an object and its kind. Out: a number that names it until it is retired. A handle holds kind, generation and index, so
 // one that was retired answers CLOSED and one that never existed or is of another kind answers INVALID_ARGUMENT; a call in
-// flight keeps the object alive through the shared_ptr that it was given. Queues have a table of their own (queue.hpp).
+// flight keeps the object alive through the shared_ptr that it was given. In a process that was forked off, the objects of
+// the other answer INVALID_ARGUMENT. Queues have a table of their own (queue.hpp).
 #pragma once
 
 #include <cstdint>

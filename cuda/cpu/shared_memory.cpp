@@ -13,6 +13,7 @@
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/random.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -137,11 +138,19 @@ std::shared_ptr<SharedMemory> SharedMemory::create(uint64_t bytes) {
   fill_nonce(memory->nonce_);
   memory->fd_ = memfd_create("deepep", MFD_CLOEXEC | MFD_ALLOW_SEALING);
   if (memory->fd_ < 0) reject(DEEPEP_ERROR_SYSTEM, "shared memory could not be created (%s)", strerror(errno));
+  // The kernel would end the process (SIGXFSZ) rather than answer.
+  rlimit limit = {};
+  if (getrlimit(RLIMIT_FSIZE, &limit) == 0 && limit.rlim_cur != RLIM_INFINITY && limit.rlim_cur < kHeaderBytes + bytes) {
+    reject(DEEPEP_ERROR_OUT_OF_MEMORY, "%llu bytes of shared memory are more than the limit of a file's size (ulimit -f), %llu",
+           static_cast<unsigned long long>(bytes), static_cast<unsigned long long>(limit.rlim_cur));
+  }
   if (ftruncate(memory->fd_, static_cast<off_t>(kHeaderBytes + bytes)) != 0) {
     reject(DEEPEP_ERROR_OUT_OF_MEMORY, "%llu bytes of shared memory could not be had (%s)",
            static_cast<unsigned long long>(bytes), strerror(errno));
   }
-  fcntl(memory->fd_, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW);
+  if (fcntl(memory->fd_, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL) != 0) {
+    reject(DEEPEP_ERROR_SYSTEM, "shared memory could not be sealed (%s)", strerror(errno));
+  }
   memory->base_ = map(memory->fd_, bytes);
   Header* const header = new (memory->base_) Header{};
   header->nonce[0] = memory->nonce_[0];
@@ -200,8 +209,10 @@ std::shared_ptr<SharedMemory> SharedMemory::import(const char (&bytes_of_handle)
   struct stat stat = {};
   const bool fits = fstat(fd, &stat) == 0 && S_ISREG(stat.st_mode) &&
                     static_cast<uint64_t>(stat.st_size) == kHeaderBytes + bytes;
+  // Without the seal the file could be cut off under this mapping: a read would then end the process. Ours always has it.
+  const int seals = fits ? fcntl(fd, F_GET_SEALS) : 0;
   try {
-    if (!fits) destroyed();
+    if (!fits || seals < 0 || !(seals & F_SEAL_SHRINK)) destroyed();
     memory->base_ = map(fd, bytes);
   } catch (...) {
     close(fd);

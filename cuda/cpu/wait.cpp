@@ -32,8 +32,8 @@ void futex_wait(uint32_t* word, uint32_t expected, uint64_t timeout_ns) {
 
 void futex_wake(uint32_t* word) { syscall(SYS_futex, word, FUTEX_WAKE, 1, nullptr, nullptr, 0); }
 
-// Both sides of the sleep are read-modify-writes in one total order (seq_cst): either the sleeper's look at its word comes
-// after the peer's store, or the peer's look at `waiting_for` comes after the sleeper's announcement.
+// Both sides of the sleep are in one total order (seq_cst): either the peer's look at `waiting_for` comes after the sleeper's
+// announcement, or the sleeper's look at `rings` comes after the peer's increment, which it acquires: then it sees the word.
 void ring_doorbell(Buffer& buffer, uint32_t peer, bool for_everyone) {
   Doorbell* bell = doorbell_at(buffer.symmetric(peer), buffer.regions);
   std::atomic_ref<uint32_t>(bell->rings).fetch_add(1, std::memory_order_seq_cst);
@@ -134,6 +134,31 @@ void fail_left_out(Operation& op, uint32_t by) {
   set_message(op.failure, "Cannot %s: rank %u goes on without this rank, %u, which came too late in call %llu", doing(op.op),
               by, op.buffer.rank, static_cast<unsigned long long>(op.epoch));
   announce_failure(op);
+}
+
+void fail_without_send(Operation& op) {
+  op.agreed = true;
+  op.failure.code = DEEPEP_ERROR_ABORTED;
+  op.failure.op = op.op;
+  op.failure.phase = op.phase;
+  set_message(op.failure, "Cannot %s: the send half of call %llu did not come to its end", doing(op.op),
+              static_cast<unsigned long long>(op.epoch));
+}
+
+bool is_overtaken(Operation& op) {
+  Buffer& buffer = op.buffer;
+  if (!buffer.mask_on_timeout) return false;
+  std::atomic_thread_fence(std::memory_order_acquire);  // The rows were read before the words below are.
+  for (uint32_t from = 0; from < buffer.options.num_ranks; ++from) {
+    if (from == buffer.rank) continue;
+    // Pairs with announce() of that rank, which comes before it writes where this rank may still read.
+    const Abort abort = abort_from_word(load_acquire(abort_at(buffer.symmetric(buffer.rank), buffer.regions, from)));
+    if (!abort.goes_on || abort.culprit != buffer.rank) continue;
+    if (abort.epoch <= buffer.base_epoch.load(std::memory_order_relaxed)) continue;
+    fail_left_out(op, from);
+    return true;
+  }
+  return false;
 }
 
 bool is_left_out(Operation& op) {

@@ -84,12 +84,18 @@ void guarded(Operation& op, Work work) {
 // Whether some peer has left this rank out of this call: then it must not write into that peer's memory any more. Fills
 // op.failure. Called every few rows by those who push.
 bool is_left_out(Operation& op);
+// The same for those who have pulled rows: whether some peer has left this rank out, in this call or a later one, and may have
+// overwritten the rows before they were read.
+bool is_overtaken(Operation& op);
 // Ends the operation because `peer` makes another one (DEEPEP_OP_*) in this call.
 void fail_elsewhere(Operation& op, uint32_t peer, int32_t theirs);
 // Ends the operation because `by` said with this code that it cannot make the call.
 void fail_refused(Operation& op, uint32_t by, int32_t code);
 // Ends the operation because rank `by` goes on without this one.
 void fail_left_out(Operation& op, uint32_t by);
+
+// Ends a receive half whose send half was skipped or failed half-way. The buffer stays good: it was put right since.
+void fail_without_send(Operation& op);
 
 // What an operation does, for messages: "dispatch" in "Cannot dispatch: …".
 const char* doing(int32_t op);

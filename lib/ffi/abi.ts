@@ -153,11 +153,15 @@ export const constants = {
 
 /** Fields that every enqueued operation ends with. */
 const stream = {
-  stream: ["u64", "in", "the caller's stream: the operation begins after what is enqueued there; 0 = none"],
+  stream: [
+    "u64",
+    "in",
+    "the caller's stream: the operation begins after what is enqueued there; 0 = none (CUDA's default stream is cudaStreamLegacy, 1)",
+  ],
   previous_event: ["u64", "in", "wait for this event instead of `stream`'s present work; 0 = none"],
   event: ["u64", "in", "event to record when the operation has ended; 0 = none"],
   done_id: ["u64", "in", "completion to queue when the operation has ended, with its status; 0 = none"],
-  flags: ["u32", "in", "DEEPEP_FLAG_* bits; unknown bits are refused"],
+  flags: ["u32", "in", "DEEPEP_FLAG_* bits; those that the call has no use for are refused"],
   timeout_ms: [
     "u32",
     "in",
@@ -180,7 +184,7 @@ const routing = {
 
 /** Rows that an operation carries: bytes, with optional scale elements beside them. */
 const payload = {
-  x: ["u64", "in", "rows [num_tokens], row_bytes of payload each"],
+  x: ["u64", "in", "rows [num_tokens], row_bytes of payload each; aligned to 16 bytes"],
   x_stride: ["u64", "in", "bytes from a row to the next; a multiple of 16"],
   row_bytes: ["u32", "in", "payload bytes a row; a multiple of 16, at most max_row_bytes"],
   num_scales: ["u32", "in", "scale elements a row; 0 = none"],
@@ -340,7 +344,11 @@ export const structs = {
     fields: {
       size,
       reserved,
-      epoch: ["u64", "in", "the largest epoch of all surviving ranks: the next call gets a number above it"],
+      epoch: [
+        "u64",
+        "in",
+        "the largest epoch of all surviving ranks, at most 2^47: the next call gets a number above it",
+      ],
       masked_ranks: ["u64", "in", "bit r: rank r is masked from now on, the same on every survivor"],
     },
   },
@@ -349,7 +357,11 @@ export const structs = {
     fields: {
       size,
       rank: ["u32", "in", "the peer, not this rank"],
-      masked: ["u32", "in", "1 = leave it out of every wait, send and reduction; 0 = take it in again"],
+      masked: [
+        "u32",
+        "in",
+        "1 = leave it out of every wait, send and reduction; 0 = take it in again, at the same epoch",
+      ],
       reserved,
     },
   },
@@ -449,7 +461,11 @@ export const structs = {
       size,
       layout: ["u32", "in", "DEEPEP_LAYOUT_*"],
       handle: ["u64", "in", "handle that keeps the routing; CACHED: that has it"],
-      slot: ["i32", "out", "in: a free slot, or -1 for any; out: the slot taken, held until deepep_slot_release"],
+      slot: [
+        "i32",
+        "out",
+        "in: a free slot, or -1 (not 0) for any; out: the slot taken, held until deepep_slot_release",
+      ],
       expert_alignment: [
         "u32",
         "in",
@@ -461,7 +477,7 @@ export const structs = {
       num_tokens_per_expert: [
         "u64",
         "in",
-        "without topk_idx, optional: i32 [num_experts], only summed into the per-expert counts",
+        "without topk_idx, optional: i32 [num_experts], 0 … 65536 * 32 each, only summed into the per-expert counts",
       ],
       ...payload,
       expert_stats: ["u64", "in", "i32 [num_local_experts]: entries received are added to it; 0 = none"],
@@ -533,7 +549,7 @@ export const structs = {
     doc: "Arguments of deepep_low_latency_dispatch.",
     fields: {
       size,
-      slot: ["i32", "out", "in: a free slot, or -1 for any; out: the slot taken"],
+      slot: ["i32", "out", "in: a free slot, or -1 (not 0) for any; out: the slot taken, held as deepep_dispatch's"],
       ...routing,
       ...payload,
       expert_stats: ["u64", "in", "i32 [num_local_experts]: rows received are added to it; 0 = none"],
