@@ -88,6 +88,7 @@ uint64_t Buffer::enqueue(int32_t op_kind, const StreamFields& fields, bool colle
                   .generation = generation_,
                   .failure = {}};
   auto record = std::make_shared<Record>();
+  record->ends_on = comm_.get();
   const bool pushed = comm_->push(
       [this, op = std::move(op), work = std::move(work), waits = std::move(waits), record, borrowed_slot]() mutable {
         // Pairs with the caller's stream, its event, or the releaser of a slot: each completes by itself (stream.hpp).

@@ -8,6 +8,7 @@
 #include <pthread.h>
 #include <signal.h>
 
+#include <atomic>
 #include <chrono>
 #include <system_error>
 #include <thread>
@@ -97,7 +98,8 @@ std::shared_ptr<Stream> Stream::start(const std::string& name) {
 void Stream::run() {
   std::unique_lock lock(mutex_);
   for (;;) {
-    while (entries_.empty() && !closed_) {
+    // Waits that no task follows need no thread: they stay until a task comes, or until they are found fulfilled.
+    while (num_tasks_ == 0 && !closed_) {
       asleep_ = true;
       wake_.wait(lock);  // Pairs with push() and close().
       asleep_ = false;
@@ -105,6 +107,7 @@ void Stream::run() {
     if (entries_.empty()) break;
     Entry entry = std::move(entries_.front());
     entries_.pop_front();
+    if (entry.task) num_tasks_ -= 1;
     running_ = true;
     lock.unlock();
     if (entry.wait) entry.wait->wait();
@@ -128,6 +131,7 @@ bool Stream::push(Task task) {
     const std::lock_guard lock(mutex_);
     if (closed_) return false;
     entries_.push_back({std::move(task), nullptr});
+    num_tasks_ += 1;
     wake = std::exchange(asleep_, false);
   }
   if (wake) wake_.notify_one();
@@ -138,22 +142,39 @@ bool Stream::push_wait(std::shared_ptr<Record> record) {
   if (!record || record->done()) return !closed();
   const std::lock_guard lock(mutex_);
   if (closed_) return false;
+  idle_locked();  // drops fulfilled waits, which nothing else may do for long
+  const std::shared_ptr<Record>* last = entries_.empty() ? nullptr : &entries_.back().wait;
+  if (last && *last && record->ends_on && (*last)->ends_on == record->ends_on) entries_.pop_back();  // implied by this one
   entries_.push_back({nullptr, std::move(record)});
   return true;
 }
 
 bool Stream::push_record(const std::shared_ptr<Record>& record) {
+  std::vector<std::shared_ptr<Record>> waits;
   {
     const std::lock_guard lock(mutex_);
     if (closed_) return false;
     if (!idle_locked()) {
-      entries_.push_back({[record] { record->complete(); }, nullptr});
-      // A sleeping thread has only waits before it, which woke nobody.
-      if (std::exchange(asleep_, false)) wake_.notify_one();
-      return true;
+      if (running_ || num_tasks_ > 0) {
+        entries_.push_back({[record] { record->complete(); }, nullptr});
+        num_tasks_ += 1;
+        if (std::exchange(asleep_, false)) wake_.notify_one();
+        return true;
+      }
+      for (const Entry& entry : entries_) waits.push_back(entry.wait);
     }
   }
-  record->complete();
+  if (waits.empty()) {
+    record->complete();
+    return true;
+  }
+  // Nothing but waits: the record ends with the last of them. Its status is its own, not that of what was awaited.
+  auto num_left = std::make_shared<std::atomic<size_t>>(waits.size());
+  for (const auto& wait : waits) {
+    wait->watch([record, num_left](const Record&) {
+      if (num_left->fetch_sub(1, std::memory_order_acq_rel) == 1) record->complete();
+    });
+  }
   return true;
 }
 

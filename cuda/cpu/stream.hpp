@@ -46,6 +46,10 @@ class Record {
   // Calls `watcher` once: now when the record is done, else from complete(). It must neither throw nor block.
   void watch(Watcher watcher);
 
+  // The stream whose work ends here, if it is known: its records complete in the order in which they were enqueued, so who
+  // waits for a later one need not wait for the earlier ones. Set before the record is shared.
+  const void* ends_on = nullptr;
+
  private:
   std::atomic<bool> done_{false};
   std::shared_ptr<const Status> failure_;
@@ -71,7 +75,8 @@ class Stream : public std::enable_shared_from_this<Stream> {
   bool push_wait(std::shared_ptr<Record> record);
   // A record of the present work; nullptr when there is none (it counts as done).
   std::shared_ptr<Record> record();
-  // Enqueues the completion of a record; false when the stream was closed. Completes it at once when the stream is idle.
+  // Enqueues the completion of a record; false when the stream was closed. Completes it at once when the stream is idle, and
+  // from whoever ends the last awaited record when nothing but waits is enqueued: no thread has to wake for either.
   bool push_record(const std::shared_ptr<Record>& record);
 
   // No more tasks are taken; the thread ends after those it has.
@@ -97,6 +102,7 @@ class Stream : public std::enable_shared_from_this<Stream> {
   std::condition_variable wake_;   // run() sleeps here; push() and close() wake it
   std::condition_variable ended_;  // join() sleeps here; the end of run() wakes it
   std::deque<Entry> entries_;
+  size_t num_tasks_ = 0;           // entries that are no waits
   bool running_ = false;
   bool asleep_ = false;
   bool closed_ = false;
