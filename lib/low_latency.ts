@@ -32,7 +32,7 @@ const receiveStruct = struct("deepep_receive_args");
 export interface LowLatencyDispatchOptions extends OperationOptions {
   /** i32 or i64 `[numTokens, numTopk]`: expert of each entry, -1 = none. */
   topkIdx: Tensor;
-  /** Cast bf16 rows to e4m3 with one scale per 128 channels. Default true for bf16 rows without scales. */
+  /** Cast bf16 rows to e4m3 with one scale per 128 channels; hidden must be a multiple of 16. Default true for bf16 rows without scales. */
   fp8?: boolean;
   /** FP8: round scales up to powers of two. Default false. */
   roundScale?: boolean;
@@ -222,6 +222,9 @@ function enqueueDispatch<X extends Payload, O extends LowLatencyDispatchOptions>
   const routing = routingFields(core, op, o.topkIdx, core.options.maxLowLatencyTokensPerRank);
   const payload = payloadFields(core, op, x, routing.num_tokens);
   const flags = castFlags(x, o);
+  if (flags & FLAG.FP8[0] && core.options.hidden % 16 !== 0) {
+    throw new RangeError(`Cannot ${op}: hidden is ${core.options.hidden}, rows of fp8 need a multiple of 16`);
+  }
   if (flags & FLAG.FP8[0] && payload.row_bytes !== 2 * core.options.hidden) {
     throw new RangeError(
       `Cannot ${op}: x is ${describe(x as Tensor)}, fp8 needs the buffer's hidden of ${core.options.hidden}`,

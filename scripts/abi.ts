@@ -55,6 +55,8 @@ const preamble = `
  *     rank's from beginning, and the first waits for the second. Objects are of no use in a process forked off later.
  *   - "Collective" calls must be made by every unmasked rank, in the same order, with arguments that agree. "Local"
  *     calls concern one rank and never wait for a peer. "Graph-safe" calls can be captured in a CUDA graph.
+ *   - A captured call names its slot, which must stay held as long as the graph may be replayed, and gives no ids: a
+ *     replay completes none. Its event, if it has one, is recorded anew by every replay.
  *   - What happens while an operation runs is reported later: give it a \`done_id\` (any number but 0, unique per queue),
  *     drain the queue, and for a status other than DEEPEP_OK ask deepep_get_status for the record.
  *   - Tensors are row-major and dense where no stride is given. Shapes are written dtype [rows, columns]. Payload rows

@@ -5,7 +5,7 @@
  */
 import { describe, test } from "node:test";
 import { assert, assertEquals } from "@std/assert";
-import { EpBuffer, EpError, Group, type Tensor } from "@deepep/deepep";
+import { EpBuffer, EpError, Group, Tensor } from "@deepep/deepep";
 import { constants } from "../lib/ffi/abi.ts";
 import { struct } from "../lib/ffi/struct.ts";
 import { reasonOf, tiny, withRanks } from "./support/ranks.ts";
@@ -215,5 +215,34 @@ test("ranks that give different arguments are told which", async () => {
     assert(reason.message.includes("expert_alignment"), reason.message);
     assertEquals(b.failed, false);
     await normalLayer(b);
+  });
+});
+
+test("a result released before its combine was received leaves nobody waiting", async () => {
+  await withRanks(2, { timeoutMs: 3000 }, async (b, rank) => {
+    using x = input(b), topkIdx = b.tensor("i32", [NUM_TOKENS, 2], route(rank));
+    using topkWeights = b.tensor("f32", [NUM_TOKENS, 2], new Float32Array(2 * NUM_TOKENS).fill(1));
+    const recv = b.lowLatencyDispatch(x, { topkIdx, fp8: false });
+    const handle = recv.handle;
+    using out = b.lowLatencyCombine(recv.x, { topkIdx, topkWeights, handle, recvHook: rank === 0 });
+    if (rank === 1) await out.received(); // rank 0 never asks for its own
+    recv.release();
+    for (let i = 0; i < 4; i++) await lowLatencyLayer(b); // both slots, twice
+    for (let i = 0; i < 4; i++) await normalLayer(b);
+    assertEquals(b.stats().numFailures, 0);
+  });
+});
+
+test("a dispatch that fails leaves no counts of an earlier one on the device", async () => {
+  await withRanks(1, { maxRecvTokens: 2, numSlots: 1 }, async (b) => {
+    using two = b.tensor("bf16", [2, 16]), twice = b.tensor("i32", [2, 2], Int32Array.of(0, 1, 2, 3));
+    using first = await b.dispatch(two, { topkIdx: twice });
+    assertEquals([...await first.counts.numRows.read()], [2, 2]);
+    first.release();
+    using three = input(b), topkIdx = b.tensor("i32", [NUM_TOKENS, 2], route(0));
+    using failed = await b.dispatch(three, { topkIdx, cpuSync: false });
+    const reason = await reasonOf(failed.event);
+    assert(reason instanceof EpError && reason.code === "capacity", String(reason));
+    assertEquals([...await b.read(Tensor.from(failed.counts.numRows.address, "i32", [2]))], new Array(8).fill(0));
   });
 });

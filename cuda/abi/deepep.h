@@ -20,6 +20,8 @@
  *     rank's from beginning, and the first waits for the second. Objects are of no use in a process forked off later.
  *   - "Collective" calls must be made by every unmasked rank, in the same order, with arguments that agree. "Local"
  *     calls concern one rank and never wait for a peer. "Graph-safe" calls can be captured in a CUDA graph.
+ *   - A captured call names its slot, which must stay held as long as the graph may be replayed, and gives no ids: a
+ *     replay completes none. Its event, if it has one, is recorded anew by every replay.
  *   - What happens while an operation runs is reported later: give it a `done_id` (any number but 0, unique per queue),
  *     drain the queue, and for a status other than DEEPEP_OK ask deepep_get_status for the record.
  *   - Tensors are row-major and dense where no stride is given. Shapes are written dtype [rows, columns]. Payload rows
@@ -162,7 +164,7 @@ extern "C" {
  * (per expert in low-latency mode) */
 #define DEEPEP_FLAG_SCALES_COLUMN_MAJOR 16
 #define DEEPEP_FLAG_RECEIVE_HOOK 32      /* only send; the matching *_receive call waits for the arrival */
-/* low latency: x is bf16 and is cast to e4m3 with one scale per 128 channels */
+/* low latency: x is bf16 and is cast to e4m3 with one scale per 128 channels; hidden must be a multiple of 16 */
 #define DEEPEP_FLAG_FP8 64
 #define DEEPEP_FLAG_ROUND_SCALE 128      /* FP8: scales are rounded up to powers of two */
 /* FP8, with ROUND_SCALE: scales are 8-bit exponents, four to an i32, instead of f32 */
@@ -429,9 +431,9 @@ typedef struct deepep_peer_handle {
   /* [in] largest scale row, at most DEEPEP_MAX_ROW_BYTES; 0 = 4 bytes per 128 channels, rounded up */
   uint32_t max_scale_bytes;
   /* [out] opaque: deepep_buffer_export writes it and the rest, deepep_buffer_import reads it */
-  char bytes[128];
+  char bytes[256];
 } deepep_peer_handle;
-static_assert(sizeof(deepep_peer_handle) == 176, "size");
+static_assert(sizeof(deepep_peer_handle) == 304, "size");
 static_assert(offsetof(deepep_peer_handle, size) == 0, "size");
 static_assert(offsetof(deepep_peer_handle, rank) == 4, "rank");
 static_assert(offsetof(deepep_peer_handle, num_ranks) == 8, "num_ranks");
@@ -466,7 +468,7 @@ typedef struct deepep_buffer_info {
   uint32_t max_recv_tokens;
   /* [out] bit r is set when rank r is masked */
   uint64_t masked_ranks;
-  /* [out] collective calls enqueued so far */
+  /* [out] collective calls made so far; where graphs replay them, as the device counts */
   uint64_t epoch;
   /* [out] the communication stream */
   uint64_t comm_stream;
@@ -1363,7 +1365,8 @@ DEEPEP_API int32_t deepep_buffer_destroy(uint64_t buffer, deepep_error* error);
 /* Masks or unmasks a peer, from the next enqueued call on. Local. */
 DEEPEP_API int32_t deepep_mask(uint64_t buffer, const deepep_mask_args* args, deepep_error* error);
 
-/* Gives a slot back in stream order. Tensors in it must not be read by work enqueued later. */
+/* Gives a slot back in stream order; halves of low-latency calls that were still to come are given up. Tensors in it
+ * must not be read by work enqueued later. */
 DEEPEP_API int32_t deepep_slot_release(uint64_t buffer, const deepep_slot_release_args* args, deepep_error* error);
 
 /* Allocates memory on the buffer's device. */

@@ -3,6 +3,7 @@
 // In: calls of any thread. Out: see deepep.h, where every function is documented.
 
 #include "border.hpp"
+#include "operations.hpp"
 #include "options.hpp"
 
 using namespace deepep;
@@ -78,7 +79,9 @@ int32_t deepep_slot_release(uint64_t handle, const deepep_slot_release_args* arg
     const std::lock_guard lock(buffer->mutex);
     buffer->check_usable();
     buffer->held_slot(args->slot);
-    buffer->give_slot(args->slot, args->stream ? present_work(*find_stream(args->stream)) : nullptr);
+    const std::shared_ptr<Record> readers_of_slot = args->stream ? present_work(*find_stream(args->stream)) : nullptr;
+    give_up_pending_combine(*buffer, args->slot);
+    buffer->give_slot(args->slot, readers_of_slot);
   });
 }
 

@@ -61,7 +61,7 @@ class DispatchRun {
         here_(op.buffer, op.buffer.rank, job.slot) {}
 
   void run() {
-    if (!inject(op_, DEEPEP_PHASE_NOTIFY) || !notify()) return;
+    if (!inject(op_, DEEPEP_PHASE_NOTIFY) || !notify()) return no_rows();
     if (!inject(op_, DEEPEP_PHASE_SEND) || !send()) return;
     if (!inject(op_, DEEPEP_PHASE_ARRIVE) || !arrive()) return;
     routing_.valid = true;
@@ -73,6 +73,7 @@ class DispatchRun {
   Draft draft(const Counts& counts) const;
   bool check_capacity();
   void fill_counts();
+  void no_rows();
   bool send();
   void push_token(uint32_t token);
   void push_row(uint32_t token, uint32_t k, const SlotView& to, uint32_t dst, uint32_t row);
@@ -184,6 +185,12 @@ void DispatchRun::fill_counts() {
     per_rank[src] = came ? static_cast<int32_t>(routing_.tokens[size_t{src} * options_.num_ranks + buffer_.rank]) : 0;
   }
   op_.counts_ready();
+}
+
+// Nothing came: whoever works by the device's counts, without asking how the call ended, finds no rows of an earlier one.
+void DispatchRun::no_rows() {
+  const size_t num_counts = 2 + buffer_.num_local_experts + options_.num_ranks;
+  std::memset(reinterpret_cast<void*>(args_.recv_num_rows), 0, num_counts * sizeof(int32_t));
 }
 
 bool DispatchRun::notify() {

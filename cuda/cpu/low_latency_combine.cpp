@@ -232,6 +232,23 @@ void check_no_pending_combine(Buffer& buffer, int32_t slot) {
   reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the receive half of a combine of slot %d is still to come", slot);
 }
 
+void give_up_pending_combine(Buffer& buffer, int32_t slot) {
+  const auto state = std::static_pointer_cast<LowLatencyState>(buffer.held_slot(slot).state);
+  if (state == nullptr || state->combine == nullptr || buffer.failed) return;
+  const auto job = std::static_pointer_cast<LowLatencyCombine>(state->combine);
+  state->combine = nullptr;
+  StreamFields alone;
+  alone.flags = DEEPEP_FLAG_RECEIVE_HOOK;  // half a call: it is not counted as a combine that ended
+  buffer.enqueue(
+      DEEPEP_OP_LOW_LATENCY_COMBINE, alone, false,
+      [job](Operation& op) {
+        for (uint32_t rank = 0; rank < op.buffer.options.num_ranks; ++rank) {
+          if (in_view(job->state->routing.view, rank)) end_reading(op, rank, job->state->slots[rank]);
+        }
+      },
+      0, state->combine_epoch);
+}
+
 void low_latency_combine(Buffer& buffer, const deepep_low_latency_combine_args& args) {
   const auto state = low_latency_state(buffer, args.slot);
   check_combine(buffer, args, *state);

@@ -271,6 +271,9 @@ void check_fp8(const Buffer& buffer, const deepep_low_latency_dispatch_args& arg
   if (ue8m0 && !round) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "UE8M0 needs ROUND_SCALE");
   if (!fp8) return;
   if (args.num_scales != 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "num_scales is %u, but FP8 makes its own", args.num_scales);
+  if (args.row_bytes / 2 % 16 != 0) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "x has %u channels: rows cast to FP8 must be a multiple of 16 bytes", args.row_bytes / 2);
+  }
   const uint64_t blocks = ceil_div(args.row_bytes / 2, kFp8BlockChannels);
   const uint64_t bytes = ue8m0 ? align_up(blocks, 4) : blocks * 4;
   if (bytes > buffer.options.max_scale_bytes) {

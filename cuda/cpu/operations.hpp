@@ -20,6 +20,8 @@ void low_latency_dispatch_receive(Buffer& buffer, const deepep_receive_args& arg
 void low_latency_combine(Buffer& buffer, const deepep_low_latency_combine_args& args);
 void low_latency_combine_receive(Buffer& buffer, const deepep_receive_args& args);
 void expert_output(Buffer& buffer, deepep_expert_output_args& args);
+// A slot is released: a low-latency combine in it whose receive half never came says that it will read nothing.
+void give_up_pending_combine(Buffer& buffer, int32_t slot);
 void barrier(Buffer& buffer, const deepep_barrier_args& args);
 void refuse_call(Buffer& buffer, const deepep_refuse_args& args);
 

@@ -12,7 +12,7 @@
 namespace deepep {
 
 // The opaque bytes of a peer handle.
-constexpr size_t kRegionHandleBytes = 128;
+constexpr size_t kRegionHandleBytes = 256;
 
 class SharedMemory {
  public:

@@ -123,7 +123,10 @@ export const constants = {
       "received scales are column-major: element (row, s) at row * elem + s * align(max rows, 16 / elem) * elem bytes (per expert in low-latency mode)",
     ],
     RECEIVE_HOOK: [32, "only send; the matching *_receive call waits for the arrival"],
-    FP8: [64, "low latency: x is bf16 and is cast to e4m3 with one scale per 128 channels"],
+    FP8: [
+      64,
+      "low latency: x is bf16 and is cast to e4m3 with one scale per 128 channels; hidden must be a multiple of 16",
+    ],
     ROUND_SCALE: [128, "FP8: scales are rounded up to powers of two"],
     UE8M0: [256, "FP8, with ROUND_SCALE: scales are 8-bit exponents, four to an i32, instead of f32"],
     LOGFMT: [512, "low-latency combine: 10-bit logarithmic payload; answers UNSUPPORTED where a backend has none"],
@@ -309,7 +312,7 @@ export const structs = {
       size,
       rank: ["u32", "in", "the rank that exported it"],
       ...options,
-      bytes: ["u8[128]", "out", "opaque: deepep_buffer_export writes it and the rest, deepep_buffer_import reads it"],
+      bytes: ["u8[256]", "out", "opaque: deepep_buffer_export writes it and the rest, deepep_buffer_import reads it"],
     },
   },
   deepep_buffer_info: {
@@ -324,7 +327,7 @@ export const structs = {
       free_slots: ["u32", "out", "bit s is set when slot s is free"],
       max_recv_tokens: ["u32", "out", "rows a slot holds"],
       masked_ranks: ["u64", "out", "bit r is set when rank r is masked"],
-      epoch: ["u64", "out", "collective calls enqueued so far"],
+      epoch: ["u64", "out", "collective calls made so far; where graphs replay them, as the device counts"],
       comm_stream: ["u64", "out", "the communication stream"],
       wait_ns: [
         "u64",
@@ -743,7 +746,8 @@ export const functions = {
   deepep_slot_release: {
     args: [["buffer", "u64"], ["args", "deepep_slot_release_args"], ["error", "deepep_error"]],
     ret: "i32",
-    doc: "Gives a slot back in stream order. Tensors in it must not be read by work enqueued later.",
+    doc:
+      "Gives a slot back in stream order; halves of low-latency calls that were still to come are given up. Tensors in it must not be read by work enqueued later.",
   },
   deepep_alloc: {
     args: [["buffer", "u64"], ["args", "deepep_alloc_args"], ["error", "deepep_error"]],

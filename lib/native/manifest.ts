@@ -19,12 +19,12 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "14e7c69ed23a7ae4cd6342c7bca7568cb91ddd93c7a3d9dd08b25313a8f914f4",
+    cpu: "89753509b83d658ba47f84e24053b8abe4de4f716077cf50cd97f852a6ccdf99",
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "1b29d1961877df41a31ea5699fe9d61bae50beecbbbf86bc71eba84b40fa9c2f",
-      bytes: 473520,
+      sha256: "d287795ddb608da8feb0cf9c275c80d2c1a4db43a9ceacb4126d34041462aaa2",
+      bytes: 477616,
     },
   },
 };
