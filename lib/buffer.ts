@@ -141,7 +141,8 @@ export class EpBuffer implements AsyncDisposable {
 
   /**
    * Brings expert outputs back and reduces them: `out = bias + sum of the token's rows`, in f32, in a fixed order.
-   * Resolves when it is enqueued. Collective.
+   * Resolves when it is enqueued. Collective. Expert outputs go through the slot of the handle's result; when that was
+   * released (a kept handle), a free slot is borrowed until the call has ended, and there must be one.
    *
    * @throws {TypeError} on a wrong dtype or shape, or a tensor or handle of another buffer
    * @throws {EpError} `closed` when the handle was released; later failures come from `event` and from reading the result

@@ -118,6 +118,11 @@ async function openLocal(options: BufferOptions): Promise<{ device: Device; reas
 
 /** Creates and connects a native buffer. Collective over the group. */
 export async function connect(group: Group, options: BufferOptions): Promise<{ core: Core; reason: string }> {
+  if (typeof group?.allGather !== "function") {
+    throw new TypeError(
+      "Cannot create a buffer: group is no group (Group.local(n) gives an array of n, one for each rank)",
+    );
+  }
   const wait = options.connectTimeoutMs;
   let opened: { device: Device; reason: string } | undefined, resolved: ResolvedOptions | undefined;
   const facts = await together(group, wait, async () => {

@@ -254,7 +254,7 @@ export class Core implements EventOwner, TensorOwner {
     if (this.#holders.size >= this.options.numSlots) {
       const who = [...this.#holders.values()].map((h) => h.what).join(" and ");
       throw new EpError(
-        `Cannot ${op}: all ${this.options.numSlots} slots are held by ${who}; release a result or create the buffer with more slots`,
+        `Cannot ${op}: all ${this.options.numSlots} slots are held by ${who}; release a result, or create the buffer with a larger numSlots`,
         { code: "noFreeSlot", op, rank: this.rank, expected: this.options.numSlots, seen: this.#holders.size },
       );
     }

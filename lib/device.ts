@@ -198,7 +198,7 @@ export function openDevice(backend: Backend, { path, wake }: DeviceOptions = {})
 
 /** Opens the best backend that works here and says which and why. @throws {LibraryError} when none does */
 export async function openBest(options: DeviceOptions = {}): Promise<{ device: Device; reason: string }> {
-  const tried: string[] = [];
+  const tried: { short: string; whole: string }[] = [];
   for (const backend of ["nvshmem", "cuda", "cpu"] as const) {
     if (backend === "nvshmem") { // only worth its set-up between nodes: asked for by name
       continue;
@@ -208,12 +208,12 @@ export async function openBest(options: DeviceOptions = {}): Promise<{ device: D
       device.capabilities();
       return {
         device,
-        reason: tried.length === 0 ? `${backend} works here` : `${backend}, because ${tried.join("; ")}`,
+        reason: tried.length === 0 ? `${backend} works here` : tried.map(({ short }) => `no ${short}`).join("; "),
       };
     } catch (error) {
       const [first] = (error as Error).message.split("\n"); // the rest lists the places that were looked at
-      tried.push(`${backend}: ${first!.replace(/, tried:$/, "")}`);
+      tried.push({ short: `${backend}: ${first!.replace(/, tried:$/, "")}`, whole: (error as Error).message });
     }
   }
-  throw new LibraryError(`Cannot find a backend that works here: ${tried.join("; ")}`);
+  throw new LibraryError(`Cannot find a backend that works here\n${tried.map(({ whole }) => whole).join("\n")}`);
 }

@@ -348,7 +348,7 @@ function enqueueCombine(core: Core, y: Tensor, o: LowLatencyCombineOptions): Low
   const op = "lowLatencyCombine";
   needsLowLatency(core, op);
   if (!(o.handle instanceof LowLatencyHandle)) {
-    throw new TypeError(`Cannot ${op}: handle is no handle of a low-latency dispatch`);
+    throw new TypeError(`Cannot ${op}: options.handle is no handle of a low-latency dispatch`);
   }
   const slot = o.handle.use(core, op);
   const address = flat(core, op, "x", y, ["bf16"], outputShape(core));

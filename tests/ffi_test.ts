@@ -131,7 +131,7 @@ test("a library that is not there, not a library, or another version is refused"
   const text = join(folder, "text.so");
   writeFileSync(text, "not ELF");
   const cases: [string, string[]][] = [
-    [join(folder, "none.so"), ["the option path names", "none.so", "does not exist"]],
+    [join(folder, "none.so"), ["the option library names", "none.so", "does not exist"]],
     [text, ["Cannot open", "text.so", "DEEPEP_LIBRARY_CPU"]],
     [fakeLibrary({ version: 77 }), ["its ABI version is 77", `needs ${ABI_VERSION}`, "DEEPEP_LIBRARY_CPU"]],
     [fakeLibrary({ without: "deepep_combine" }), ["Cannot open", "deepep_combine"]],

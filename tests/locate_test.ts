@@ -97,7 +97,11 @@ test("a file beside the package that is not this release's is refused", async ()
 
 test("a file that its user names is taken or refused, never replaced", async () => {
   const none = join(temporaryFolder(), "none.so");
-  await assertRejects(() => locate(place(), none), LibraryError, `the option path names ${none}, which does not exist`);
+  await assertRejects(
+    () => locate(place(), none),
+    LibraryError,
+    `the option library names ${none}, which does not exist`,
+  );
   setEnv("DEEPEP_LIBRARY_TEST", none);
   await assertRejects(() => locate(place()), LibraryError, `DEEPEP_LIBRARY_TEST names ${none}, which does not exist`);
   assertEquals(numRequests, 0);
@@ -145,7 +149,7 @@ test("the error lists everything that was tried", async () => {
   const error = await assertRejects(() => locate(place()), LibraryError);
   assertEquals(error.message.split("\n").map((line) => line.trim()), [
     `Cannot find ${name}, tried:`,
-    "the option path: not given",
+    "the option library: not given",
     "DEEPEP_LIBRARY_TEST: not set",
     `${cached()}: no such file`,
     `${place().url}: status 404`,

@@ -148,10 +148,10 @@ function named(place: Place, path: string, by: string): string {
  * @throws {LibraryError} listing what was tried, or naming the hash that is wrong
  */
 export async function locate(place: Place, path?: string): Promise<string> {
-  if (path !== undefined) return named(place, path, "the option path");
+  if (path !== undefined) return named(place, path, "the option library");
   const fromEnv = readEnv(place.env);
   if (fromEnv !== undefined) return named(place, fromEnv, place.env);
-  const tried = ["the option path: not given", `${place.env}: not set`];
+  const tried = ["the option library: not given", `${place.env}: not set`];
 
   if (place.url.protocol === "file:") {
     const beside = fileURLToPath(place.url);

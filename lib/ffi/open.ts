@@ -37,7 +37,9 @@ function bind(backend: BackendName, path: string, place: Place): Library {
     try {
       return runtime.bind(path, table) as unknown as Bindings;
     } catch (cause) {
-      throw new LibraryError(`Cannot open ${path}: ${reason(cause)}\n  ${place.advice}`, { cause });
+      const refused = cause instanceof Error && ["NotCapable", "PermissionDenied"].includes(cause.name);
+      const advice = refused ? `Run Deno with --allow-ffi=${path}, or with the folder` : place.advice;
+      throw new LibraryError(`Cannot open ${path}: ${reason(cause)}\n  ${advice}`, { cause });
     }
   };
   const { deepep_abi_version } = symbolTable;

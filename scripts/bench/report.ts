@@ -107,7 +107,7 @@ function us(value: number): string {
 }
 
 const header = ["op", "dtype", "layout", "tokens", "us", "min .. max", "MB", "GB/s", "bound us", "ratio"]
-  .concat(["naive us", "naive/us"]);
+  .concat(["naive us", "speedup"]);
 
 function cells(figure: Figure): string[] {
   const { measured, bound, naive, bytes } = figure;
