@@ -19,14 +19,6 @@ uint32_t first_difference(const uint32_t* ours, const uint32_t* theirs) {
   return kNumAgreed;
 }
 
-void set_agreed_failure(Operation& op, int32_t code, uint32_t peer) {
-  op.agreed = true;
-  op.failure.code = code;
-  op.failure.op = op.op;
-  op.failure.phase = op.phase;
-  op.failure.peer = static_cast<int32_t>(peer);
-}
-
 // What every rank finds alike in the messages: a refusal, or a disagreement.
 bool check_messages(Operation& op, const Exchange& exchanged) {
   const uint32_t* ours = exchanged.from[op.buffer.rank]->agreed;  // as this rank published them

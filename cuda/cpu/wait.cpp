@@ -104,12 +104,16 @@ void announce_failure(Operation& op) {
   announce(op.buffer, {op.epoch, op.failure.code, culprit, false});
 }
 
-void fail_elsewhere(Operation& op, uint32_t peer, int32_t theirs) {
+void set_agreed_failure(Operation& op, int32_t code, uint32_t peer) {
   op.agreed = true;
-  op.failure.code = DEEPEP_ERROR_MISMATCH;
+  op.failure.code = code;
   op.failure.op = op.op;
   op.failure.phase = op.phase;
   op.failure.peer = static_cast<int32_t>(peer);
+}
+
+void fail_elsewhere(Operation& op, uint32_t peer, int32_t theirs) {
+  set_agreed_failure(op, DEEPEP_ERROR_MISMATCH, peer);
   op.failure.expected = op.op;
   op.failure.seen = theirs;
   set_message(op.failure, "Cannot %s: rank %u wants to %s in call %llu", doing(op.op), peer, doing(theirs),
@@ -117,11 +121,7 @@ void fail_elsewhere(Operation& op, uint32_t peer, int32_t theirs) {
 }
 
 void fail_refused(Operation& op, uint32_t by, int32_t code) {
-  op.agreed = true;
-  op.failure.code = DEEPEP_ERROR_ABORTED;
-  op.failure.op = op.op;
-  op.failure.phase = op.phase;
-  op.failure.peer = static_cast<int32_t>(by);
+  set_agreed_failure(op, DEEPEP_ERROR_ABORTED, by);
   set_message(op.failure, "Cannot %s: rank %u refused call %llu because of its own arguments (its error has code %d)",
               doing(op.op), by, static_cast<unsigned long long>(op.epoch), code);
 }

@@ -87,6 +87,8 @@ bool is_left_out(Operation& op);
 // The same for those who have pulled rows: whether some peer has left this rank out, in this call or a later one, and may have
 // overwritten the rows before they were read.
 bool is_overtaken(Operation& op);
+// A failure because of `peer` that every rank finds alike, so that the buffer stays good; the caller writes the message.
+void set_agreed_failure(Operation& op, int32_t code, uint32_t peer);
 // Ends the operation because `peer` makes another one (DEEPEP_OP_*) in this call.
 void fail_elsewhere(Operation& op, uint32_t peer, int32_t theirs);
 // Ends the operation because `by` said with this code that it cannot make the call.

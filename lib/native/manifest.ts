@@ -19,11 +19,11 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "89753509b83d658ba47f84e24053b8abe4de4f716077cf50cd97f852a6ccdf99",
+    cpu: "24027e7d06d48f374ee1f4c62daf89abeebc34d7f99194ccf7bdcab02722ff58",
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "d287795ddb608da8feb0cf9c275c80d2c1a4db43a9ceacb4126d34041462aaa2",
+      sha256: "127d7fa8f5a7788d9721cdb2f81c88dc8856bb1729fe64de79e7719b955733a2",
       bytes: 477616,
     },
   },
