@@ -110,10 +110,10 @@ describe("a late peer", () => {
 
 describe("a peer that never comes", () => {
   test("is named within the deadline; the buffer recovers", async () => {
-    await withRanks(4, { timeoutMs: 300 }, async (b, rank) => {
+    await withRanks(4, { timeoutMs: 600 }, async (b, rank) => {
       await normalLayer(b);
       if (rank === 2) { // misses one call
-        await new Promise((resolve) => setTimeout(resolve, 900));
+        await new Promise((resolve) => setTimeout(resolve, 1800));
       } else {
         const began = performance.now(), reason = await reasonOf(normalLayer(b));
         assert(reason instanceof EpError, String(reason));
@@ -134,7 +134,7 @@ describe("a peer that never comes", () => {
   for (const [op, phase, layer] of phases) {
     test(`silent in ${op} ${phase}: the others fail with its name, then go on without it`, async () => {
       const groups = Group.local(4);
-      const buffers = await Promise.all(groups.map((g) => EpBuffer.create(g, { ...tiny, timeoutMs: 250 })));
+      const buffers = await Promise.all(groups.map((g) => EpBuffer.create(g, { ...tiny, timeoutMs: 500 })));
       try {
         inject(buffers[1]!, op, phase, "STALL");
         const reasons = await Promise.all(buffers.map((b) =>
@@ -159,7 +159,7 @@ describe("a peer that never comes", () => {
   test("with maskOnTimeout the survivors' results are those of a world without it", async () => {
     const groups = Group.local(4);
     const buffers = await Promise.all(
-      groups.map((g) => EpBuffer.create(g, { ...tiny, timeoutMs: 250, maskOnTimeout: true })),
+      groups.map((g) => EpBuffer.create(g, { ...tiny, timeoutMs: 500, maskOnTimeout: true })),
     );
     try {
       await Promise.all(buffers.map((b) => lowLatencyLayer(b)));
