@@ -251,10 +251,10 @@ typedef struct deepep_capabilities {
   int32_t num_sms;
   /* [out] 10 * major + minor; 0 for cpu */
   int32_t compute_capability;
-  /* [out] CUDA driver version; 0 for cpu */
+  /* [out] CUDA driver version, 1000 * major + 10 * minor; 0 for cpu */
   int32_t driver_version;
-  /* [in] 0 */
-  uint32_t reserved;
+  /* [out] 1 when processes share the device through CUDA MPS; 0 for cpu */
+  int32_t mps;
   /* [out] memory of the device */
   uint64_t total_bytes;
   /* [out] of which free */
@@ -274,10 +274,107 @@ static_assert(offsetof(deepep_capabilities, max_slots) == 28, "max_slots");
 static_assert(offsetof(deepep_capabilities, num_sms) == 32, "num_sms");
 static_assert(offsetof(deepep_capabilities, compute_capability) == 36, "compute_capability");
 static_assert(offsetof(deepep_capabilities, driver_version) == 40, "driver_version");
-static_assert(offsetof(deepep_capabilities, reserved) == 44, "reserved");
+static_assert(offsetof(deepep_capabilities, mps) == 44, "mps");
 static_assert(offsetof(deepep_capabilities, total_bytes) == 48, "total_bytes");
 static_assert(offsetof(deepep_capabilities, free_bytes) == 56, "free_bytes");
 static_assert(offsetof(deepep_capabilities, name) == 64, "name");
+
+/* How two devices of this machine reach each other's memory. */
+typedef struct deepep_peer_access_args {
+  /* [in] sizeof this struct */
+  uint32_t size;
+  /* [in] the other device */
+  int32_t peer;
+  /* [out] 1 when kernels on the device can read and write the peer's memory; 1 for itself */
+  int32_t access;
+  /* [out] the driver's rank of the link: smaller is faster; 0 for itself */
+  int32_t performance_rank;
+} deepep_peer_access_args;
+static_assert(sizeof(deepep_peer_access_args) == 16, "size");
+static_assert(offsetof(deepep_peer_access_args, size) == 0, "size");
+static_assert(offsetof(deepep_peer_access_args, peer) == 4, "peer");
+static_assert(offsetof(deepep_peer_access_args, access) == 8, "access");
+static_assert(offsetof(deepep_peer_access_args, performance_rank) == 12, "performance_rank");
+
+/* The device's own ceiling for moving bytes: what every figure of the kernels is held against. */
+typedef struct deepep_measure_copy_args {
+  /* [in] sizeof this struct */
+  uint32_t size;
+  /* [in] multiprocessors the copy kernel uses; 0 = all */
+  int32_t num_sms;
+  /* [in] bytes a copy reads, and writes; a multiple of 16 */
+  uint64_t bytes;
+  /* [in] copies timed in a row, 1 … 1000 */
+  uint32_t repeats;
+  /* [in] 0 */
+  uint32_t reserved;
+  /* [out] mean time of a copy by kernel, nanoseconds */
+  int64_t kernel_ns;
+  /* [out] mean time of a copy by the driver */
+  int64_t memcpy_ns;
+} deepep_measure_copy_args;
+static_assert(sizeof(deepep_measure_copy_args) == 40, "size");
+static_assert(offsetof(deepep_measure_copy_args, size) == 0, "size");
+static_assert(offsetof(deepep_measure_copy_args, num_sms) == 4, "num_sms");
+static_assert(offsetof(deepep_measure_copy_args, bytes) == 8, "bytes");
+static_assert(offsetof(deepep_measure_copy_args, repeats) == 16, "repeats");
+static_assert(offsetof(deepep_measure_copy_args, reserved) == 20, "reserved");
+static_assert(offsetof(deepep_measure_copy_args, kernel_ns) == 24, "kernel_ns");
+static_assert(offsetof(deepep_measure_copy_args, memcpy_ns) == 32, "memcpy_ns");
+
+/* How an operation would be launched: a pure function of shapes and topology. */
+typedef struct deepep_plan_args {
+  /* [in] sizeof this struct */
+  uint32_t size;
+  /* [in] DEEPEP_OP_DISPATCH or DEEPEP_OP_COMBINE */
+  int32_t op;
+  /* [in] payload bytes a row */
+  uint32_t row_bytes;
+  /* [in] rows a token becomes at most: ranks or num_topk, whichever is smaller (rank layout), num_topk (expert
+   * layout) */
+  uint32_t hops;
+  /* [in] multiprocessors asked for; 0 = the default */
+  int32_t num_sms;
+  /* [in] multiprocessors of the device; 0 = the buffer's device */
+  int32_t device_sms;
+  /* [in] ranks that share the device; 0 = the buffer's */
+  uint32_t ranks_on_device;
+  /* [in] 10 * major + minor; 0 = the buffer's device */
+  int32_t compute_capability;
+  /* [in] shared memory a block can have; 0 = the buffer's device */
+  uint32_t shared_bytes;
+  /* [out] multiprocessors used: one block each */
+  int32_t sms;
+  /* [out] warps a block */
+  uint32_t warps;
+  /* [out] pieces of rows a warp has under way */
+  uint32_t stages;
+  /* [out] bytes of a piece of a row */
+  uint32_t chunk_bytes;
+  /* [out] shared memory a block uses */
+  uint32_t block_bytes;
+  /* [out] 1 = bulk copies by the tensor memory accelerator, 0 = loads and stores */
+  uint32_t tma;
+  /* [in] 0 */
+  uint32_t reserved;
+} deepep_plan_args;
+static_assert(sizeof(deepep_plan_args) == 64, "size");
+static_assert(offsetof(deepep_plan_args, size) == 0, "size");
+static_assert(offsetof(deepep_plan_args, op) == 4, "op");
+static_assert(offsetof(deepep_plan_args, row_bytes) == 8, "row_bytes");
+static_assert(offsetof(deepep_plan_args, hops) == 12, "hops");
+static_assert(offsetof(deepep_plan_args, num_sms) == 16, "num_sms");
+static_assert(offsetof(deepep_plan_args, device_sms) == 20, "device_sms");
+static_assert(offsetof(deepep_plan_args, ranks_on_device) == 24, "ranks_on_device");
+static_assert(offsetof(deepep_plan_args, compute_capability) == 28, "compute_capability");
+static_assert(offsetof(deepep_plan_args, shared_bytes) == 32, "shared_bytes");
+static_assert(offsetof(deepep_plan_args, sms) == 36, "sms");
+static_assert(offsetof(deepep_plan_args, warps) == 40, "warps");
+static_assert(offsetof(deepep_plan_args, stages) == 44, "stages");
+static_assert(offsetof(deepep_plan_args, chunk_bytes) == 48, "chunk_bytes");
+static_assert(offsetof(deepep_plan_args, block_bytes) == 52, "block_bytes");
+static_assert(offsetof(deepep_plan_args, tma) == 56, "tma");
+static_assert(offsetof(deepep_plan_args, reserved) == 60, "reserved");
 
 /* An entry of a completion queue. 16 bytes. */
 typedef struct deepep_completion {
@@ -470,6 +567,10 @@ typedef struct deepep_buffer_info {
   uint64_t masked_ranks;
   /* [out] collective calls made so far; where graphs replay them, as the device counts */
   uint64_t epoch;
+  /* [out] multiprocessors an operation uses unless it says; 0 on the cpu backend */
+  int32_t num_sms;
+  /* [out] ranks that share this rank's device, itself included */
+  uint32_t ranks_on_device;
   /* [out] the communication stream */
   uint64_t comm_stream;
   /* [out] host address of i64 [2, num_ranks]: nanoseconds waited for each peer in dispatch and combine */
@@ -487,7 +588,7 @@ typedef struct deepep_buffer_info {
   /* [out] operations that failed */
   uint64_t num_failures;
 } deepep_buffer_info;
-static_assert(sizeof(deepep_buffer_info) == 112, "size");
+static_assert(sizeof(deepep_buffer_info) == 120, "size");
 static_assert(offsetof(deepep_buffer_info, size) == 0, "size");
 static_assert(offsetof(deepep_buffer_info, rank) == 4, "rank");
 static_assert(offsetof(deepep_buffer_info, num_ranks) == 8, "num_ranks");
@@ -498,14 +599,16 @@ static_assert(offsetof(deepep_buffer_info, free_slots) == 24, "free_slots");
 static_assert(offsetof(deepep_buffer_info, max_recv_tokens) == 28, "max_recv_tokens");
 static_assert(offsetof(deepep_buffer_info, masked_ranks) == 32, "masked_ranks");
 static_assert(offsetof(deepep_buffer_info, epoch) == 40, "epoch");
-static_assert(offsetof(deepep_buffer_info, comm_stream) == 48, "comm_stream");
-static_assert(offsetof(deepep_buffer_info, wait_ns) == 56, "wait_ns");
-static_assert(offsetof(deepep_buffer_info, num_dispatches) == 64, "num_dispatches");
-static_assert(offsetof(deepep_buffer_info, num_combines) == 72, "num_combines");
-static_assert(offsetof(deepep_buffer_info, rows_sent) == 80, "rows_sent");
-static_assert(offsetof(deepep_buffer_info, bytes_sent) == 88, "bytes_sent");
-static_assert(offsetof(deepep_buffer_info, rows_pulled) == 96, "rows_pulled");
-static_assert(offsetof(deepep_buffer_info, num_failures) == 104, "num_failures");
+static_assert(offsetof(deepep_buffer_info, num_sms) == 48, "num_sms");
+static_assert(offsetof(deepep_buffer_info, ranks_on_device) == 52, "ranks_on_device");
+static_assert(offsetof(deepep_buffer_info, comm_stream) == 56, "comm_stream");
+static_assert(offsetof(deepep_buffer_info, wait_ns) == 64, "wait_ns");
+static_assert(offsetof(deepep_buffer_info, num_dispatches) == 72, "num_dispatches");
+static_assert(offsetof(deepep_buffer_info, num_combines) == 80, "num_combines");
+static_assert(offsetof(deepep_buffer_info, rows_sent) == 88, "rows_sent");
+static_assert(offsetof(deepep_buffer_info, bytes_sent) == 96, "bytes_sent");
+static_assert(offsetof(deepep_buffer_info, rows_pulled) == 104, "rows_pulled");
+static_assert(offsetof(deepep_buffer_info, num_failures) == 112, "num_failures");
 
 /* Arguments of deepep_buffer_recover. */
 typedef struct deepep_buffer_recover_args {
@@ -682,6 +785,44 @@ static_assert(offsetof(deepep_event_args, stream) == 8, "stream");
 static_assert(offsetof(deepep_event_args, done_id) == 16, "done_id");
 static_assert(offsetof(deepep_event_args, status) == 24, "status");
 static_assert(offsetof(deepep_event_args, reserved) == 28, "reserved");
+
+/* Arguments of deepep_event_elapsed. */
+typedef struct deepep_event_elapsed_args {
+  /* [in] sizeof this struct */
+  uint32_t size;
+  /* [in] 0 */
+  uint32_t reserved;
+  /* [in] an earlier event */
+  uint64_t since;
+  /* [out] time from its point to this event's, nanoseconds; the resolution is about 1 µs */
+  int64_t elapsed_ns;
+} deepep_event_elapsed_args;
+static_assert(sizeof(deepep_event_elapsed_args) == 24, "size");
+static_assert(offsetof(deepep_event_elapsed_args, size) == 0, "size");
+static_assert(offsetof(deepep_event_elapsed_args, reserved) == 4, "reserved");
+static_assert(offsetof(deepep_event_elapsed_args, since) == 8, "since");
+static_assert(offsetof(deepep_event_elapsed_args, elapsed_ns) == 16, "elapsed_ns");
+
+/* Arguments of deepep_graph_begin, deepep_graph_end and deepep_graph_launch. */
+typedef struct deepep_graph_args {
+  /* [in] sizeof this struct */
+  uint32_t size;
+  /* [in] 0 */
+  uint32_t reserved;
+  /* [in] begin, end: the stream that is captured, not the communication stream; launch: the stream in whose order
+   * the graph runs */
+  uint64_t stream;
+  /* [out] end: the graph */
+  uint64_t graph;
+  /* [in] launch: completion to queue when the replay has ended; 0 = none */
+  uint64_t done_id;
+} deepep_graph_args;
+static_assert(sizeof(deepep_graph_args) == 32, "size");
+static_assert(offsetof(deepep_graph_args, size) == 0, "size");
+static_assert(offsetof(deepep_graph_args, reserved) == 4, "reserved");
+static_assert(offsetof(deepep_graph_args, stream) == 8, "stream");
+static_assert(offsetof(deepep_graph_args, graph) == 16, "graph");
+static_assert(offsetof(deepep_graph_args, done_id) == 24, "done_id");
 
 /* Arguments of deepep_get_dispatch_layout. */
 typedef struct deepep_dispatch_layout_args {
@@ -1312,6 +1453,17 @@ DEEPEP_API uint32_t deepep_abi_version(void);
 /* What the library can do on a device. Local, never blocks on peers. */
 DEEPEP_API int32_t deepep_get_capabilities(uint64_t device, deepep_capabilities* args, deepep_error* error);
 
+/* Whether a device reaches another's memory. Local. UNSUPPORTED on the cpu backend. */
+DEEPEP_API int32_t deepep_get_peer_access(uint64_t device, deepep_peer_access_args* args, deepep_error* error);
+
+/* Times copies on an idle device; allocates twice `bytes` and blocks the calling thread. For measurements, not for
+ * an event loop. UNSUPPORTED on the cpu backend. */
+DEEPEP_API int32_t deepep_measure_copy(uint64_t device, deepep_measure_copy_args* args, deepep_error* error);
+
+/* How an operation would be launched. `buffer` may be 0 when the args give the topology; needs no device then.
+ * UNSUPPORTED on the cpu backend. */
+DEEPEP_API int32_t deepep_plan(uint64_t buffer, deepep_plan_args* args, deepep_error* error);
+
 /* Copies from memory of the library that the host can read (host_counts, wait_ns, MEMORY_HOST) to the caller's. At
  * once. */
 DEEPEP_API int32_t deepep_host_read(uint64_t address, void* dst, uint64_t bytes);
@@ -1407,6 +1559,25 @@ DEEPEP_API int32_t deepep_event_notify(uint64_t event, deepep_event_args* args, 
 
 /* Frees an event; pending work keeps what it needs. */
 DEEPEP_API int32_t deepep_event_destroy(uint64_t event, deepep_error* error);
+
+/* Time between the recorded points of two events, both of which must have been reached. Never blocks. */
+DEEPEP_API int32_t deepep_event_elapsed(uint64_t event, deepep_event_elapsed_args* args, deepep_error* error);
+
+/* From now on operations on `stream` are recorded instead of run. They must be given no completion ids, and
+ * dispatches NO_CPU_SYNC; slots that they take are held until released, and every replay fills them anew.
+ * UNSUPPORTED without FEATURE_GRAPHS. */
+DEEPEP_API int32_t deepep_graph_begin(uint64_t buffer, deepep_graph_args* args, deepep_error* error);
+
+/* Ends the recording and makes the graph; after a call that failed in it there is none, and the stream is usable
+ * again. */
+DEEPEP_API int32_t deepep_graph_end(uint64_t buffer, deepep_graph_args* args, deepep_error* error);
+
+/* Enqueues a replay, in the order of the buffer's other operations. Every rank replays the same calls in the same
+ * order; routing and rows are read from the captured addresses, so they may change between replays. */
+DEEPEP_API int32_t deepep_graph_launch(uint64_t graph, deepep_graph_args* args, deepep_error* error);
+
+/* Frees a graph, after the replays that were enqueued. */
+DEEPEP_API int32_t deepep_graph_destroy(uint64_t graph, deepep_error* error);
 
 /* Enqueues the counting of a routing. Not collective. Graph-safe. */
 DEEPEP_API int32_t deepep_get_dispatch_layout(uint64_t buffer,

@@ -257,11 +257,57 @@ export const structs = {
       max_slots: ["u32", "out", "largest num_slots"],
       num_sms: ["i32", "out", "multiprocessors of the device (cores for cpu)"],
       compute_capability: ["i32", "out", "10 * major + minor; 0 for cpu"],
-      driver_version: ["i32", "out", "CUDA driver version; 0 for cpu"],
-      reserved,
+      driver_version: ["i32", "out", "CUDA driver version, 1000 * major + 10 * minor; 0 for cpu"],
+      mps: ["i32", "out", "1 when processes share the device through CUDA MPS; 0 for cpu"],
       total_bytes: ["u64", "out", "memory of the device"],
       free_bytes: ["u64", "out", "of which free"],
       name: ["u8[128]", "out", "UTF-8, ends with a zero byte"],
+    },
+  },
+  deepep_peer_access_args: {
+    doc: "How two devices of this machine reach each other's memory.",
+    fields: {
+      size,
+      peer: ["i32", "in", "the other device"],
+      access: ["i32", "out", "1 when kernels on the device can read and write the peer's memory; 1 for itself"],
+      performance_rank: ["i32", "out", "the driver's rank of the link: smaller is faster; 0 for itself"],
+    },
+  },
+  deepep_measure_copy_args: {
+    doc: "The device's own ceiling for moving bytes: what every figure of the kernels is held against.",
+    fields: {
+      size,
+      num_sms: ["i32", "in", "multiprocessors the copy kernel uses; 0 = all"],
+      bytes: ["u64", "in", "bytes a copy reads, and writes; a multiple of 16"],
+      repeats: ["u32", "in", "copies timed in a row, 1 … 1000"],
+      reserved,
+      kernel_ns: ["i64", "out", "mean time of a copy by kernel, nanoseconds"],
+      memcpy_ns: ["i64", "out", "mean time of a copy by the driver"],
+    },
+  },
+  deepep_plan_args: {
+    doc: "How an operation would be launched: a pure function of shapes and topology.",
+    fields: {
+      size,
+      op: ["i32", "in", "DEEPEP_OP_DISPATCH or DEEPEP_OP_COMBINE"],
+      row_bytes: ["u32", "in", "payload bytes a row"],
+      hops: [
+        "u32",
+        "in",
+        "rows a token becomes at most: ranks or num_topk, whichever is smaller (rank layout), num_topk (expert layout)",
+      ],
+      num_sms: ["i32", "in", "multiprocessors asked for; 0 = the default"],
+      device_sms: ["i32", "in", "multiprocessors of the device; 0 = the buffer's device"],
+      ranks_on_device: ["u32", "in", "ranks that share the device; 0 = the buffer's"],
+      compute_capability: ["i32", "in", "10 * major + minor; 0 = the buffer's device"],
+      shared_bytes: ["u32", "in", "shared memory a block can have; 0 = the buffer's device"],
+      sms: ["i32", "out", "multiprocessors used: one block each"],
+      warps: ["u32", "out", "warps a block"],
+      stages: ["u32", "out", "pieces of rows a warp has under way"],
+      chunk_bytes: ["u32", "out", "bytes of a piece of a row"],
+      block_bytes: ["u32", "out", "shared memory a block uses"],
+      tma: ["u32", "out", "1 = bulk copies by the tensor memory accelerator, 0 = loads and stores"],
+      reserved,
     },
   },
   deepep_completion: {
@@ -328,6 +374,8 @@ export const structs = {
       max_recv_tokens: ["u32", "out", "rows a slot holds"],
       masked_ranks: ["u64", "out", "bit r is set when rank r is masked"],
       epoch: ["u64", "out", "collective calls made so far; where graphs replay them, as the device counts"],
+      num_sms: ["i32", "out", "multiprocessors an operation uses unless it says; 0 on the cpu backend"],
+      ranks_on_device: ["u32", "out", "ranks that share this rank's device, itself included"],
       comm_stream: ["u64", "out", "the communication stream"],
       wait_ns: [
         "u64",
@@ -433,6 +481,29 @@ export const structs = {
         "query: how the operation ended that was given the event; DEEPEP_OK for one set by deepep_event_record",
       ],
       reserved,
+    },
+  },
+  deepep_event_elapsed_args: {
+    doc: "Arguments of deepep_event_elapsed.",
+    fields: {
+      size,
+      reserved,
+      since: ["u64", "in", "an earlier event"],
+      elapsed_ns: ["i64", "out", "time from its point to this event's, nanoseconds; the resolution is about 1 µs"],
+    },
+  },
+  deepep_graph_args: {
+    doc: "Arguments of deepep_graph_begin, deepep_graph_end and deepep_graph_launch.",
+    fields: {
+      size,
+      reserved,
+      stream: [
+        "u64",
+        "in",
+        "begin, end: the stream that is captured, not the communication stream; launch: the stream in whose order the graph runs",
+      ],
+      graph: ["u64", "out", "end: the graph"],
+      done_id: ["u64", "in", "launch: completion to queue when the replay has ended; 0 = none"],
     },
   },
   deepep_dispatch_layout_args: {
@@ -660,6 +731,23 @@ export const functions = {
     ret: "i32",
     doc: "What the library can do on a device. Local, never blocks on peers.",
   },
+  deepep_get_peer_access: {
+    args: [["device", "u64"], ["args", "deepep_peer_access_args"], ["error", "deepep_error"]],
+    ret: "i32",
+    doc: "Whether a device reaches another's memory. Local. UNSUPPORTED on the cpu backend.",
+  },
+  deepep_measure_copy: {
+    args: [["device", "u64"], ["args", "deepep_measure_copy_args"], ["error", "deepep_error"]],
+    ret: "i32",
+    doc:
+      "Times copies on an idle device; allocates twice `bytes` and blocks the calling thread. For measurements, not for an event loop. UNSUPPORTED on the cpu backend.",
+  },
+  deepep_plan: {
+    args: [["buffer", "u64"], ["args", "deepep_plan_args"], ["error", "deepep_error"]],
+    ret: "i32",
+    doc:
+      "How an operation would be launched. `buffer` may be 0 when the args give the topology; needs no device then. UNSUPPORTED on the cpu backend.",
+  },
   deepep_host_read: {
     args: [["address", "u64"], ["dst", "buf"], ["bytes", "u64"]],
     ret: "i32",
@@ -813,6 +901,34 @@ export const functions = {
     args: [["event", "u64"], ["error", "deepep_error"]],
     ret: "i32",
     doc: "Frees an event; pending work keeps what it needs.",
+  },
+  deepep_event_elapsed: {
+    args: [["event", "u64"], ["args", "deepep_event_elapsed_args"], ["error", "deepep_error"]],
+    ret: "i32",
+    doc: "Time between the recorded points of two events, both of which must have been reached. Never blocks.",
+  },
+  deepep_graph_begin: {
+    args: [["buffer", "u64"], ["args", "deepep_graph_args"], ["error", "deepep_error"]],
+    ret: "i32",
+    doc:
+      "From now on operations on `stream` are recorded instead of run. They must be given no completion ids, and dispatches NO_CPU_SYNC; slots that they take are held until released, and every replay fills them anew. UNSUPPORTED without FEATURE_GRAPHS.",
+  },
+  deepep_graph_end: {
+    args: [["buffer", "u64"], ["args", "deepep_graph_args"], ["error", "deepep_error"]],
+    ret: "i32",
+    doc:
+      "Ends the recording and makes the graph; after a call that failed in it there is none, and the stream is usable again.",
+  },
+  deepep_graph_launch: {
+    args: [["graph", "u64"], ["args", "deepep_graph_args"], ["error", "deepep_error"]],
+    ret: "i32",
+    doc:
+      "Enqueues a replay, in the order of the buffer's other operations. Every rank replays the same calls in the same order; routing and rows are read from the captured addresses, so they may change between replays.",
+  },
+  deepep_graph_destroy: {
+    args: [["graph", "u64"], ["error", "deepep_error"]],
+    ret: "i32",
+    doc: "Frees a graph, after the replays that were enqueued.",
   },
   deepep_get_dispatch_layout: {
     args: [["buffer", "u64"], ["args", "deepep_dispatch_layout_args"], ["error", "deepep_error"]],

@@ -1,0 +1,157 @@
+// What host code and kernels of the CUDA backend share: the state of a buffer, and the one struct into every kernel.
+//
+// In: filled by cuda/host from the args of the ABI. Out: read by cuda/kernels. DeviceState lives in device memory and is what
+// makes graph replays legal: epochs and flags are there, never in kernel parameters. HostState lives in pinned memory: the
+// device writes how calls ended, host code polls it.
+#pragma once
+
+#include <cstdint>
+
+#include "../abi/deepep.h"
+#include "../common/finding.hpp"
+#include "../common/plan.hpp"
+#include "../common/protocol.hpp"
+#include "../common/regions.hpp"
+
+namespace deepep {
+
+constexpr uint32_t kNumBarriers = 6;       // grid-wide meetings a call can have, its end included
+constexpr uint32_t kNumFailuresKept = 64;  // in HostState; deepep_get_status keeps as many
+
+// One rank's own state. Zeros at creation. Only kernels of the communication stream touch it, one at a time.
+struct DeviceState {
+  uint64_t epoch;         // collective calls that have ended, or a recovery's epoch
+  uint64_t base_epoch;    // of the last recovery: flags up to it mean nothing
+  uint64_t masked;        // ranks left out
+  uint32_t failed;        // 1 = a call failed half-way: calls that need peers end at once
+  uint32_t reserved;
+  uint64_t launches;      // kernels with a grid-wide meeting so far: names a verdict
+  uint64_t num_blocks;    // sum of their grids: counters of meetings only grow
+  uint64_t arrivals[kNumBarriers];
+  uint64_t verdict;       // launches << 2 | Verdict
+  uint64_t bad_entry;     // position + 1 of the first wrong topk_idx entry of a call, as ~: 0 = none
+  uint64_t combine_epoch[kMaxSlots];  // of the last combine that used the slot's expert-output region
+  uint64_t view;          // ranks that take part in the running call
+  uint32_t peer_slots[DEEPEP_MAX_RANKS];
+  int64_t wait_ns[2][DEEPEP_MAX_RANKS];
+  uint64_t num_dispatches, num_combines, rows_sent, bytes_sent, rows_pulled, num_failures;
+  Finding finding;        // of the running call
+};
+
+// Pinned. Each word has one writer.
+struct HostState {
+  // By the device.
+  uint64_t counts_seq;    // the latest operation whose host counts are filled; stored after them
+  uint64_t ended_seq;     // the latest operation that has ended; stored after everything else below
+  uint64_t epoch;         // as DeviceState's
+  uint64_t masked;
+  uint64_t num_failures;  // findings written so far: the i-th is findings[i % kNumFailuresKept]
+  uint64_t num_dispatches, num_combines, rows_sent, bytes_sent, rows_pulled;
+  uint32_t exit_requested;  // deepep_inject EXIT: the phase was reached, the process shall end
+  uint32_t reserved;
+  int64_t wait_ns[2 * DEEPEP_MAX_RANKS];  // [2, num_ranks], dense
+  Finding findings[kNumFailuresKept];
+  // By the host.
+  alignas(256) uint64_t lost;  // bit r: rank r's process has ended, or its buffer was destroyed
+};
+
+// What deepep_inject wants in a phase; by phase.
+struct Injection {
+  uint32_t wanted = 0;  // 1 + DEEPEP_INJECT_*; 0 = nothing
+  uint32_t reserved = 0;
+  uint64_t ns = 0;
+};
+constexpr uint32_t kNumPhases = 6;
+
+// What every kernel of an operation gets.
+struct CallParams {
+  DeviceState* state;
+  HostState* host;             // its address on the device
+  uint32_t* block_counts;      // scratch: u32 [multiprocessors, num_ranks + num_experts]
+  uint8_t* symmetric[DEEPEP_MAX_RANKS];  // by rank
+  Regions regions;
+  Options options;
+  uint32_t rank;
+  uint32_t first_expert;
+  uint32_t num_local_experts;
+  uint32_t slot;               // of this rank, where the operation has one
+  int32_t op;                  // DEEPEP_OP_*
+  uint32_t mask_on_timeout;
+  uint64_t seq;                // 0 = captured
+  uint64_t timeout_ns;         // of each wait
+  Injection inject[kNumPhases];
+};
+
+// A row that a token becomes: the index-th of this rank's rows for the key (handle.hpp of the CPU backend has the same).
+struct DeviceHop {
+  int32_t key;     // rank or expert; -1 = none
+  uint32_t index;
+};
+
+struct RoutingHeader {
+  uint64_t epoch;  // of the dispatch that made the routing
+  uint64_t view;   // ranks that took part in the latest dispatch with it
+  uint32_t valid;  // that dispatch has succeeded
+  uint32_t reserved;
+};
+
+// Where every token of a dispatch went: device memory of a handle, or the buffer's own for dispatches without one.
+struct RoutingParams {
+  RoutingHeader* header;
+  DeviceHop* hops;       // [num_tokens, width]
+  int32_t* experts;      // [num_tokens, num_topk]
+  uint32_t* tokens;      // the count matrix: [num_ranks, num_ranks]
+  uint32_t* entries;     // [num_ranks, num_experts]
+  uint32_t layout;       // DEEPEP_LAYOUT_*
+  uint32_t expert_alignment;
+  uint32_t num_tokens;
+  uint32_t num_topk;     // 0 = routed by is_token_in_rank
+  uint32_t topk_idx_bytes;
+  uint32_t width;        // hops a token
+};
+
+struct DispatchParams {
+  CallParams call;
+  deepep_dispatch_args args;  // with its [out] addresses; host_counts as the device sees it
+  RoutingParams routing;
+  Plan plan;
+};
+
+struct CombineParams {
+  CallParams call;
+  deepep_combine_args args;
+  RoutingParams routing;
+  uint32_t has_slot;          // the caller named the slot; otherwise x must be given where there are rows
+  uint32_t reserved;
+  Plan plan;
+};
+
+// Barrier and refusal: nothing but messages.
+struct MessageParams {
+  CallParams call;
+  int32_t refusal;            // DEEPEP_ERROR_* of deepep_refuse, 0 = a barrier
+  uint32_t reserved;
+};
+
+// deepep_expert_output: waits until nobody reads call.slot's expert-output region. Not collective.
+struct ReadersParams {
+  CallParams call;
+};
+
+struct LayoutParams {
+  CallParams call;
+  deepep_dispatch_layout_args args;
+};
+
+// Changes of the state in stream order.
+struct UpdateParams {
+  DeviceState* state;
+  HostState* host;
+  uint64_t mask;          // ranks to leave out
+  uint64_t unmask;        // ranks to take in again
+  uint64_t epoch;         // of a recovery: the state continues there
+  uint32_t recover;       // 1 = a recovery: masked = `mask`, no readers, not failed
+  uint32_t clear_failed;  // 1 = the culprit is masked
+};
+
+}  // namespace deepep

@@ -1,0 +1,28 @@
+// The kernels, as host code sees them.
+//
+// In: a filled params struct and a stream. Out: one kernel enqueued, or the driver's error. Blocks of an operation stay on
+// their multiprocessors until it ends and wait for each other, so a grid never exceeds what fits on the device beside the
+// other ranks'. Every launch is graph-safe. Callers: cuda/host.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "../host/params.hpp"
+
+namespace deepep {
+
+// Loads every kernel of the present device and raises their shared-memory limits: a kernel that is loaded while another one
+// spins is a deadlock. Call once a device, before any launch.
+cudaError_t load_kernels();
+
+cudaError_t launch_dispatch(const DispatchParams& params, cudaStream_t stream);
+cudaError_t launch_combine(const CombineParams& params, cudaStream_t stream);
+cudaError_t launch_message(const MessageParams& params, cudaStream_t stream);
+cudaError_t launch_readers(const ReadersParams& params, cudaStream_t stream);
+cudaError_t launch_layout(const LayoutParams& params, int32_t num_sms, cudaStream_t stream);
+cudaError_t launch_update(const UpdateParams& params, cudaStream_t stream);
+// Copies `bytes`, a multiple of 16, with one block of the copy kernel on each of num_sms multiprocessors: the ceiling that
+// other figures are held against.
+cudaError_t launch_copy(void* dst, const void* src, uint64_t bytes, int32_t num_sms, cudaStream_t stream);
+
+}  // namespace deepep
