@@ -43,11 +43,12 @@ interface Recipe {
 const recipes: Readonly<Record<string, Recipe>> = {
   cpu: {
     compiler: "g++",
-    sources: ["cuda/cpu", "cuda/common", "cuda/compat"],
+    // cuda/api is shared with the CUDA backend: its `#include "buffer.hpp"` is this backend's, by the include path.
+    sources: ["cuda/cpu", "cuda/api", "cuda/common", "cuda/compat"],
     includes: ["cuda/abi"],
     // No FMA contraction and no -march: every machine gives the same bits.
     compile: ["-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
-      .concat(["-pthread", "-Wall", "-Wextra", "-ffile-prefix-map=.=", "-I."]),
+      .concat(["-pthread", "-Wall", "-Wextra", "-ffile-prefix-map=.=", "-I.", "-Icuda/cpu"]),
     // nodelete: Deno unloads a worker's libraries when the worker ends, while native threads run.
     // libpthread is named although new systems have it in libc: old ones do not. See cuda/compat/glibc.cpp.
     link: ["-shared", "-pthread", "-s", "-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
@@ -66,8 +67,9 @@ const run = promisify(execFile);
 const sha256 = (data: string | Uint8Array): string => createHash("sha256").update(data).digest("hex");
 const libraryName = (backend: string): string => `libdeepep_${backend}.so`;
 
-/** All files of a folder, or the file itself, sorted, as paths from the root. */
+/** All files of a folder that exists, or the file itself, sorted, as paths from the root. */
 function filesOf(path: string): string[] {
+  if (!existsSync(join(root, path))) return [];
   if (!statSync(join(root, path)).isDirectory()) return [path];
   return readdirSync(join(root, path), { recursive: true, withFileTypes: true })
     .filter((entry) => entry.isFile())

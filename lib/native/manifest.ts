@@ -19,11 +19,11 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "24027e7d06d48f374ee1f4c62daf89abeebc34d7f99194ccf7bdcab02722ff58",
+    cpu: "403de14155873ff5aa08ff8c2902f899c55c3291b4301374f0c79b05fd590a7a",
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "127d7fa8f5a7788d9721cdb2f81c88dc8856bb1729fe64de79e7719b955733a2",
+      sha256: "251097e8c7ae929947911ee1208599cc9c1b722cfa356c611df3c92af794c71e",
       bytes: 477616,
     },
   },
