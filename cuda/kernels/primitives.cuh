@@ -1,0 +1,347 @@
+// The instructions that C++ has no word for: accesses with a named order and scope, barriers in shared memory, bulk copies by
+// the tensor memory accelerator (TMA), fences between its proxy and the generic one, the global timer.
+//
+// In: addresses of 4- or 8-byte words. Out: what the name says; `_sys` reaches every GPU and the host, `_gpu` this GPU. An
+// access to global memory only, unless the name says shared. Callers: all device code. Everything compiles for every
+// architecture; what only sm_90 has is declared everywhere and defined where kHasTma is true, so callers ask `if constexpr
+// (kHasTma)`.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+
+namespace deepep {
+
+constexpr uint32_t kWarpLanes = 32;
+constexpr uint32_t kAllLanes = 0xffffffff;
+
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr bool kHasTma = false;
+#else
+constexpr bool kHasTma = true;
+#endif
+
+// ---- words with order and scope -----------------------------------------------------------------------------------------
+
+template <class T>
+constexpr bool kIsWord = std::is_integral_v<T> && (sizeof(T) == 4 || sizeof(T) == 8);
+
+template <class T>
+__device__ __forceinline__ T load_acquire_sys(const T* address) {
+  static_assert(kIsWord<T>);
+  if constexpr (sizeof(T) == 4) {
+    uint32_t value;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return static_cast<T>(value);
+  } else {
+    uint64_t value;
+    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+    return static_cast<T>(value);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ T load_relaxed_sys(const T* address) {
+  static_assert(kIsWord<T>);
+  if constexpr (sizeof(T) == 4) {
+    uint32_t value;
+    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return static_cast<T>(value);
+  } else {
+    uint64_t value;
+    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+    return static_cast<T>(value);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ T load_acquire_gpu(const T* address) {
+  static_assert(kIsWord<T>);
+  if constexpr (sizeof(T) == 4) {
+    uint32_t value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return static_cast<T>(value);
+  } else {
+    uint64_t value;
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+    return static_cast<T>(value);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ T load_relaxed_gpu(const T* address) {
+  static_assert(kIsWord<T>);
+  if constexpr (sizeof(T) == 4) {
+    uint32_t value;
+    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return static_cast<T>(value);
+  } else {
+    uint64_t value;
+    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+    return static_cast<T>(value);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store_release_sys(T* address, std::type_identity_t<T> value) {
+  static_assert(kIsWord<T>);
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(address), "r"(static_cast<uint32_t>(value)) : "memory");
+  } else {
+    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(address), "l"(static_cast<uint64_t>(value)) : "memory");
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store_relaxed_sys(T* address, std::type_identity_t<T> value) {
+  static_assert(kIsWord<T>);
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(address), "r"(static_cast<uint32_t>(value)) : "memory");
+  } else {
+    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(address), "l"(static_cast<uint64_t>(value)) : "memory");
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store_release_gpu(T* address, std::type_identity_t<T> value) {
+  static_assert(kIsWord<T>);
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(static_cast<uint32_t>(value)) : "memory");
+  } else {
+    asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(static_cast<uint64_t>(value)) : "memory");
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store_relaxed_gpu(T* address, std::type_identity_t<T> value) {
+  static_assert(kIsWord<T>);
+  if constexpr (sizeof(T) == 4) {
+    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(static_cast<uint32_t>(value)) : "memory");
+  } else {
+    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(static_cast<uint64_t>(value)) : "memory");
+  }
+}
+
+// All of these return the word as it was before.
+template <class T>
+__device__ __forceinline__ T add_acq_rel_gpu(T* address, std::type_identity_t<T> value) {
+  static_assert(kIsWord<T>);
+  if constexpr (sizeof(T) == 4) {
+    uint32_t old;
+    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
+                 : "=r"(old)
+                 : "l"(address), "r"(static_cast<uint32_t>(value))
+                 : "memory");
+    return static_cast<T>(old);
+  } else {
+    uint64_t old;
+    asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;"
+                 : "=l"(old)
+                 : "l"(address), "l"(static_cast<uint64_t>(value))
+                 : "memory");
+    return static_cast<T>(old);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ T add_relaxed_gpu(T* address, std::type_identity_t<T> value) {
+  static_assert(kIsWord<T>);
+  if constexpr (sizeof(T) == 4) {
+    uint32_t old;
+    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;"
+                 : "=r"(old)
+                 : "l"(address), "r"(static_cast<uint32_t>(value))
+                 : "memory");
+    return static_cast<T>(old);
+  } else {
+    uint64_t old;
+    asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], %2;"
+                 : "=l"(old)
+                 : "l"(address), "l"(static_cast<uint64_t>(value))
+                 : "memory");
+    return static_cast<T>(old);
+  }
+}
+
+// Compared as unsigned.
+template <class T>
+__device__ __forceinline__ T max_relaxed_gpu(T* address, std::type_identity_t<T> value) {
+  static_assert(kIsWord<T> && std::is_unsigned_v<T>);
+  if constexpr (sizeof(T) == 4) {
+    uint32_t old;
+    asm volatile("atom.relaxed.gpu.global.max.u32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(value) : "memory");
+    return old;
+  } else {
+    uint64_t old;
+    asm volatile("atom.relaxed.gpu.global.max.u64 %0, [%1], %2;"
+                 : "=l"(old)
+                 : "l"(address), "l"(static_cast<uint64_t>(value))
+                 : "memory");
+    return old;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ T compare_swap_acq_rel_gpu(T* address, std::type_identity_t<T> expected,
+                                                      std::type_identity_t<T> desired) {
+  static_assert(kIsWord<T>);
+  if constexpr (sizeof(T) == 4) {
+    uint32_t old;
+    asm volatile("atom.acq_rel.gpu.global.cas.b32 %0, [%1], %2, %3;"
+                 : "=r"(old)
+                 : "l"(address), "r"(static_cast<uint32_t>(expected)), "r"(static_cast<uint32_t>(desired))
+                 : "memory");
+    return static_cast<T>(old);
+  } else {
+    uint64_t old;
+    asm volatile("atom.acq_rel.gpu.global.cas.b64 %0, [%1], %2, %3;"
+                 : "=l"(old)
+                 : "l"(address), "l"(static_cast<uint64_t>(expected)), "l"(static_cast<uint64_t>(desired))
+                 : "memory");
+    return static_cast<T>(old);
+  }
+}
+
+__device__ __forceinline__ void fence_acq_rel_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
+__device__ __forceinline__ void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+
+// ---- 16 bytes at once ----------------------------------------------------------------------------------------------------
+
+// Bytes that are read once: they are not kept in L1. Not for memory that this kernel's other threads write.
+__device__ __forceinline__ uint4 load_stream(const void* address) {
+  uint4 v;
+  asm volatile("ld.relaxed.gpu.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(address)
+               : "memory");
+  return v;
+}
+
+__device__ __forceinline__ void store_stream(void* address, const uint4& v) {
+  asm volatile("st.relaxed.gpu.global.L1::no_allocate.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(address), "r"(v.x), "r"(v.y),
+               "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
+// ---- time, lanes -----------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint64_t global_time_ns() {
+  uint64_t value;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(value)::"memory");
+  return value;
+}
+
+__device__ __forceinline__ uint32_t lane_id() {
+  uint32_t lane;
+  asm("mov.u32 %0, %laneid;" : "=r"(lane));
+  return lane;
+}
+
+// ---- shared memory and TMA: sm_90 ------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+// One thread initializes, then fence_barrier_init() and a barrier among those that use it.
+__device__ __forceinline__ void barrier_init(uint64_t* barrier, uint32_t arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+
+// Makes initialized barriers known to the async proxy.
+__device__ __forceinline__ void fence_barrier_init() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+
+__device__ __forceinline__ void barrier_invalidate(uint64_t* barrier) {
+  asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+
+// Arrives, and adds `bytes` to what the running phase waits for.
+__device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ bool barrier_try_wait(uint64_t* barrier, uint32_t parity) {
+  uint32_t done;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n"
+      "}"
+      : "=r"(done)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return done != 0;
+}
+
+// Bounded by the memory system, not by a peer: nothing but this block's own copies arrive here, and a copy from a dead device
+// is an error of the context.
+__device__ __forceinline__ void barrier_wait(uint64_t* barrier, uint32_t parity) {
+  while (!barrier_try_wait(barrier, parity)) {
+  }
+}
+
+// Accesses of this thread to shared memory come before bulk copies of it that are issued after, and the other way round.
+__device__ __forceinline__ void fence_proxy_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// The same for every kind of memory: between acquiring rows that others wrote by plain stores and reading them by TMA.
+__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+
+// Copies `bytes` (a multiple of 16, both addresses too) into shared memory; arrives with them at `barrier`.
+__device__ __forceinline__ void bulk_load(void* to_shared, const void* from, uint32_t bytes, uint64_t* barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
+                   shared_address(to_shared)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier))
+               : "memory");
+}
+
+// Copies shared memory out; belongs to the bulk group that this thread commits next.
+__device__ __forceinline__ void bulk_store(void* to, const void* from_shared, uint32_t bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(shared_address(from_shared)),
+               "r"(bytes)
+               : "memory");
+}
+
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+
+// All but the latest `kPending` groups of this thread have read their shared memory: it may be written again.
+template <uint32_t kPending>
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
+}
+
+// All but the latest `kPending` groups of this thread are complete: what they wrote is visible to this thread, so that its
+// release publishes it. Waiting for the reads only is not enough for that.
+template <uint32_t kPending>
+__device__ __forceinline__ void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
+}
+
+#else
+
+// Declared for code that `if constexpr (kHasTma)` throws away.
+__device__ void barrier_init(uint64_t*, uint32_t);
+__device__ void fence_barrier_init();
+__device__ void barrier_invalidate(uint64_t*);
+__device__ void barrier_arrive(uint64_t*);
+__device__ void barrier_arrive_expect(uint64_t*, uint32_t);
+__device__ bool barrier_try_wait(uint64_t*, uint32_t);
+__device__ void barrier_wait(uint64_t*, uint32_t);
+__device__ void fence_proxy_async_shared();
+__device__ void fence_proxy_async();
+__device__ void bulk_load(void*, const void*, uint32_t, uint64_t*);
+__device__ void bulk_store(void*, const void*, uint32_t);
+__device__ void bulk_commit();
+template <uint32_t kPending>
+__device__ void bulk_wait_read();
+template <uint32_t kPending>
+__device__ void bulk_wait();
+
+#endif
+
+}  // namespace deepep
