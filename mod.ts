@@ -30,6 +30,14 @@ export type { BufferOptions, BufferSize } from "./lib/connect.ts";
 export type { BufferShape, ResolvedOptions } from "./lib/plan.ts";
 export type { Backend, Capabilities, Wake } from "./lib/device.ts";
 export type { OperationOptions } from "./lib/core.ts";
+export { Graph, type Recorder } from "./lib/graph.ts";
+export {
+  type BufferPlanOptions,
+  formatLaunchPlan,
+  type LaunchPlan,
+  launchPlan,
+  type LaunchPlanOptions,
+} from "./lib/launch_plan.ts";
 export { type DeviceCounts, type DispatchOptions, DispatchResult } from "./lib/dispatch.ts";
 export type { DispatchLayout } from "./lib/dispatch_layout.ts";
 export type { CombineOptions, CombineResult } from "./lib/combine.ts";

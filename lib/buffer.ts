@@ -11,6 +11,7 @@ import { dispatch, type DispatchOptions, type DispatchResult } from "./dispatch.
 import { type DispatchLayout, getDispatchLayout } from "./dispatch_layout.ts";
 import { bf16FromF32, type DType, type TypedArrayOf } from "./dtype.ts";
 import { EpError } from "./error.ts";
+import { capture, type Graph, type Recorder } from "./graph.ts";
 import type { Group } from "./group/group.ts";
 import type { DispatchHandle } from "./handle.ts";
 import {
@@ -24,13 +25,13 @@ import {
 } from "./low_latency.ts";
 import { fill } from "./memory.ts";
 import { checkLive, type Payload } from "./payload.ts";
+import { bufferPlan, type BufferPlanOptions, type LaunchPlan } from "./launch_plan.ts";
 import type { ResolvedOptions } from "./plan.ts";
 import type { EpEvent, Stream } from "./stream.ts";
 import type { Tensor } from "./tensor.ts";
 
 const maskStruct = struct("deepep_mask_args");
 const recoverStruct = struct("deepep_buffer_recover_args");
-const barrierStruct = struct("deepep_barrier_args");
 
 /** Counters of a buffer. */
 export interface BufferStats {
@@ -104,7 +105,15 @@ export class EpBuffer implements AsyncDisposable {
   }
   /** What the device can do. */
   get capabilities(): Capabilities {
-    return this.#core.device.capabilities();
+    return this.#core.capabilities;
+  }
+  /** Multiprocessors that an operation uses unless it says; 0 on cpu. */
+  get numSms(): number {
+    return this.#core.info().num_sms;
+  }
+  /** Ranks that share this rank's device, itself included. */
+  get ranksOnDevice(): number {
+    return this.#core.info().ranks_on_device;
   }
   /** The buffer's own compute stream: the default of every `stream` option. */
   get stream(): Stream {
@@ -183,11 +192,47 @@ export class EpBuffer implements AsyncDisposable {
   }
   /** Enqueues a barrier of all unmasked ranks. Collective. `await` the event to wait on the host. */
   barrier(options: OperationOptions = {}): EpEvent {
-    return this.#core.collective("BARRIER", () => {
-      const operation = this.#core.operation("barrier", options, 0);
-      this.#core.launch("deepep_barrier", barrierStruct, {}, operation);
-      return operation.event;
-    });
+    return this.#core.barrier(options);
+  }
+
+  /**
+   * Records the operations that `record` makes on `stream`, instead of running them, as a CUDA graph. `record` is
+   * synchronous and gets the operations as functions that are, too; nothing can be awaited or read in it. When it throws,
+   * the capture ends, what it made is released, and the error goes on. Dispatches take a slot each, which their results hold
+   * until they are released. Tensors that the operations use must stay; rows and routing are read from
+   * them at every replay. Not collective, but its replays are.
+   *
+   * @throws {EpError} `unsupported` on a backend without graphs
+   *
+   * @example
+   * ```ts
+   * import type { EpBuffer, Tensor } from "@deepep/deepep";
+   *
+   * async function replayed(buffer: EpBuffer, x: Tensor<"bf16">, topkIdx: Tensor<"i32">, batches: Uint16Array[]) {
+   *   using graph = buffer.capture(buffer.stream, (operations) => {
+   *     const recv = operations.dispatch(x, { topkIdx });
+   *     return { recv, out: operations.combine(recv.x, recv.handle) };
+   *   });
+   *   using recv = graph.results.recv, out = graph.results.out;
+   *   for (const rows of batches) {
+   *     x.write(rows);
+   *     graph.launch();
+   *     console.log(recv.counts.numRows.address, await out.x.read());
+   *   }
+   * }
+   * ```
+   */
+  capture<T>(stream: Stream, record: (operations: Recorder) => T): Graph<T> {
+    return capture(this.#core, stream, record);
+  }
+
+  /**
+   * How a dispatch or combine would be launched: blocks, warps, shared memory. `formatLaunchPlan` makes a line of it.
+   *
+   * @throws {EpError} `unsupported` on the cpu backend, `invalidArgument` when `numSms` does not fit beside the ranks of the device
+   */
+  plan(options: BufferPlanOptions): LaunchPlan {
+    return bufferPlan(this.#core, options);
   }
 
   // --- memory

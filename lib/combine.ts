@@ -84,6 +84,7 @@ function enqueue(core: Core, y: Tensor, handle: DispatchHandle, o: CombineOption
   };
   flat(core, "combine", "out", o.out, ["bf16"], tokens);
   const slot = handle.slotIndex;
+  if (slot < 0) core.needsNoCapture("combine a released result");
   const operation = core.operation("combine", o, 0), { event } = operation;
   const made: Tensor[] = [];
   const release = () => made.forEach((tensor) => tensor.release());
@@ -108,7 +109,7 @@ function enqueue(core: Core, y: Tensor, handle: DispatchHandle, o: CombineOption
     release();
     throw error;
   }
-  if (o.out?.hold) o.out.hold.producer = event;
+  core.writes(o.out?.hold, event);
   return { x, topkWeights: backWeights, event, [Symbol.dispose]: release };
 }
 

@@ -153,20 +153,26 @@ export async function connect(group: Group, options: BufferOptions): Promise<{ c
       device.end("deepep_buffer_connect", native, "create");
       return true;
     });
-    return { core: new Core(device, native, resolved!), reason };
+    return { core: new Core(device, native, resolved!, deviceIndex(device, group, options)), reason };
   } catch (error) {
     if (native !== 0n) device.end("deepep_buffer_destroy", native, "create");
     throw error;
   }
 }
 
+/** The device of a rank. */
+function deviceIndex(device: Device, group: Group, options: BufferOptions): number {
+  if (options.device !== undefined || device.backend === "cpu") return whole("device", options.device ?? 0, 0, 65_535);
+  return group.localRank % Math.max(1, device.capabilities().numDevices);
+}
+
 function create(device: Device, group: Group, options: BufferOptions, resolved: ResolvedOptions): bigint {
   const { timeoutMs = 0, numSms = 0 } = options;
-  const ownDevice = device.backend === "cpu" ? 0 : group.localRank % device.capabilities().numDevices;
+  const index = deviceIndex(device, group, options);
   const args = packOptions(resolved, {
     flags: options.maskOnTimeout ? constants.BUFFER.MASK_ON_TIMEOUT[0] : 0,
     rank: group.rank,
-    device: whole("device", options.device ?? ownDevice, 0, 65_535),
+    device: index,
     timeout_ms: whole("timeoutMs", timeoutMs, 0, 86_400_000),
     num_sms: whole("numSms", numSms, 0, 65_535),
     queue: device.queue,

@@ -5,9 +5,11 @@
  */
 import { constants, type StructName } from "./ffi/abi.ts";
 import { struct, type StructCodec, type StructInput } from "./ffi/struct.ts";
-import type { CallName, Device } from "./device.ts";
+import type { CallName, Capabilities, Device } from "./device.ts";
 import type { DType } from "./dtype.ts";
 import { EpError, nativeCode } from "./error.ts";
+import type { Captured } from "./graph.ts";
+import type { SharedRouting } from "./handle.ts";
 import { allocTensor, copy, free, readTensor, writeTensor } from "./memory.ts";
 import type { ResolvedOptions } from "./plan.ts";
 import { EpEvent, type EventOwner, Stream, streamAddress } from "./stream.ts";
@@ -19,6 +21,7 @@ const eventStruct = struct("deepep_event_args");
 const releaseStruct = struct("deepep_slot_release_args");
 const outputStruct = struct("deepep_expert_output_args");
 const refuseStruct = struct("deepep_refuse_args");
+const barrierStruct = struct("deepep_barrier_args");
 const infoStruct: StructCodec<"deepep_buffer_info"> = struct("deepep_buffer_info");
 
 /** Options that every operation takes. */
@@ -71,6 +74,12 @@ export class Core implements EventOwner, TensorOwner {
   readonly stream: Stream;
   readonly commStream: Stream;
   readonly idleEvents: bigint[] = [];
+  /** Graphs that were not released. */
+  readonly graphs = new Set<Disposable>();
+  /** The capture that is open, if one is: then operations are recorded instead of run. */
+  captured: Captured | undefined;
+  /** What the device can do. */
+  readonly capabilities: Capabilities;
   readonly #outputs = new Map<number, bigint>();
   readonly #holders = new Map<number, Holder>();
   readonly #pending = new Set<Promise<unknown>>();
@@ -82,8 +91,9 @@ export class Core implements EventOwner, TensorOwner {
   /** Where memory is freed that operations may still use. */
   #reclaim: Stream | undefined;
 
-  constructor(device: Device, native: bigint, options: ResolvedOptions) {
+  constructor(device: Device, native: bigint, options: ResolvedOptions, deviceIndex = 0) {
     this.device = device;
+    this.capabilities = device.capabilities(deviceIndex);
     this.native = native;
     this.options = options;
     const info = this.info();
@@ -126,6 +136,7 @@ export class Core implements EventOwner, TensorOwner {
       if ("counts_id" in values) this.device.forget(values.counts_id as bigint);
       throw error;
     }
+    if (this.captured) return;
     this.#latest = {
       event,
       waits: fields.flags & constants.FLAG.ASYNC_FINISH[0] ? undefined : fields.stream,
@@ -134,7 +145,7 @@ export class Core implements EventOwner, TensorOwner {
 
   /**
    * Makes a collective call. When this rank refuses it, the peers are told: the call counts as made and fails on every
-   * rank, instead of leaving the others waiting and the ranks one call apart.
+   * rank, instead of leaving the others waiting and the ranks one call apart. A call that is captured is not made yet.
    */
   collective<T>(op: keyof typeof constants.OP, launch: () => T): T {
     try {
@@ -146,7 +157,7 @@ export class Core implements EventOwner, TensorOwner {
   }
 
   #refuse(op: keyof typeof constants.OP, error: unknown): void {
-    if (this.#closing) return;
+    if (this.#closing || this.captured) return;
     refuseStruct.pack({ op: constants.OP[op][0], code: nativeCode(error) });
     try {
       this.call("deepep_refuse", refuseStruct, "refuse");
@@ -197,17 +208,27 @@ export class Core implements EventOwner, TensorOwner {
   }
 
   #mark(stream: Stream): EpEvent {
+    return this.#captureEvent(new EpEvent(this, this.#recorded(stream), "event", this.captured ? "captured" : 0n));
+  }
+
+  #recorded(stream: Stream): bigint {
     const native = this.#event();
     eventStruct.pack({ stream: streamAddress("record an event", stream) });
     this.device.call("deepep_event_record", native, eventStruct, "event");
-    return new EpEvent(this, native, "event", 0n);
+    return native;
+  }
+
+  #captureEvent(event: EpEvent): EpEvent {
+    this.captured?.events.push(event);
+    return event;
   }
 
   /** Fields and event for an operation `op` that is about to be enqueued. */
   operation(op: string, options: OperationOptions, flags: number): Operation {
     this.open(op);
     const { timeoutMs = 0, numSms = 0, previousEvent } = options;
-    const stream = streamAddress(op, options.stream ?? this.stream);
+    const { captured } = this;
+    const stream = streamAddress(op, options.stream ?? captured?.stream ?? this.stream);
     if (!(Number.isSafeInteger(timeoutMs) && timeoutMs >= 0 && timeoutMs <= 86_400_000)) {
       throw new RangeError(`Cannot ${op}: timeoutMs is ${timeoutMs}, needs 0 to 86400000`);
     }
@@ -217,12 +238,12 @@ export class Core implements EventOwner, TensorOwner {
     if (previousEvent !== undefined && !(previousEvent instanceof EpEvent)) {
       throw new TypeError(`Cannot ${op}: previousEvent is no event`);
     }
-    this.device.sweep();
-    const native = this.#event(), id = this.device.nextId();
+    if (!captured) this.device.sweep();
+    const native = this.#event(), id = captured ? 0n : this.device.nextId();
     this.#numCalls++;
     return {
       op,
-      event: new EpEvent(this, native, op, id),
+      event: this.#captureEvent(new EpEvent(this, native, op, captured ? "captured" : id)),
       fields: {
         stream,
         previous_event: previousEvent?.address ?? 0n,
@@ -247,6 +268,63 @@ export class Core implements EventOwner, TensorOwner {
     }
   }
 
+  /** Enqueues a barrier of all unmasked ranks. */
+  barrier(options: OperationOptions): EpEvent {
+    return this.collective("BARRIER", () => {
+      const operation = this.operation("barrier", options, 0);
+      this.launch("deepep_barrier", barrierStruct, {}, operation);
+      return operation.event;
+    });
+  }
+
+  // --- captures: graph.ts makes them
+
+  /** Enqueues a replay of a graph. */
+  launchGraph(graph: bigint, stream: Stream, args: StructCodec<"deepep_graph_args">): EpEvent {
+    const address = streamAddress("launch a graph", stream);
+    this.needsNoCapture("launch a graph");
+    this.device.sweep();
+    const id = this.device.nextId();
+    try {
+      args.pack({ stream: address, done_id: id });
+      this.device.call("deepep_graph_launch", graph, args, "graph");
+    } catch (error) {
+      this.device.forget(id);
+      throw error;
+    }
+    const event = new EpEvent(this, this.#recorded(stream), "graph", id);
+    this.#latest = { event, waits: address };
+    return event;
+  }
+
+  /** Throws while a capture is open: `doing` needs the host, or would not be part of a replay. */
+  needsNoCapture(doing: string): void {
+    if (!this.captured) return;
+    throw new EpError(`Cannot ${doing} in a capture: do it before or after`, {
+      code: "invalidArgument",
+      op: "graph",
+      rank: this.rank,
+    });
+  }
+
+  /** Notes memory that an operation uses, for the graph that is being captured, if one is. */
+  uses(hold: Hold): void {
+    this.captured?.used.add(hold);
+  }
+  /** Notes which operation writes some memory, so that who reads it hears of its failure. */
+  writes(hold: Hold | undefined, event: EpEvent): void {
+    if (!hold) return;
+    hold.producer = event;
+    this.captured?.used.add(hold);
+    this.captured?.written.add(hold);
+  }
+  /** Keeps a native handle for the graph that is being captured, if one is. */
+  keeps(routing: SharedRouting): void {
+    if (!this.captured || this.captured.routings.has(routing)) return;
+    this.captured.routings.add(routing);
+    routing.users++;
+  }
+
   // --- slots
 
   /** Throws when every slot is held, naming the holders; -1 lets the library choose. */
@@ -258,7 +336,16 @@ export class Core implements EventOwner, TensorOwner {
         { code: "noFreeSlot", op, rank: this.rank, expected: this.options.numSlots, seen: this.#holders.size },
       );
     }
-    return -1;
+    if (!this.captured) return -1;
+    // A graph fills the same slot at every replay, so a captured call names it.
+    for (let slot = 0; slot < this.options.numSlots; slot++) {
+      if (this.captured.freeSlots >> slot & 1 && !this.#holders.has(slot)) return slot;
+    }
+    throw new EpError(`Cannot ${op}: no slot was free when the capture began`, {
+      code: "noFreeSlot",
+      op,
+      rank: this.rank,
+    });
   }
 
   /** Notes who holds a slot that the library has just taken. */
@@ -298,7 +385,9 @@ export class Core implements EventOwner, TensorOwner {
 
   /** A new tensor of this buffer's device. */
   alloc<D extends DType>(dtype: D, shape: readonly number[], producer?: EpEvent): Tensor<D> {
-    return allocTensor(this, dtype, shape, producer);
+    const tensor = allocTensor(this, dtype, shape);
+    if (producer) this.writes(tensor.hold, producer);
+    return tensor;
   }
   freeTensor(address: bigint, stream: Stream = this.stream): void {
     if (!this.#closing) free(this, address, "DEVICE", this.#afterOperations(stream)); // else it went with the buffer
@@ -351,6 +440,7 @@ export class Core implements EventOwner, TensorOwner {
     this.#holders.clear();
     await Promise.allSettled(rest);
     while (this.#pending.size > 0) await Promise.allSettled([...this.#pending]);
+    for (const graph of this.graphs) graph[Symbol.dispose]();
     this.idleEvents.length = 0;
     this.device.end("deepep_buffer_destroy", this.native, "close");
   }

@@ -42,6 +42,10 @@ export interface Capabilities {
   readonly computeCapability: number;
   /** Memory of the device, bytes. */
   readonly totalBytes: number;
+  /** Version of the CUDA driver, as in `"13.0"`; empty for cpu. */
+  readonly driverVersion: string;
+  /** Whether processes share the device through CUDA MPS; several ranks on one GPU in several processes need it. */
+  readonly mps: boolean;
   /** Largest number of ranks. */
   readonly maxRanks: number;
   /** Bits of `DEEPEP_FEATURE_*`. */
@@ -142,6 +146,13 @@ export class Device {
     return this.#completions.wait(id);
   }
 
+  /** The failure that the completion `id` came with, after reading the queue; 0 for none, or none yet. */
+  statusOf(id: bigint): number {
+    if (id === 0n) return 0;
+    this.#completions.poll();
+    return this.#completions.statusOf(id);
+  }
+
   /** Takes completions that nobody waits for off the queue, so that a program that never awaits does not grow it. */
   sweep(): void {
     this.#completions.poll();
@@ -152,6 +163,12 @@ export class Device {
     statusStruct.pack({ id });
     const code = this.#symbols.deepep_get_status(buffer, statusStruct.bytes, errorStruct.reset());
     if (code === status) return fromNative(errorStruct.read(), op);
+    // Operations that a graph replays have no ids: their record is the latest.
+    if (op === "graph") {
+      statusStruct.pack({ id: 0n });
+      const latest = this.#symbols.deepep_get_status(buffer, statusStruct.bytes, errorStruct.reset());
+      if (latest === status) return fromNative(errorStruct.read(), op);
+    }
     // The record has gone with the buffer, or made room for later ones; the completion's status is left.
     const word = errorCode(status);
     return new EpError(`Cannot finish ${op}: it failed with ${word}; its record is gone`, { code: word, op });
@@ -169,6 +186,10 @@ export class Device {
       numSms: c.num_sms,
       computeCapability: c.compute_capability,
       totalBytes: Number(c.total_bytes),
+      driverVersion: c.driver_version === 0
+        ? ""
+        : `${Math.floor(c.driver_version / 1000)}.${Math.floor(c.driver_version % 1000 / 10)}`,
+      mps: c.mps === 1,
       maxRanks: c.max_ranks,
       features: c.features,
     };
@@ -205,7 +226,7 @@ export async function openBest(options: DeviceOptions = {}): Promise<{ device: D
     }
     try {
       const device = await openDevice(backend, options);
-      device.capabilities();
+      if (device.capabilities().numDevices === 0) throw new LibraryError("it sees no device");
       return {
         device,
         reason: tried.length === 0 ? `${backend} works here` : tried.map(({ short }) => `no ${short}`).join("; "),

@@ -204,14 +204,15 @@ function enqueue(core: Core, x: Payload, o: DispatchOptions) {
   const expert_stats = flat(core, "dispatch", "expertStats", o.expertStats, ["i32"], [core.numLocalExperts]);
   const cached = o.handle?.use(core, "dispatch");
   const known = o.handle?.counts;
-  const sync = o.cpuSync ?? known === undefined;
+  const sync = o.cpuSync ?? (known === undefined && !core.captured);
+  if (sync) core.needsNoCapture("dispatch with cpuSync");
   const slotWanted = core.wantSlot("dispatch");
   const operation = core.operation(
     "dispatch",
     o,
     flags |
       (o.zeroPadding ? FLAG.ZERO_PADDING[0] : 0) | (o.scalesColumnMajor ? FLAG.SCALES_COLUMN_MAJOR[0] : 0) |
-      (sync || known ? 0 : FLAG.NO_CPU_SYNC[0]),
+      (sync || known && !core.captured ? 0 : FLAG.NO_CPU_SYNC[0]),
   );
   const native = cached ?? createHandle(core, fields.num_tokens, fields.num_topk, operation);
   const counts_id = sync ? core.device.nextId() : 0n;
@@ -240,24 +241,40 @@ export async function dispatch<X extends Payload>(
   x: X,
   o: DispatchOptions = {},
 ): Promise<DispatchResult<X>> {
-  const { operation, native, cached, known, sync, counts_id, facts } = core.collective(
-    "DISPATCH",
-    () => enqueue(core, x, o),
-  );
+  const sent = core.collective("DISPATCH", () => enqueue(core, x, o)), taken = take(core, sent);
+  if (!sent.sync) return finish(core, x, o, sent, taken, sent.known);
+  try {
+    await core.completed(sent.counts_id, "dispatch");
+  } catch (error) {
+    core.releaseSlot(taken.slot.index, taken.slot.hold);
+    if (sent.cached === undefined) core.device.end("deepep_handle_destroy", sent.native, "dispatch");
+    throw error;
+  }
+  return finish(core, x, o, sent, taken, readCounts(core, taken.out.host_counts));
+}
+
+/** Records a dispatch in a capture: nothing is known of its counts, so there is nothing to await. */
+export function captureDispatch<X extends Payload>(core: Core, x: X, o: DispatchOptions): DispatchResult<X> {
+  const sent = core.collective("DISPATCH", () => enqueue(core, x, o));
+  return finish(core, x, o, sent, take(core, sent), sent.known);
+}
+
+/** Reads what the call wrote, before another call does, and holds its slot. */
+function take(core: Core, { operation }: ReturnType<typeof enqueue>) {
   const out = dispatchStruct.outputs();
   const slot: HeldSlot = { index: out.slot, hold: core.holdSlot(out.slot, "dispatch") };
-  slot.hold.producer = operation.event;
-  let host: RecvCounts | undefined = known;
-  if (sync) {
-    try {
-      await core.completed(counts_id, "dispatch");
-    } catch (error) {
-      core.releaseSlot(slot.index, slot.hold);
-      if (cached === undefined) core.device.end("deepep_handle_destroy", native, "dispatch");
-      throw error;
-    }
-    host = readCounts(core, out.host_counts);
-  }
+  core.writes(slot.hold, operation.event);
+  return { out, slot };
+}
+
+function finish<X extends Payload>(
+  core: Core,
+  x: X,
+  o: DispatchOptions,
+  { operation, native, facts }: ReturnType<typeof enqueue>,
+  { out, slot }: ReturnType<typeof take>,
+  host: RecvCounts | undefined,
+): DispatchResult<X> {
   const handle = o.handle?.withSlot(slot, host) ?? new DispatchHandle(core, { native, users: 0 }, slot, {
     ...facts,
     counts: host,

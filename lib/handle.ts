@@ -41,6 +41,12 @@ export interface SharedRouting {
   users: number;
 }
 
+/** One user less; the last one frees the native handle. */
+export function dropRouting(core: Core, routing: SharedRouting): void {
+  if (--routing.users > 0 || core.closed) return;
+  core.device.end("deepep_handle_destroy", routing.native, "release");
+}
+
 /** What a handle knows of its dispatch. */
 export type HandleFacts = Pick<
   DispatchHandle,
@@ -82,6 +88,7 @@ export class DispatchHandle implements Disposable {
     this.counts = facts.counts;
     this.topkIdxDtype = facts.topkIdxDtype;
     routing.users++;
+    core.keeps(routing);
   }
 
   /** @ignore The same routing with the slot of a cached dispatch, and the counts if the host knows them by now. */
@@ -109,6 +116,7 @@ export class DispatchHandle implements Disposable {
         op,
       });
     }
+    core.keeps(this.#routing);
     return this.#routing.native;
   }
 
@@ -145,8 +153,7 @@ export class DispatchHandle implements Disposable {
   release(): void {
     if (this.#released) return;
     this.#released = true;
-    if (--this.#routing.users > 0 || this.#core.closed) return;
-    this.#core.device.end("deepep_handle_destroy", this.#routing.native, "release");
+    dropRouting(this.#core, this.#routing);
   }
   /** {@linkcode release}. */
   [Symbol.dispose](): void {
@@ -176,7 +183,7 @@ export abstract class SlotResult implements Disposable {
   /** @ignore The receiving half was enqueued. */
   protected arrives(event: EpEvent): void {
     this.#event = event;
-    this.slot.hold.producer = event;
+    this.core.writes(this.slot.hold, event);
   }
 
   /** Whether the slot was given back. */

@@ -238,7 +238,7 @@ function enqueueDispatch<X extends Payload, O extends LowLatencyDispatchOptions>
   core.launch("deepep_low_latency_dispatch", dispatchStruct, values, operation);
   const out = dispatchStruct.outputs();
   const hold = core.holdSlot(out.slot, "low-latency dispatch");
-  hold.producer = operation.event;
+  core.writes(hold, operation.event);
   const slot: HeldSlot = { index: out.slot, hold }, held = { hold };
   const receive = new Receive(core, operation, out.slot, o, { expertStats: o.expertStats, waitStats: o.waitStats });
   return new LowLatencyResult(core, slot, receive, {
@@ -251,6 +251,13 @@ function enqueueDispatch<X extends Payload, O extends LowLatencyDispatchOptions>
 
 function needsLowLatency(core: Core, op: string): void {
   core.open(op);
+  if ((core.capabilities.features & constants.FEATURE.LOW_LATENCY[0]) === 0) {
+    throw new EpError(`Cannot ${op}: the ${core.device.backend} backend of this version has no low-latency mode`, {
+      code: "unsupported",
+      op,
+      rank: core.rank,
+    });
+  }
   if (core.options.maxLowLatencyTokensPerRank === 0) {
     throw new EpError(`Cannot ${op}: the buffer was created without maxLowLatencyTokensPerRank`, {
       code: "unsupported",
@@ -311,10 +318,12 @@ export interface LowLatencyCombineOptions extends OperationOptions {
 export class LowLatencyCombineResult implements Disposable {
   /** bf16 `[numTokens, hidden]`: the weighted sums. Yours: release it (unless you gave it as `out`). */
   readonly x: Tensor<"bf16">;
+  readonly #core: Core;
   readonly #receive: Receive;
   readonly #release: () => void;
   /** @ignore */
-  constructor(x: Tensor<"bf16">, receive: Receive, release: () => void) {
+  constructor(core: Core, x: Tensor<"bf16">, receive: Receive, release: () => void) {
+    this.#core = core;
     this.x = x;
     this.#receive = receive;
     this.#release = release;
@@ -326,7 +335,7 @@ export class LowLatencyCombineResult implements Disposable {
   /** With `recvHook`: enqueues the receiving half, once; else does nothing. Returns the event of the result. */
   hook(): EpEvent {
     const event = this.#receive.hook();
-    if (this.x.hold) this.x.hold.producer = event;
+    this.#core.writes(this.x.hold, event);
     return event;
   }
   /** Waits on the host until the result is there. @throws {EpError} when the operation failed */
@@ -375,9 +384,10 @@ function enqueueCombine(core: Core, y: Tensor, o: LowLatencyCombineOptions): Low
     release();
     throw error;
   }
-  if (o.out?.hold) o.out.hold.producer = operation.event;
+  core.writes(o.out?.hold, operation.event);
   const out = made ?? o.out!, { topkIdx, topkWeights, waitStats } = o;
   return new LowLatencyCombineResult(
+    core,
     out,
     new Receive(core, operation, slot, o, { out, topkIdx, topkWeights, waitStats }),
     release,

@@ -7,7 +7,7 @@ import { constants } from "./ffi/abi.ts";
 import { struct } from "./ffi/struct.ts";
 import type { Core } from "./core.ts";
 import { type DType, itemSize } from "./dtype.ts";
-import { type EpEvent, type Stream, streamAddress } from "./stream.ts";
+import { type Stream, streamAddress } from "./stream.ts";
 import { type Hold, Tensor } from "./tensor.ts";
 
 const allocStruct = struct("deepep_alloc_args");
@@ -28,20 +28,15 @@ export function free(core: Core, address: bigint, kind: Kind, stream?: Stream): 
   core.call("deepep_free", allocStruct, "free");
 }
 
-/** A new tensor, written by the operation of `producer` if there is one. */
-export function allocTensor<D extends DType>(
-  core: Core,
-  dtype: D,
-  shape: readonly number[],
-  producer?: EpEvent,
-): Tensor<D> {
+/** A new tensor. */
+export function allocTensor<D extends DType>(core: Core, dtype: D, shape: readonly number[]): Tensor<D> {
   core.open("allocate a tensor");
   if (!(dtype in itemSize)) throw new TypeError(`Cannot allocate a tensor: unknown dtype ${String(dtype)}`);
   if (!shape.every((n) => Number.isSafeInteger(n) && n >= 0)) {
     throw new RangeError(`Cannot allocate a tensor: shape is [${shape.join(", ")}]`);
   }
   const bytes = shape.reduce((a, b) => a * b, itemSize[dtype]);
-  const hold: Hold = { owner: core, alive: true, ...(producer ? { producer } : {}) };
+  const hold: Hold = { owner: core, alive: true };
   return new Tensor(alloc(core, bytes, "DEVICE"), dtype, shape, { hold, owns: true });
 }
 
@@ -67,6 +62,7 @@ export function fill(core: Core, tensor: Tensor, value: number, stream: Stream =
 /** Row-major bytes of a tensor, as they are when `stream` has come so far. */
 export async function readTensor(core: Core, tensor: Tensor, stream: Stream): Promise<ArrayBuffer> {
   core.open("read a tensor");
+  core.needsNoCapture("read a tensor");
   const span = spanOf(tensor), bytes = new ArrayBuffer(span);
   if (span > 0) {
     const staging = alloc(core, span, "HOST"), id = core.device.nextId();
@@ -88,6 +84,7 @@ export async function readTensor(core: Core, tensor: Tensor, stream: Stream): Pr
 /** Enqueues the writing of a contiguous tensor. `data` may be changed as soon as this returns. */
 export function writeTensor(core: Core, tensor: Tensor, data: ArrayBufferView, stream: Stream): void {
   core.open("write a tensor");
+  core.needsNoCapture("write a tensor");
   if (data.byteLength === 0) return;
   const staging = alloc(core, data.byteLength, "HOST");
   try {

@@ -29,6 +29,7 @@ export function checkLive(core: Core, op: string, name: string, tensor: Tensor):
   if (tensor.released) {
     throw new EpError(`Cannot ${op}: ${name} was given back by ${tensor.hold!.released}`, { code: "closed", op });
   }
+  if (tensor.hold) core.uses(tensor.hold);
 }
 
 /** Checks that a tensor may be used by an operation on `core`. */

@@ -4,9 +4,11 @@
  * by every operation.
  */
 import type { Device } from "./device.ts";
+import { EpError } from "./error.ts";
 import { struct } from "./ffi/struct.ts";
 
 const eventStruct = struct("deepep_event_args");
+const elapsedStruct = struct("deepep_event_elapsed_args");
 
 /** A stream of a device: work enqueued on it runs in order. */
 export class Stream {
@@ -53,11 +55,14 @@ export class EpEvent implements PromiseLike<void> {
   readonly address: bigint;
   readonly #owner: EventOwner;
   readonly #op: string;
-  readonly #id: bigint;
+  readonly #id: bigint | "captured";
   #settled: Promise<void> | undefined;
 
-  /** @ignore Operations and `buffer.record()` make events. `id` is the operation's completion id, 0 for none. */
-  constructor(owner: EventOwner, address: bigint, op: string, id: bigint) {
+  /**
+   * @ignore Operations and `buffer.record()` make events. `id` is the operation's completion id, 0 for none; an operation
+   * that was captured completes with each replay of its graph, never by itself.
+   */
+  constructor(owner: EventOwner, address: bigint, op: string, id: bigint | "captured") {
     this.#owner = owner;
     this.address = address;
     this.#op = op;
@@ -79,14 +84,28 @@ export class EpEvent implements PromiseLike<void> {
     return eventStruct.get("done") === 1;
   }
 
+  /**
+   * Milliseconds from `earlier`'s point to this one, as the device measured them. Both must have been reached: `await` them,
+   * or see `done`. The resolution is about a microsecond.
+   *
+   * @throws {EpError} `invalidArgument` when one of the points has not been reached yet
+   */
+  elapsedSince(earlier: EpEvent): number {
+    if (!(earlier instanceof EpEvent)) throw new TypeError("Cannot measure a time: earlier is no event");
+    elapsedStruct.pack({ since: earlier.address });
+    this.#owner.device.call("deepep_event_elapsed", this.address, elapsedStruct, "event");
+    return Number(elapsedStruct.get("elapsed_ns")) / 1e6;
+  }
+
   /** Throws the failure of the operation, if it has ended in one. Does not wait. */
   check(): void {
+    if (this.#id === "captured") return; // its failures are those of the replays
+    const { device, native } = this.#owner;
     eventStruct.pack({});
-    this.#owner.device.call("deepep_event_query", this.address, eventStruct, "event");
-    const status = eventStruct.get("status");
-    if (eventStruct.get("done") === 1 && status !== 0) {
-      throw this.#owner.device.failure(this.#owner.native, this.#id, this.#op, status);
-    }
+    device.call("deepep_event_query", this.address, eventStruct, "event");
+    if (eventStruct.get("done") !== 1) return;
+    const status = eventStruct.get("status") || device.statusOf(this.#id);
+    if (status !== 0) throw device.failure(native, this.#id, this.#op, status);
   }
 
   /** Resolves when the point is reached. @throws {EpError} when the operation failed */
@@ -99,6 +118,12 @@ export class EpEvent implements PromiseLike<void> {
 
   async #wait(): Promise<void> {
     const { device, native } = this.#owner;
+    if (this.#id === "captured") {
+      throw new EpError(
+        `Cannot wait for the end of a captured ${this.#op}: it orders streams inside the capture; await what graph.launch() returns`,
+        { code: "invalidArgument", op: this.#op },
+      );
+    }
     const id = this.#id || device.nextId();
     if (this.#id === 0n) {
       try {

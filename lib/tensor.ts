@@ -40,16 +40,18 @@ export function rowMajor(shape: readonly number[]): number[] {
 }
 
 // Only warns: memory is given back by `release()`, never by the collector, because streams may still use it.
-const forgotten = new FinalizationRegistry<{ what: string; owner: TensorOwner | undefined }>(({ what, owner }) => {
-  if (owner?.closed) return;
-  const times = (forgottenTimes.get(what) ?? 0) + 1;
-  forgottenTimes.set(what, times);
-  // A loop that forgets says it once, and again after ten, a hundred, a thousand times.
-  if (Number.isInteger(Math.log10(times))) {
-    const count = times === 1 ? "" : `, ${times} times now`;
-    console.warn(`deepep: ${what} was never released${count}; declare it with "using", or call release()`);
-  }
-});
+/** @ignore */
+export const forgotten: FinalizationRegistry<{ what: string; owner: TensorOwner | undefined }> =
+  new FinalizationRegistry(({ what, owner }) => {
+    if (owner?.closed) return;
+    const times = (forgottenTimes.get(what) ?? 0) + 1;
+    forgottenTimes.set(what, times);
+    // A loop that forgets says it once, and again after ten, a hundred, a thousand times.
+    if (Number.isInteger(Math.log10(times))) {
+      const count = times === 1 ? "" : `, ${times} times now`;
+      console.warn(`deepep: ${what} was never released${count}; declare it with "using", or call release()`);
+    }
+  });
 const forgottenTimes = new Map<string, number>();
 
 /** A view of device memory. Shapes are in elements, strides too; addresses are 64-bit. */

@@ -109,6 +109,11 @@ export class Completions implements AsyncDisposable {
     return waiting.promise;
   }
 
+  /** The status of an id that has completed, as far as the queue was read; OK when it has not. Does not wait. */
+  statusOf(id: bigint): number {
+    return this.#failures.get(id) ?? OK;
+  }
+
   /** Drops an id whose call failed, and tells who waits for it CLOSED. */
   forget(id: bigint): void {
     this.#finish(id, CLOSED);

@@ -1,0 +1,134 @@
+/**
+ * Launch plans: how an operation is cut into blocks, warps and pieces of rows on a GPU. In: shapes and topology. Out: what
+ * the library would launch, from the same function that it asks before each launch; no device is needed. Called by
+ * `EpBuffer.plan`, by the bench, and by anyone who wants to print it.
+ */
+import { constants } from "./ffi/abi.ts";
+import { struct, type StructInput } from "./ffi/struct.ts";
+import type { Core } from "./core.ts";
+import { type Backend, type Device, openDevice } from "./device.ts";
+import type { RowLayout } from "./handle.ts";
+
+const planStruct = struct("deepep_plan_args");
+
+/** What `EpBuffer.plan` is asked. */
+export interface BufferPlanOptions {
+  /** The operation. */
+  op: "dispatch" | "combine";
+  /** Payload bytes a row. Default: the buffer's `2 * hidden` (bf16). */
+  rowBytes?: number;
+  /** Row layout. Default `"rank"`. */
+  layout?: RowLayout;
+  /** Multiprocessors asked for. Default: the buffer's. */
+  numSms?: number;
+}
+
+/** What {@linkcode launchPlan} is asked: the same, with the shapes and topology that a buffer would know. */
+export interface LaunchPlanOptions extends BufferPlanOptions {
+  /** Payload bytes a row. */
+  rowBytes: number;
+  /** Ranks in the group. */
+  numRanks: number;
+  /** Experts a token. */
+  numTopk: number;
+  /** Multiprocessors of the device. */
+  deviceSms: number;
+  /** Ranks that share the device. Default 1. */
+  ranksOnDevice?: number;
+  /** 10 * major + minor. */
+  computeCapability: number;
+  /** Shared memory that a block can have, bytes. Default 232448, that of compute capability 9.0 and 10.0. */
+  sharedBytes?: number;
+  /** The library that is asked. Default `"cuda"`. */
+  backend?: Backend;
+  /** Library file, instead of the one that ships with the package. */
+  library?: string;
+}
+
+/** How an operation is launched. */
+export interface LaunchPlan {
+  /** The operation. */
+  readonly op: "dispatch" | "combine";
+  /** Payload bytes a row. */
+  readonly rowBytes: number;
+  /** Rows a token becomes at most. */
+  readonly hops: number;
+  /** Multiprocessors used: one block each. */
+  readonly numSms: number;
+  /** Warps a block. */
+  readonly warps: number;
+  /** Pieces of rows that a warp has under way. */
+  readonly stages: number;
+  /** Bytes of a piece of a row. */
+  readonly chunkBytes: number;
+  /** Shared memory a block uses, bytes. */
+  readonly blockBytes: number;
+  /** Bulk copies by the tensor memory accelerator; otherwise loads and stores. */
+  readonly tma: boolean;
+}
+
+function ask(
+  device: Device,
+  buffer: bigint,
+  o: BufferPlanOptions,
+  values: StructInput<"deepep_plan_args"> & { row_bytes: number; hops: number },
+): LaunchPlan {
+  if (o.op !== "dispatch" && o.op !== "combine") {
+    throw new RangeError(`Cannot plan: op is ${JSON.stringify(o.op)}, needs "dispatch" or "combine"`);
+  }
+  planStruct.pack({ ...values, op: constants.OP[o.op === "dispatch" ? "DISPATCH" : "COMBINE"][0] });
+  device.call("deepep_plan", buffer, planStruct, "plan");
+  const { sms, warps, stages, chunk_bytes, block_bytes, tma } = planStruct.read();
+  return {
+    op: o.op,
+    rowBytes: values.row_bytes,
+    hops: values.hops,
+    numSms: sms,
+    warps,
+    stages,
+    chunkBytes: chunk_bytes,
+    blockBytes: block_bytes,
+    tma: tma === 1,
+  };
+}
+
+/** Rows a token becomes at most: one a rank that it goes to, or one an expert. Without top-k it may go to every rank. */
+const hopsOf = (layout: RowLayout | undefined, numRanks: number, numTopk: number): number =>
+  layout === "expert" ? numTopk : numTopk === 0 ? numRanks : Math.min(numRanks, numTopk);
+
+/** The plan of an operation on a buffer. */
+export function bufferPlan(core: Core, o: BufferPlanOptions): LaunchPlan {
+  core.open("plan");
+  const { numTopk, hidden } = core.options;
+  return ask(core.device, core.native, o, {
+    row_bytes: o.rowBytes ?? 2 * hidden,
+    hops: hopsOf(o.layout, core.numRanks, numTopk),
+    num_sms: o.numSms ?? core.info().num_sms,
+  });
+}
+
+/**
+ * The plan of an operation anywhere: a pure function of its arguments, computed by the library, without a device.
+ *
+ * @throws {LibraryError} when the library cannot be found or loaded
+ * @throws {EpError} `unsupported` on the cpu backend, `invalidArgument` when `numSms` does not fit beside the ranks of the device
+ */
+export async function launchPlan(o: LaunchPlanOptions): Promise<LaunchPlan> {
+  const device = await openDevice(o.backend ?? "cuda", { path: o.library });
+  return ask(device, 0n, o, {
+    row_bytes: o.rowBytes,
+    hops: hopsOf(o.layout, o.numRanks, o.numTopk),
+    num_sms: o.numSms ?? 0,
+    device_sms: o.deviceSms,
+    ranks_on_device: o.ranksOnDevice ?? 1,
+    compute_capability: o.computeCapability,
+    shared_bytes: o.sharedBytes ?? 232_448,
+  });
+}
+
+/** One line for people. */
+export function formatLaunchPlan(plan: LaunchPlan): string {
+  const how = plan.tma ? "TMA" : "loads and stores";
+  return `${plan.op}: ${plan.numSms} SMs x ${plan.warps} warps, rows of ${plan.rowBytes} B to at most ${plan.hops} places ` +
+    `in pieces of ${plan.chunkBytes} B, ${plan.stages} under way a warp, ${plan.blockBytes} B shared a block, by ${how}`;
+}
