@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "../abi/deepep.h"
+
 namespace deepep {
 
 // Why. `a` and `b` of a Finding mean what stands beside each.
@@ -17,10 +19,11 @@ enum class Reason : int32_t {
   no_routing,         // the handle's dispatch has failed
   no_rows_given,      // combine: neither x nor a slot; seen = rows
   own_refusal,        // deepep_refuse: a = the code that was given
-  late_message,       // the four waits that can time out (code TIMEOUT) or lose their peer (PEER_LOST); peer
+  late_message,       // the waits that can time out (code TIMEOUT) or lose their peer (PEER_LOST); peer
   late_rows,
   late_view,
   late_reader,
+  late_output,        // low-latency combine
   gave_up,            // peer = the culprit, a = the rank that gave up, b = its code, expected = its epoch
   elsewhere,          // peer makes another call: seen = its op
   refused,            // peer refused the call: a = its code
@@ -49,7 +52,10 @@ struct Finding {
   int64_t waited_ns = 0;
 };
 
-// True when a failure leaves the buffer good: nothing was left half-way.
-constexpr bool is_harmless(int32_t code);
+// True when the code alone says that nothing was left half-way. Finding::agreed says it for the others.
+constexpr bool is_harmless(int32_t code) {
+  return code == DEEPEP_ERROR_INVALID_ARGUMENT || code == DEEPEP_ERROR_UNSUPPORTED || code == DEEPEP_ERROR_CAPACITY ||
+         code == DEEPEP_ERROR_MISMATCH || code == DEEPEP_ERROR_NEEDS_RECOVERY;
+}
 
 }  // namespace deepep

@@ -28,11 +28,12 @@ struct DeviceState {
   uint64_t launches;      // kernels with a grid-wide meeting so far: names a verdict
   uint64_t num_blocks;    // sum of their grids: counters of meetings only grow
   uint64_t arrivals[kNumBarriers];
-  uint64_t verdict;       // launches << 2 | Verdict
-  uint64_t bad_entry;     // position + 1 of the first wrong topk_idx entry of a call, as ~: 0 = none
+  uint64_t verdict;       // of the running kernel: collective.cuh
+  uint64_t bad_entry;     // of the running call: ~position of the first wrong topk_idx entry; 0 = none
   uint64_t combine_epoch[kMaxSlots];  // of the last combine that used the slot's expert-output region
-  uint64_t view;          // ranks that take part in the running call
+  uint64_t view;          // ranks that take part in the running call, and the slot that each uses
   uint32_t peer_slots[DEEPEP_MAX_RANKS];
+  uint64_t num_rows;      // this rank's rows in the running call, padding included
   int64_t wait_ns[2][DEEPEP_MAX_RANKS];
   uint64_t num_dispatches, num_combines, rows_sent, bytes_sent, rows_pulled, num_failures;
   Finding finding;        // of the running call
@@ -63,11 +64,15 @@ struct Injection {
 };
 constexpr uint32_t kNumPhases = 6;
 
+// Rows of scratch before the blocks' counts: where this rank's rows begin on every rank (by rank or expert); where the groups
+// of this rank's own experts begin, and how many entries each has (expert layout).
+constexpr uint32_t kScratchRows = 3;
+
 // What every kernel of an operation gets.
 struct CallParams {
   DeviceState* state;
   HostState* host;             // its address on the device
-  uint32_t* block_counts;      // scratch: u32 [multiprocessors, num_ranks + num_experts]
+  uint32_t* scratch;           // u32 [kScratchRows + multiprocessors, num_ranks + num_experts]: see below
   uint8_t* symmetric[DEEPEP_MAX_RANKS];  // by rank
   Regions regions;
   Options options;
@@ -124,6 +129,7 @@ struct CombineParams {
   uint32_t has_slot;          // the caller named the slot; otherwise x must be given where there are rows
   uint32_t reserved;
   Plan plan;
+  Plan copy;                  // of the rows that are copied into the slot; launch_combine() makes it
 };
 
 // Barrier and refusal: nothing but messages.

@@ -1,0 +1,591 @@
+// Dispatch: counts first, then each row straight to its final place on every destination rank. One kernel.
+//
+// In: DispatchParams. Out: rows in the peers' slots and in this rank's, counts on the device and on the host. Phases: NOTIFY (count,
+// exchange messages, check), SEND (push), ARRIVE (wait for everyone's pushes). protocol.hpp says why two synchronisations
+// suffice. While the leader waits for messages, the other blocks work out the places of their tokens; when it goes, every block
+// pushes its own run of tokens. Graph-safe. Caller: launch_dispatch().
+#pragma once
+
+#include "rows.cuh"
+#include "rows_push.cuh"
+
+namespace deepep {
+
+// Where a slot's received tensors lie, on any rank.
+struct SlotView {
+  uint8_t* x;
+  uint8_t* scales;
+  uint8_t* topk_idx;
+  float* topk_weights;
+  int32_t* src_idx;
+};
+
+__device__ inline SlotView slot_view(const CallParams& p, uint8_t* slot) {
+  const Regions& r = p.regions;
+  return {slot + r.recv_x, slot + r.recv_scales, slot + r.recv_topk_idx, reinterpret_cast<float*>(slot + r.recv_topk_weights),
+          reinterpret_cast<int32_t*>(slot + r.recv_src_idx)};
+}
+
+// How scale elements are copied: in units of 1 to 16 bytes, the largest that every address allows.
+struct ScaleUnits {
+  uint32_t bytes;        // of a unit
+  uint32_t count;        // units a row
+  uint32_t per_element;
+  uint64_t from_stride, to_stride;  // from element to element
+
+  __device__ uint64_t from(uint32_t unit) const { return unit / per_element * from_stride + unit % per_element * bytes; }
+  __device__ uint64_t to(uint32_t unit) const { return unit / per_element * to_stride + unit % per_element * bytes; }
+};
+
+__device__ inline ScaleUnits scale_units(const deepep_dispatch_args& args) {
+  const uint32_t elem = args.scale_elem_bytes;
+  // Contiguous on both sides: a row is one large element.
+  const bool dense = args.scales_elem_stride == elem && args.recv_scales_elem_stride == elem;
+  const uint32_t element_bytes = dense ? elem * args.num_scales : elem;
+  const uint32_t elements = dense ? 1 : args.num_scales;
+  const uint64_t all = element_bytes | args.scales | args.scales_row_stride | args.recv_scales_row_stride |
+                       (dense ? 0 : args.scales_elem_stride | args.recv_scales_elem_stride);
+  uint32_t bytes = 16;
+  while (all % bytes != 0) bytes /= 2;
+  return {bytes, elements * (element_bytes / bytes), element_bytes / bytes, args.scales_elem_stride, args.recv_scales_elem_stride};
+}
+
+__device__ inline uint4 load_unit(const uint8_t* address, uint32_t bytes) {
+  switch (bytes) {
+    case 16: return *reinterpret_cast<const uint4*>(address);
+    case 8: {
+      const uint2 v = *reinterpret_cast<const uint2*>(address);
+      return {v.x, v.y, 0, 0};
+    }
+    case 4: return {*reinterpret_cast<const uint32_t*>(address), 0, 0, 0};
+    case 2: return {*reinterpret_cast<const uint16_t*>(address), 0, 0, 0};
+  }
+  return {*address, 0, 0, 0};
+}
+
+__device__ inline void store_unit(uint8_t* address, const uint4& v, uint32_t bytes) {
+  switch (bytes) {
+    case 16: *reinterpret_cast<uint4*>(address) = v; return;
+    case 8: *reinterpret_cast<uint2*>(address) = {v.x, v.y}; return;
+    case 4: *reinterpret_cast<uint32_t*>(address) = v.x; return;
+    case 2: *reinterpret_cast<uint16_t*>(address) = static_cast<uint16_t>(v.x); return;
+  }
+  *address = static_cast<uint8_t>(v.x);
+}
+
+// The slots of all ranks, as a block pushes to them.
+struct DispatchShared {
+  CallShared call;
+  uint64_t left_out;                    // leader: ranks whose rows will not come
+  uint8_t* slots[DEEPEP_MAX_RANKS];
+};
+
+struct Dispatch {
+  const DispatchParams& params;
+  DispatchShared& s;
+  uint8_t* shared;
+
+  __device__ const CallParams& p() const { return params.call; }
+  __device__ bool cached() const { return (params.args.flags & DEEPEP_FLAG_CACHED) != 0; }
+  __device__ bool by_expert() const { return params.routing.layout == DEEPEP_LAYOUT_EXPERT; }
+  __device__ RoutingInput input() const {
+    return {reinterpret_cast<const void*>(params.args.topk_idx), reinterpret_cast<const uint8_t*>(params.args.is_token_in_rank),
+            params.routing.topk_idx_bytes, params.routing.num_tokens, params.routing.num_topk};
+  }
+  __device__ const float* weights() const { return reinterpret_cast<const float*>(params.args.topk_weights); }
+
+  // ---- NOTIFY
+
+  __device__ void agree(uint32_t (&agreed)[kNumAgreed]) const {
+    const deepep_dispatch_args& args = params.args;
+    const RoutingParams& routing = params.routing;
+    agreed[kAgreedOp] = DEEPEP_OP_DISPATCH;
+    agreed[kAgreedLayout] = routing.layout;
+    agreed[kAgreedExpertAlignment] = routing.expert_alignment;
+    agreed[kAgreedRowBytes] = args.row_bytes;
+    agreed[kAgreedNumScales] = args.num_scales;
+    agreed[kAgreedScaleElemBytes] = args.num_scales != 0 ? args.scale_elem_bytes : 0;
+    agreed[kAgreedNumTopk] = routing.num_topk;
+    agreed[kAgreedTopkIdxBytes] = routing.num_topk > 0 ? routing.topk_idx_bytes : 0;
+    agreed[kAgreedTopkWeights] = args.topk_weights != 0 ? 1 : routing.num_tokens == 0 ? kNoOpinion : 0;
+    agreed[kAgreedCached] = cached() ? 1 : 0;
+    agreed[kAgreedFlags] = args.flags & DEEPEP_FLAG_SCALES_COLUMN_MAJOR;
+    agreed[kAgreedMaskOnTimeout] = p().mask_on_timeout;
+    agreed[kAgreedRouting] = cached() ? static_cast<uint32_t>(routing.header->epoch) : 0;
+  }
+
+  // Leader's block: what this rank finds wrong in its own routing, before it says anything.
+  __device__ void check_routing() {
+    if (threadIdx.x >= kWarpLanes) return;
+    Leader leader(p(), s.call);
+    if (cached()) {
+      if (params.routing.header->valid == 0) leader.refuse(DEEPEP_ERROR_INVALID_ARGUMENT, Reason::no_routing);
+      return;
+    }
+    const uint64_t bad = load_relaxed_gpu(&p().state->bad_entry);
+    if (bad == 0) return;
+    const RoutingInput from = input();
+    Finding finding;
+    finding.a = static_cast<int32_t>(~bad / from.num_topk);
+    finding.b = static_cast<int32_t>(~bad % from.num_topk);
+    finding.expected = p().options.num_experts;
+    finding.seen = from.raw(~bad);
+    leader.refuse(DEEPEP_ERROR_INVALID_ARGUMENT, Reason::bad_entry, finding);
+  }
+
+  // Leader's block: num_tokens_per_expert of a routing by is_token_in_rank.
+  __device__ void check_expert_counts(const int32_t* per_expert) {
+    constexpr int32_t most = DEEPEP_MAX_TOKENS * DEEPEP_MAX_TOPK;
+    for (uint32_t e = threadIdx.x; e < p().options.num_experts; e += blockDim.x) {
+      if (per_expert[e] < 0 || per_expert[e] > most) max_relaxed_gpu(&p().state->bad_entry, ~uint64_t{e});
+    }
+    __syncthreads();
+    const uint64_t bad = load_relaxed_gpu(&p().state->bad_entry);
+    if (bad == 0 || threadIdx.x >= kWarpLanes) return;
+    Finding finding;
+    finding.a = static_cast<int32_t>(~bad);
+    finding.seen = per_expert[~bad];
+    Leader(p(), s.call).refuse(DEEPEP_ERROR_INVALID_ARGUMENT, Reason::bad_expert_count, finding);
+  }
+
+  // Leader's block: puts this rank's counts into its messages.
+  __device__ void store_counts(const int32_t* per_expert) {
+    const uint32_t ranks = p().options.num_ranks, columns = ranks + p().options.num_experts;
+    for (uint32_t i = threadIdx.x; i < columns; i += blockDim.x) {
+      uint32_t sum = counted_before(p(), gridDim.x, i);
+      if (i >= ranks && per_expert != nullptr) sum = static_cast<uint32_t>(per_expert[i - ranks]);
+      for (uint32_t peer = 0; peer < ranks; ++peer) {
+        if (in_view(s.call.masked, peer)) continue;
+        message_counts(message_at(p().symmetric[peer], p().regions, p().rank, s.call.epoch))[i] = sum;
+      }
+    }
+  }
+
+  // Leader's block: takes the count matrix out of the messages, which the ring will reuse.
+  __device__ void keep_counts() {
+    const uint32_t ranks = p().options.num_ranks, experts = p().options.num_experts, columns = ranks + experts;
+    for (uint32_t i = threadIdx.x; i < ranks * columns; i += blockDim.x) {
+      const uint32_t src = i / columns, column = i % columns;
+      const uint32_t* counts = message_counts(message_at(own_memory(p()), p().regions, src, s.call.epoch));
+      const uint32_t count = in_view(s.call.view, src) ? counts[column] : 0;
+      if (column < ranks) params.routing.tokens[src * ranks + column] = count;
+      else params.routing.entries[src * experts + (column - ranks)] = count;
+    }
+  }
+
+  // Leader's block. Every rank has the whole matrix, so every rank fails alike, before a row has moved.
+  __device__ void check_capacity(const RowTables& tables) {
+    if (threadIdx.x >= kWarpLanes) return;
+    for (uint32_t dst = 0; dst < p().options.num_ranks; ++dst) {
+      if (!in_view(s.call.view, dst) || tables.rows[dst] <= p().options.max_recv_tokens) continue;
+      Finding finding;
+      finding.peer = static_cast<int32_t>(dst);
+      finding.expected = p().options.max_recv_tokens;
+      finding.seen = static_cast<int64_t>(tables.rows[dst]);
+      Leader(p(), s.call).refuse(DEEPEP_ERROR_CAPACITY, Reason::capacity, finding);
+      return;
+    }
+  }
+
+  // The leader's block until it goes or stops.
+  __device__ void lead(const CountTables& tables) {
+    const bool leads = threadIdx.x < kWarpLanes;
+    Leader leader(p(), s.call);
+    bool entered = true;
+    if (leads) entered = leader.enter(DEEPEP_PHASE_NOTIFY);
+    const auto* per_expert = reinterpret_cast<const int32_t*>(params.args.num_tokens_per_expert);
+    if (!cached()) {
+      wait_for_blocks(p(), s.call, kMeetCounted, true);
+      if (threadIdx.x == 0) release_blocks(p(), s.call, kStepCounted, s.call.code == 0);
+    }
+    if (__syncthreads_or(leads && !entered)) {  // Silent, as deepep_inject told it: nothing is said to the peers.
+      if (threadIdx.x == 0) release_blocks(p(), s.call, kStepGo, false);
+      return;
+    }
+    check_routing();
+    if (!cached() && params.args.topk_idx == 0 && per_expert != nullptr) check_expert_counts(per_expert);
+    __syncthreads();
+    if (!cached() && s.call.code == 0) store_counts(per_expert);
+    __syncthreads();
+    uint32_t agreed[kNumAgreed];
+    agree(agreed);
+    if (leads) leader.publish_all(agreed, params.routing.num_tokens);
+    __syncthreads();
+    if (!cached() && s.call.code == 0) place_block(p(), input(), tables, by_expert(), params.routing);
+    __syncthreads();
+    bool came = true;
+    if (leads) came = leader.gather(agreed, 0, true);
+    if (!__syncthreads_or(leads && !came)) {
+      if (!cached()) keep_counts();
+      __syncthreads();
+      const RowTables rows = row_tables(p(), shared);
+      find_row_bases(p(), params.routing, s.call.view, rows);
+      check_capacity(rows);
+      __syncthreads();
+      if (leads && s.call.code == 0) {
+        if (threadIdx.x == 0) {
+          params.routing.header->view = s.call.view;
+          if (!cached()) params.routing.header->epoch = s.call.epoch;
+        }
+        leader.enter(DEEPEP_PHASE_SEND);
+      }
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) release_blocks(p(), s.call, kStepGo, s.call.code == 0);
+  }
+
+  // True when rows may be pushed. By all threads.
+  __device__ bool notify() {
+    const CountTables tables = count_tables(p(), shared, shared_bytes(), by_expert());
+    if (!cached()) {
+      // Until this dispatch has succeeded the handle holds no routing.
+      if (is_leader() && threadIdx.x == 0) params.routing.header->valid = 0;
+      if (!s.call.skipped) {
+        count_block(p(), input(), tables, by_expert(), params.routing.experts);
+        arrive(p(), kMeetCounted);
+      }
+    }
+    if (s.call.skipped) return false;
+    if (is_leader()) lead(tables);
+    else if (!cached() && await_leader(p(), s.call, kStepCounted)) place_block(p(), input(), tables, by_expert(), params.routing);
+    return await_leader(p(), s.call, kStepGo);
+  }
+
+  __device__ uint32_t shared_bytes() const { return params.plan.block_bytes; }
+
+  // ---- counts for the user
+
+  __device__ void store_count(uint64_t i, int32_t value) const {
+    reinterpret_cast<int32_t*>(params.args.recv_num_rows)[i] = value;
+    reinterpret_cast<int32_t*>(params.args.host_counts)[i] = value;
+  }
+
+  // Leader's block: the counts, on the device and on the host, which is told at once.
+  __device__ void fill_counts() {
+    const CountMatrix matrix = matrix_of(p(), params.routing, s.call.view);
+    const uint32_t ranks = p().options.num_ranks;
+    auto* stats = reinterpret_cast<int32_t*>(params.args.expert_stats);
+    for (uint32_t e = threadIdx.x; e < p().num_local_experts; e += blockDim.x) {
+      const uint32_t entries = entries_before(matrix, ranks, p().first_expert + e);
+      store_count(2 + e, static_cast<int32_t>(align_up(entries, params.routing.expert_alignment)));
+      if (stats != nullptr) stats[e] += static_cast<int32_t>(entries);
+    }
+    for (uint32_t src = threadIdx.x; src < ranks; src += blockDim.x) {
+      const uint32_t tokens = in_view(s.call.view, src) ? matrix.tokens[src * ranks + p().rank] : 0;
+      store_count(2 + p().num_local_experts + src, static_cast<int32_t>(tokens));
+    }
+    if (threadIdx.x == 0) {
+      store_count(0, static_cast<int32_t>(tokens_before(matrix, ranks, p().rank)));
+      store_count(1, static_cast<int32_t>(p().state->num_rows));
+    }
+    __syncthreads();
+    // Pairs with the host's poll, which reads host_counts afterwards.
+    if (threadIdx.x == 0 && p().seq != 0) store_release_sys(&p().host->counts_seq, p().seq);
+  }
+
+  // Nothing came: whoever works by the counts, without asking how the call ended, finds no rows of an earlier one.
+  __device__ void clear_counts() {
+    const uint32_t num_counts = 2 + p().num_local_experts + p().options.num_ranks;
+    for (uint32_t i = threadIdx.x; i < num_counts; i += blockDim.x) store_count(i, 0);
+    __syncthreads();
+  }
+
+  // ---- SEND
+
+  __device__ void put_index(uint8_t* topk_idx, uint64_t i, int32_t value) const {
+    if (params.routing.topk_idx_bytes == 4) reinterpret_cast<int32_t*>(topk_idx)[i] = value;
+    else reinterpret_cast<int64_t*>(topk_idx)[i] = value;
+  }
+
+  // One warp: -1 source index and no weight in a row that nobody fills; with `payload_too` zeros in x and scales.
+  __device__ void clear_row(const SlotView& here, uint64_t row, bool payload_too) const {
+    const uint32_t lane = threadIdx.x % kWarpLanes;
+    const uint32_t num_topk = params.routing.num_topk;
+    const uint32_t weights_a_row = by_expert() ? 1 : num_topk;
+    if (lane == 0) here.src_idx[row] = -1;
+    if (!by_expert() && lane < num_topk) put_index(here.topk_idx, row * num_topk + lane, -1);
+    if (params.args.recv_topk_weights != 0 && lane < weights_a_row) here.topk_weights[row * weights_a_row + lane] = 0.0f;
+    if (!payload_too) return;
+    auto* x = reinterpret_cast<uint4*>(here.x + row * params.args.row_bytes);
+    for (uint32_t i = lane; i < params.args.row_bytes / 16; i += kWarpLanes) x[i] = {0, 0, 0, 0};
+    if (params.args.num_scales == 0) return;
+    const ScaleUnits units = scale_units(params.args);
+    for (uint32_t unit = lane; unit < units.count; unit += kWarpLanes) {
+      store_unit(here.scales + row * params.args.recv_scales_row_stride + units.to(unit), {0, 0, 0, 0}, units.bytes);
+    }
+  }
+
+  // Warps `first`, `first` + `step`, …: clears rows begin … end - 1.
+  __device__ void clear_rows(const SlotView& here, uint64_t begin, uint64_t end, uint32_t first, uint32_t step,
+                             bool payload_too) const {
+    for (uint64_t row = begin + first; row < end; row += step) clear_row(here, row, payload_too);
+  }
+
+  // The rows of this rank's slot that no rank pushes to. All blocks share them.
+  __device__ void clear_padding() const {
+    const SlotView here = slot_view(p(), s.slots[p().rank]);
+    const uint32_t warps = blockDim.x / kWarpLanes;
+    const uint32_t warp = blockIdx.x * warps + threadIdx.x / kWarpLanes;
+    if (by_expert()) {
+      const uint32_t alignment = params.routing.expert_alignment;
+      for (uint32_t e = 0; alignment > 1 && e < p().num_local_experts; ++e) {
+        const uint64_t begin = __ldcg(group_begins(p()) + e), entries = __ldcg(group_entries(p()) + e);
+        clear_rows(here, begin + entries, begin + align_up(entries, alignment), warp, gridDim.x * warps,
+                   (params.args.flags & DEEPEP_FLAG_ZERO_PADDING) != 0);
+      }
+    } else if ((params.args.flags & DEEPEP_FLAG_NO_CPU_SYNC) != 0 && params.routing.num_topk > 0) {
+      // -1 is all ones in either width.
+      const uint64_t row_words = uint64_t{params.routing.num_topk} * params.routing.topk_idx_bytes / 4;
+      auto* words = reinterpret_cast<uint32_t*>(here.topk_idx);
+      const uint64_t begin = __ldcg(&p().state->num_rows) * row_words, end = p().options.max_recv_tokens * row_words;
+      for (uint64_t i = begin + blockIdx.x * blockDim.x + threadIdx.x; i < end; i += uint64_t{gridDim.x} * blockDim.x) {
+        words[i] = 0xffffffff;
+      }
+    }
+  }
+
+  // A row that a token becomes.
+  struct Row {
+    uint8_t* slot;  // nullptr = none
+    uint32_t rank;
+    uint64_t row;
+  };
+  __device__ Row row_of(uint32_t token, uint32_t hop) const {
+    if (hop >= params.routing.width) return {};
+    const DeviceHop to = params.routing.hops[uint64_t{token} * params.routing.width + hop];
+    if (to.key < 0) return {};
+    const auto key = static_cast<uint32_t>(to.key);
+    const uint32_t rank = by_expert() ? expert_rank(key, p().options.num_experts, p().options.num_ranks) : key;
+    if (!in_view(s.call.view, rank)) return {};
+    return {s.slots[rank], rank, uint64_t{row_bases(p())[key]} + to.index};
+  }
+
+  // One warp: what travels beside the rows of a token: scales, source index, top-k.
+  __device__ void put_beside(uint32_t token) const {
+    const uint32_t lane = threadIdx.x % kWarpLanes;
+    const uint32_t num_topk = params.routing.num_topk;
+    const uint64_t entry = uint64_t{token} * num_topk + lane;
+    const bool has_entry = lane < num_topk;
+    const float weight = has_entry && weights() != nullptr ? weights()[entry] : 0.0f;
+    const int32_t expert = has_entry ? params.routing.experts[entry] : -1;
+    const int32_t source = static_cast<int32_t>(p().rank * p().options.max_tokens_per_rank + token);
+    const uint32_t owner =
+        expert >= 0 ? expert_rank(static_cast<uint32_t>(expert), p().options.num_experts, p().options.num_ranks) : ~0u;
+    for (uint32_t first = 0; first < params.routing.width; first += kWarpLanes) {
+      const Row mine = row_of(token, first + lane);
+      if (mine.slot != nullptr) {
+        const SlotView to = slot_view(p(), mine.slot);
+        to.src_idx[mine.row] = source;
+        if (by_expert() && weights() != nullptr) to.topk_weights[mine.row] = weight;  // hop k is entry k
+      }
+      uint32_t rows = __ballot_sync(kAllLanes, mine.slot != nullptr);
+      if (by_expert() && params.args.num_scales == 0) continue;
+      for (; rows != 0; rows &= rows - 1) {
+        const int from = __ffs(static_cast<int>(rows)) - 1;
+        const uint32_t rank = __shfl_sync(kAllLanes, mine.rank, from);
+        const uint64_t row = __shfl_sync(kAllLanes, mine.row, from);
+        const SlotView to = slot_view(p(), s.slots[rank]);
+        put_scales(to, row, token);
+        if (by_expert() || !has_entry) continue;
+        const bool here = owner == rank;
+        const auto first_expert = static_cast<int32_t>(local_experts(p().options.num_experts, p().options.num_ranks, rank).first);
+        put_index(to.topk_idx, row * num_topk + lane, here ? expert - first_expert : -1);
+        if (weights() != nullptr) to.topk_weights[row * num_topk + lane] = here ? weight : 0.0f;
+      }
+      __syncwarp();
+    }
+  }
+
+  __device__ void put_scales(const SlotView& to, uint64_t row, uint32_t token) const {
+    if (params.args.num_scales == 0) return;
+    const ScaleUnits units = scale_units(params.args);
+    const auto* from = reinterpret_cast<const uint8_t*>(params.args.scales) + token * params.args.scales_row_stride;
+    uint8_t* scales = to.scales + row * params.args.recv_scales_row_stride;
+    for (uint32_t unit = threadIdx.x % kWarpLanes; unit < units.count; unit += kWarpLanes) {
+      store_unit(scales + units.to(unit), load_unit(from + units.from(unit), units.bytes), units.bytes);
+    }
+  }
+
+  // Whether a peer has left this rank out, as one lane for each rank sees it; the leader makes the failure of it at the end.
+  __device__ bool must_stop() const {
+    const uint32_t lane = threadIdx.x % kWarpLanes;
+    bool stop = false;
+    for (uint32_t from = lane; from < p().options.num_ranks; from += kWarpLanes) {
+      if (from == p().rank) continue;
+      // Pairs with announce() of that rank.
+      const Abort abort = abort_from_word(load_acquire_sys(abort_at(own_memory(p()), p().regions, from)));
+      stop = stop || (abort.culprit == p().rank && abort.epoch != 0 && abort.epoch <= s.call.epoch &&
+                      abort.epoch > s.call.base_epoch && in_view(s.call.view, from));
+    }
+    return __any_sync(kAllLanes, stop);
+  }
+
+  template <bool kTma>
+  __device__ void send(uint64_t* barriers) {
+    const TokenRange tokens = block_tokens(params.routing.num_tokens);
+    if (threadIdx.x / kWarpLanes >= params.plan.warps) return;
+    const PushRows rows = {.x = reinterpret_cast<const uint8_t*>(params.args.x),
+                           .x_stride = params.args.x_stride,
+                           .row_bytes = params.args.row_bytes,
+                           .hops = params.routing.width,
+                           .begin = tokens.begin,
+                           .end = tokens.end,
+                           .plan = params.plan};
+    uint32_t looks = 0;
+    bool stopped = false;
+    const auto to = [&](uint32_t token, uint32_t hop) -> uint8_t* {
+      if (looks++ % kTokensBetweenLooks == 0) stopped = stopped || must_stop();
+      const Row row = row_of(token, hop);
+      return stopped || row.slot == nullptr ? nullptr
+                                            : row.slot + p().regions.recv_x + row.row * params.args.row_bytes;
+    };
+    push_rows<kTma>(rows, shared, barriers, to, [&](uint32_t token) {
+      if (!stopped) put_beside(token);
+    });
+  }
+  static constexpr uint32_t kTokensBetweenLooks = 16;
+
+  // What every block needs to know before it pushes.
+  __device__ void find_slots() {
+    const DeviceState& state = *p().state;
+    if (threadIdx.x == 0) s.call.view = __ldcg(&state.view);
+    for (uint32_t rank = threadIdx.x; rank < p().options.num_ranks; rank += blockDim.x) {
+      s.slots[rank] = p().symmetric[rank] + slot_offset(p().regions, __ldcg(&state.peer_slots[rank]));
+    }
+    // The counting has used the shared memory that bulk copies will write.
+    if constexpr (kHasTma) fence_proxy_async_shared();
+    __syncthreads();
+  }
+
+  // ---- ARRIVE: leader's block, when all blocks have pushed
+
+  // This rank's rows are in place: tells the ranks in the view.
+  __device__ void announce_pushed(const Leader& leader) const {
+    for (uint32_t dst = leader.lane; dst < p().options.num_ranks; dst += kWarpLanes) {
+      if (dst == p().rank || !in_view(s.call.view, dst)) continue;
+      const uint32_t slot = p().state->peer_slots[dst];
+      store_relaxed_sys(slot_word_at(p().symmetric[dst], p().regions.pushed_view, p().rank, slot), s.call.view);
+      // Pairs with the wait in wait_pushed() of `dst`.
+      store_release_sys(slot_word_at(p().symmetric[dst], p().regions.pushed, p().rank, slot), s.call.epoch);
+    }
+    __syncwarp();
+  }
+
+  // Waits for everyone's rows. When a rank disappears between two looks, one rank may count it in and another not; their rows then
+  // have other places, so the call fails.
+  __device__ void wait_pushed(Leader& leader) {
+    if (!leader.enter(DEEPEP_PHASE_ARRIVE)) return;
+    leader.begin_waits();
+    const auto word = [&](uint64_t part, uint32_t src) { return slot_word_at(own_memory(p()), part, src, p().slot); };
+    const uint64_t came = leader.wait_for(s.call.view, {Reason::late_rows, s.call.epoch, 0, false},
+                                          [&](uint32_t src) { return word(p().regions.pushed, src); });
+    if (leader.failed()) return;
+    if (leader.lane == 0) s.left_out = s.call.view & ~came & ~rank_bit(p().rank);
+    const uint64_t torn = leader.ranks_where([&](uint32_t src) {
+      return in_view(came, src) && load_relaxed_sys(word(p().regions.pushed_view, src)) != s.call.view;
+    });
+    if (torn == 0) return;
+    const auto src = static_cast<uint32_t>(__ffsll(static_cast<long long>(torn)) - 1);
+    const uint64_t theirs = load_relaxed_sys(word(p().regions.pushed_view, src));
+    const auto peer = static_cast<uint32_t>(__ffsll(static_cast<long long>(theirs ^ s.call.view)) - 1);
+    Finding finding;
+    finding.code = DEEPEP_ERROR_ABORTED;
+    finding.reason = Reason::torn_view;
+    finding.peer = static_cast<int32_t>(peer);
+    finding.a = static_cast<int32_t>(in_view(s.call.view, peer) ? p().rank : src);
+    finding.b = static_cast<int32_t>(in_view(s.call.view, peer) ? src : p().rank);
+    finding.expected = static_cast<int64_t>(s.call.view);
+    finding.seen = static_cast<int64_t>(theirs);
+    leader.fail(finding);
+    leader.announce_failure();
+  }
+
+  // A rank that died between its counts and its rows: the places of its rows become padding, the others stay where they are,
+  // because every rank has computed with them.
+  __device__ void forget_rows_of(uint32_t src) {
+    const CountMatrix matrix = matrix_of(p(), params.routing, s.call.view);
+    const SlotView here = slot_view(p(), s.slots[p().rank]);
+    const uint32_t warp = threadIdx.x / kWarpLanes, warps = blockDim.x / kWarpLanes;
+    if (by_expert()) {
+      for (uint32_t e = 0; e < p().num_local_experts; ++e) {
+        const uint32_t expert = p().first_expert + e;
+        const uint64_t begin = __ldcg(group_begins(p()) + e);
+        clear_rows(here, begin + entries_before(matrix, src, expert), begin + entries_before(matrix, src + 1, expert), warp, warps,
+                   true);
+      }
+    } else {
+      clear_rows(here, tokens_before(matrix, src, p().rank), tokens_before(matrix, src + 1, p().rank), warp, warps, true);
+    }
+    // The host may be reading the counts, which were handed out before.
+    if (threadIdx.x == 0) store_count(2 + p().num_local_experts + src, 0);
+  }
+
+  // One warp: rows that this rank has sent.
+  __device__ uint64_t rows_sent() const {
+    const uint32_t lane = threadIdx.x % kWarpLanes;
+    const uint32_t ranks = p().options.num_ranks, experts = p().options.num_experts;
+    uint64_t sum = 0;
+    if (!by_expert()) {
+      for (uint32_t dst = lane; dst < ranks; dst += kWarpLanes) {
+        if (in_view(s.call.view, dst)) sum += params.routing.tokens[p().rank * ranks + dst];
+      }
+    } else {
+      for (uint32_t e = lane; e < experts; e += kWarpLanes) {
+        if (in_view(s.call.view, expert_rank(e, experts, ranks))) sum += params.routing.entries[p().rank * experts + e];
+      }
+    }
+    for (uint32_t step = kWarpLanes / 2; step != 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
+    return sum;
+  }
+
+  __device__ void finish(bool went) {
+    wait_for_blocks(p(), s.call, kMeetEnd, false);
+    if (threadIdx.x < kWarpLanes && went) {
+      Leader leader(p(), s.call);
+      if (leader.lane == 0) s.left_out = 0;
+      __syncwarp();
+      if (!leader.is_left_out()) {
+        announce_pushed(leader);
+        const uint64_t sent = rows_sent();
+        if (leader.lane == 0) {
+          p().state->rows_sent += sent;
+          p().state->bytes_sent += sent * (params.args.row_bytes + uint64_t{params.args.num_scales} * params.args.scale_elem_bytes);
+        }
+        wait_pushed(leader);
+      }
+    }
+    __syncthreads();
+    if (!went) {
+      clear_counts();
+    } else {
+      for (uint64_t rest = s.call.code == 0 ? s.left_out : 0; rest != 0; rest &= rest - 1) {
+        forget_rows_of(static_cast<uint32_t>(__ffsll(static_cast<long long>(rest)) - 1));
+      }
+    }
+    __syncthreads();
+    if (threadIdx.x != 0) return;
+    if (s.call.code == 0 && !s.call.skipped) params.routing.header->valid = 1;
+    call_end(p(), s.call, true, true);
+  }
+};
+
+// Dispatch of one rank. Collective; graph-safe. Block 0 leads.
+template <bool kTma>
+__global__ void __launch_bounds__(kMaxBlockThreads, 1) dispatch_kernel(const __grid_constant__ DispatchParams params) {
+  extern __shared__ __align__(128) uint8_t dynamic_shared[];
+  __shared__ DispatchShared s;
+  __shared__ uint64_t barriers[kMaxBarriers];
+  Dispatch dispatch{params, s, dynamic_shared};
+  call_begin(params.call, s.call, true, true);
+  const bool goes = dispatch.notify();
+  if (goes) {
+    dispatch.find_slots();
+    if (is_leader()) dispatch.fill_counts();
+    dispatch.clear_padding();
+    dispatch.template send<kTma>(barriers);
+  }
+  arrive(params.call, kMeetEnd);
+  if (is_leader()) dispatch.finish(goes);
+}
+
+}  // namespace deepep

@@ -1,0 +1,101 @@
+// The kernels' launches; see launch.hpp. Every kernel of the library is instantiated here, and only here.
+#include <algorithm>
+#include <iterator>
+
+#include "copy.cuh"
+#include "dispatch.cuh"
+#include "launch.hpp"
+#include "small.cuh"
+
+namespace deepep {
+namespace {
+
+constexpr uint32_t kCopyVectors = 4;
+
+const void* const kKernels[] = {
+    reinterpret_cast<const void*>(dispatch_kernel<true>),       reinterpret_cast<const void*>(dispatch_kernel<false>),
+    reinterpret_cast<const void*>(combine_kernel<true, false>), reinterpret_cast<const void*>(combine_kernel<true, true>),
+    reinterpret_cast<const void*>(combine_kernel<false, false>), reinterpret_cast<const void*>(combine_kernel<false, true>),
+    reinterpret_cast<const void*>(message_kernel),              reinterpret_cast<const void*>(readers_kernel),
+    reinterpret_cast<const void*>(layout_kernel),               reinterpret_cast<const void*>(update_kernel),
+    reinterpret_cast<const void*>(copy_kernel<kCopyVectors>),
+};
+constexpr size_t kNumWithDynamicShared = 6;  // the first of them
+
+// How rows are copied into the slot, with the warps and the memory of the reduction that follows.
+constexpr uint32_t kCopyChunkBytes = 4096;
+constexpr uint32_t kCopyStages = 4;
+
+template <class Params>
+cudaError_t launch(void (*kernel)(Params), const Params& params, uint32_t blocks, uint32_t threads, uint64_t shared,
+                   cudaStream_t stream) {
+  void* args[] = {const_cast<Params*>(&params)};
+  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads), args, shared, stream);
+}
+
+// A block of an operation needs room to count in, too.
+Plan with_room(Plan plan) {
+  plan.block_bytes = std::max(plan.block_bytes, static_cast<uint32_t>(kCountBytes));
+  return plan;
+}
+
+}  // namespace
+
+cudaError_t load_kernels() {
+  int device = 0, most = 0;
+  if (const cudaError_t error = cudaGetDevice(&device)) return error;
+  if (const cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return error;
+  for (size_t i = 0; i < std::size(kKernels); ++i) {
+    cudaFuncAttributes attributes;
+    if (const cudaError_t error = cudaFuncGetAttributes(&attributes, kKernels[i])) return error;
+    if (i >= kNumWithDynamicShared) continue;
+    const int dynamic = most - static_cast<int>(attributes.sharedSizeBytes);
+    if (const cudaError_t error = cudaFuncSetAttribute(kKernels[i], cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic)) {
+      return error;
+    }
+  }
+  return cudaSuccess;
+}
+
+cudaError_t launch_dispatch(const DispatchParams& given, cudaStream_t stream) {
+  DispatchParams params = given;
+  params.plan = with_room(params.plan);
+  const auto kernel = params.plan.tma != 0 ? dispatch_kernel<true> : dispatch_kernel<false>;
+  return launch(kernel, params, static_cast<uint32_t>(params.plan.sms), params.plan.warps * kWarpLanes, params.plan.block_bytes,
+                stream);
+}
+
+cudaError_t launch_combine(const CombineParams& given, cudaStream_t stream) {
+  CombineParams params = given;
+  params.plan = with_room(params.plan);
+  params.copy = push_plan(params.plan, params.args.hidden * 2, 1, kCopyChunkBytes, kCopyStages);
+  const bool weighted = params.args.weights != 0;
+  const auto kernel = params.plan.tma != 0 ? (weighted ? combine_kernel<true, true> : combine_kernel<true, false>)
+                                           : (weighted ? combine_kernel<false, true> : combine_kernel<false, false>);
+  return launch(kernel, params, static_cast<uint32_t>(params.plan.sms), params.plan.warps * kWarpLanes, params.plan.block_bytes,
+                stream);
+}
+
+cudaError_t launch_message(const MessageParams& params, cudaStream_t stream) {
+  return launch(message_kernel, params, 1, kSmallThreads, 0, stream);
+}
+
+cudaError_t launch_readers(const ReadersParams& params, cudaStream_t stream) {
+  return launch(readers_kernel, params, 1, kWarpLanes, 0, stream);
+}
+
+cudaError_t launch_layout(const LayoutParams& params, int32_t num_sms, cudaStream_t stream) {
+  return launch(layout_kernel, params, static_cast<uint32_t>(num_sms), kMaxBlockThreads, kCountBytes, stream);
+}
+
+cudaError_t launch_copy(void* dst, const void* src, uint64_t bytes, int32_t num_sms, cudaStream_t stream) {
+  copy_kernel<kCopyVectors><<<static_cast<uint32_t>(num_sms), kCopyThreads, 0, stream>>>(static_cast<uint8_t*>(dst),
+                                                                                        static_cast<const uint8_t*>(src), bytes);
+  return cudaGetLastError();
+}
+
+cudaError_t launch_update(const UpdateParams& params, cudaStream_t stream) {
+  return launch(update_kernel, params, 1, 1, 0, stream);
+}
+
+}  // namespace deepep
