@@ -51,7 +51,7 @@ int32_t deepep_buffer_get_info(uint64_t handle, deepep_buffer_info* args, deepep
 int32_t deepep_buffer_recover(uint64_t handle, const deepep_buffer_recover_args* args, deepep_error* error) {
   return cross("recover a buffer", DEEPEP_OP_NONE, error, [&](Call& call) {
     check(args);
-    find_buffer(call, handle)->recover(args->epoch, args->masked_ranks);
+    find_buffer(call, handle)->recover(*args);
   });
 }
 
@@ -66,9 +66,7 @@ int32_t deepep_buffer_destroy(uint64_t handle, deepep_error* error) {
 int32_t deepep_mask(uint64_t handle, const deepep_mask_args* args, deepep_error* error) {
   return cross("mask a rank", DEEPEP_OP_NONE, error, [&](Call& call) {
     check(args);
-    const auto buffer = find_buffer(call, handle);
-    if (args->masked > 1) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "masked is %u, at most 1", args->masked);
-    buffer->mask(args->rank, args->masked != 0);
+    find_buffer(call, handle)->mask(*args);
   });
 }
 
@@ -77,11 +75,8 @@ int32_t deepep_slot_release(uint64_t handle, const deepep_slot_release_args* arg
     check(args);
     const auto buffer = find_buffer(call, handle);
     const std::lock_guard lock(buffer->mutex);
-    buffer->check_usable();
-    buffer->held_slot(args->slot);
-    const std::shared_ptr<Record> readers_of_slot = args->stream ? present_work(*find_stream(args->stream)) : nullptr;
-    give_up_pending_combine(*buffer, args->slot);
-    buffer->give_slot(args->slot, readers_of_slot);
+    buffer->enter();
+    release_slot(*buffer, *args);
   });
 }
 
@@ -112,7 +107,7 @@ int32_t deepep_inject(uint64_t handle, const deepep_inject_args* args, deepep_er
     if (args->phase < DEEPEP_PHASE_NOTIFY || args->phase > DEEPEP_PHASE_REDUCE) {
       reject(DEEPEP_ERROR_INVALID_ARGUMENT, "phase is %d, %d … %d", args->phase, DEEPEP_PHASE_NOTIFY, DEEPEP_PHASE_REDUCE);
     }
-    buffer->set_injection(*args);
+    buffer->injections.set(*args);
   });
 }
 

@@ -1,70 +1,16 @@
-// The C ABI, part 1: the library itself, host memory and completion queues.
+// The C ABI, part 1: the library itself, its devices, host memory and completion queues.
 //
 // In: calls of any thread. Out: facts about this machine, copies, queues. Documentation is in deepep.h.
 
-#include <sched.h>
-#include <stdio.h>
 #include <string.h>
-#include <sys/sysinfo.h>
 
 #include "border.hpp"
+#include "operations.hpp"
 #include "queue.hpp"
 
 using namespace deepep;
 
 namespace {
-
-// The text after "<key>...: " in a file of /proc; false when there is none.
-bool proc_value(const char* path, const char* key, char* out, size_t capacity) {
-  FILE* const file = fopen(path, "re");
-  if (!file) return false;
-  char line[512];
-  bool found = false;
-  while (!found && fgets(line, sizeof line, file)) {
-    const char* const colon = strchr(line, ':');
-    if (strncmp(line, key, strlen(key)) != 0 || !colon) continue;
-    const char* const text = colon + 1 + strspn(colon + 1, " \t");
-    snprintf(out, capacity, "%.*s", static_cast<int>(strcspn(text, "\n")), text);
-    found = true;
-  }
-  fclose(file);
-  return found;
-}
-
-int32_t num_cores() {
-  cpu_set_t set;
-  CPU_ZERO(&set);
-  const int count = sched_getaffinity(0, sizeof set, &set) == 0 ? CPU_COUNT(&set) : get_nprocs();
-  return count > 0 ? count : 1;
-}
-
-void fill_capabilities(deepep_capabilities& out) {
-  out.abi_version = DEEPEP_ABI_VERSION;
-  out.backend = DEEPEP_BACKEND_CPU;
-  out.num_devices = 1;
-  out.features = DEEPEP_FEATURE_NORMAL | DEEPEP_FEATURE_LOW_LATENCY | DEEPEP_FEATURE_PROCESSES | DEEPEP_FEATURE_HOST_MEMORY |
-                 DEEPEP_FEATURE_INJECT;
-  out.max_ranks = DEEPEP_MAX_RANKS;
-  out.max_topk = DEEPEP_MAX_TOPK;
-  out.max_slots = DEEPEP_MAX_SLOTS;
-  out.num_sms = num_cores();
-  out.compute_capability = 0;
-  out.driver_version = 0;
-  out.total_bytes = out.free_bytes = 0;
-  struct sysinfo info = {};
-  if (sysinfo(&info) == 0) {
-    out.total_bytes = uint64_t{info.totalram} * info.mem_unit;
-    out.free_bytes = uint64_t{info.freeram} * info.mem_unit;
-  }
-  // What the kernel could free counts as free.
-  char text[128];
-  unsigned long long kilobytes = 0;
-  if (proc_value("/proc/meminfo", "MemAvailable", text, sizeof text) && sscanf(text, "%llu", &kilobytes) == 1) {
-    out.free_bytes = kilobytes * 1024;
-  }
-  memset(out.name, 0, sizeof out.name);
-  if (!proc_value("/proc/cpuinfo", "model name", out.name, sizeof out.name)) snprintf(out.name, sizeof out.name, "CPU");
-}
 
 // Copies `bytes`; 0 of them are nothing, from anywhere but address 0.
 int32_t copy_host(uint64_t address, void* dst, const void* src, uint64_t bytes) {
@@ -83,11 +29,43 @@ uint32_t deepep_abi_version(void) { return DEEPEP_ABI_VERSION; }
 
 int32_t deepep_get_capabilities(uint64_t device, deepep_capabilities* args, deepep_error* error) {
   return cross("read the capabilities", DEEPEP_OP_NONE, error, [&](Call&) {
-    if (device != 0) {
-      reject(DEEPEP_ERROR_INVALID_ARGUMENT, "device is %llu, the cpu backend has only device 0",
-             static_cast<unsigned long long>(device));
+    check(args);
+    check_device(device);
+    fill_capabilities(device, *args);
+  });
+}
+
+int32_t deepep_get_peer_access(uint64_t device, deepep_peer_access_args* args, deepep_error* error) {
+  return cross("look at the access between devices", DEEPEP_OP_NONE, error, [&](Call&) {
+    check(args);
+    check_device(device);
+    get_peer_access(device, *args);
+  });
+}
+
+int32_t deepep_measure_copy(uint64_t device, deepep_measure_copy_args* args, deepep_error* error) {
+  return cross("measure copies", DEEPEP_OP_COPY, error, [&](Call&) {
+    check(args);
+    check_device(device);
+    if (args->bytes == 0 || args->bytes % 16 != 0) {
+      reject(DEEPEP_ERROR_INVALID_ARGUMENT, "bytes is %llu, it must be a multiple of 16",
+             static_cast<unsigned long long>(args->bytes));
     }
-    fill_capabilities(check(args));
+    if (args->repeats == 0 || args->repeats > 1000) {
+      reject(DEEPEP_ERROR_INVALID_ARGUMENT, "repeats is %u, it must be 1 … 1000", args->repeats);
+    }
+    measure_copy(device, *args);
+  });
+}
+
+int32_t deepep_plan(uint64_t handle, deepep_plan_args* args, deepep_error* error) {
+  return cross("plan an operation", DEEPEP_OP_NONE, error, [&](Call& call) {
+    check(args);
+    const auto buffer = handle != 0 ? find_buffer(call, handle) : nullptr;
+    if (args->op != DEEPEP_OP_DISPATCH && args->op != DEEPEP_OP_COMBINE) {
+      reject(DEEPEP_ERROR_INVALID_ARGUMENT, "op is %d, which has no plan", args->op);
+    }
+    plan_operation(buffer.get(), *args);
   });
 }
 

@@ -1,4 +1,4 @@
-// The C ABI, part 4: what is enqueued on the communication stream, and routing handles.
+// The C ABI, part 4: what is enqueued on the communication stream, routing handles and graphs.
 //
 // In: calls of any thread. Out: operations.hpp's functions run under the buffer's mutex, so that the order of epochs is the
 // order on the stream; a slot that a rejected call had taken is given back.
@@ -17,11 +17,11 @@ int32_t operate(const char* doing, int32_t op, uint64_t handle, Args* args, deep
     const auto buffer = find_buffer(call, handle);
     check(args);
     const std::lock_guard lock(buffer->mutex);
-    buffer->check_usable();
+    buffer->enter();
     try {
       operation(*buffer, *args);
     } catch (...) {
-      buffer->give_back_taken();
+      buffer->slots.give_back_taken();
       throw;
     }
   });
@@ -75,6 +75,22 @@ int32_t deepep_expert_output(uint64_t buffer, deepep_expert_output_args* args, d
 
 int32_t deepep_barrier(uint64_t buffer, const deepep_barrier_args* args, deepep_error* error) {
   return operate("enter a barrier", DEEPEP_OP_BARRIER, buffer, args, error, barrier);
+}
+
+int32_t deepep_graph_begin(uint64_t buffer, deepep_graph_args* args, deepep_error* error) {
+  return operate("begin a graph", DEEPEP_OP_NONE, buffer, args, error, graph_begin);
+}
+
+int32_t deepep_graph_end(uint64_t buffer, deepep_graph_args* args, deepep_error* error) {
+  return operate("end a graph", DEEPEP_OP_NONE, buffer, args, error, graph_end);
+}
+
+int32_t deepep_graph_launch(uint64_t graph, deepep_graph_args* args, deepep_error* error) {
+  return cross("launch a graph", DEEPEP_OP_NONE, error, [&](Call&) { graph_launch(graph, check(args)); });
+}
+
+int32_t deepep_graph_destroy(uint64_t graph, deepep_error* error) {
+  return cross("destroy a graph", DEEPEP_OP_NONE, error, [&](Call&) { graph_destroy(graph); });
 }
 
 int32_t deepep_refuse(uint64_t buffer, const deepep_refuse_args* args, deepep_error* error) {

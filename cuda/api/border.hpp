@@ -126,21 +126,9 @@ inline std::shared_ptr<Buffer> find_buffer(Call& call, uint64_t handle) {
   return buffer;
 }
 
-inline std::shared_ptr<Stream> find_stream(uint64_t handle) { return find<Stream>(Kind::stream, handle, "stream"); }
-
 // The rank of the buffer that a stream or an event was made from.
 inline void note_owner(Call& call, const std::weak_ptr<void>& owner) {
   if (const auto buffer = std::static_pointer_cast<Buffer>(owner.lock())) call.rank = static_cast<int32_t>(buffer->rank);
-}
-
-// The present work of a stream, or nullptr; rejects one that was destroyed meanwhile.
-inline std::shared_ptr<Record> present_work(Stream& stream) {
-  if (stream.closed()) reject(DEEPEP_ERROR_CLOSED, "the stream was destroyed");
-  return stream.record();
-}
-
-inline void push(Stream& stream, Stream::Task task) {
-  if (!stream.push(std::move(task))) reject(DEEPEP_ERROR_CLOSED, "the stream was destroyed");
 }
 
 }  // namespace deepep

@@ -3,6 +3,7 @@
 #include "options.hpp"
 
 #include "../common/failure.hpp"
+#include "operations.hpp"
 
 namespace deepep {
 namespace {
@@ -35,10 +36,12 @@ constexpr Field kFields[] = {
 static_assert(sizeof kFields / sizeof kFields[0] == sizeof(Options) / sizeof(uint32_t), "an option is missing above");
 
 void check_flags_and_rank(uint64_t device, const deepep_buffer_create_args& args) {
-  if (device != 0 || args.device != 0) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "device is %lld, the cpu backend has only device 0",
-           device != 0 ? static_cast<long long>(device) : static_cast<long long>(args.device));
+  // The index comes twice: as the call's self and, for those who fill the struct only, as a field. They may differ only when
+  // one of them is left 0.
+  if (device != 0 && args.device != 0 && static_cast<int64_t>(device) != args.device) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "device is %llu, the args say %d", static_cast<unsigned long long>(device), args.device);
   }
+  check_device(device_of(device, args));
   if (args.flags & ~static_cast<uint32_t>(DEEPEP_BUFFER_MASK_ON_TIMEOUT)) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "flags is 0x%x, known bits are 0x%x", args.flags, DEEPEP_BUFFER_MASK_ON_TIMEOUT);
   }
@@ -49,6 +52,10 @@ void check_flags_and_rank(uint64_t device, const deepep_buffer_create_args& args
 }
 
 }  // namespace
+
+uint64_t device_of(uint64_t device, const deepep_buffer_create_args& args) {
+  return device != 0 ? device : static_cast<uint64_t>(static_cast<int64_t>(args.device));
+}
 
 Options checked_options(uint64_t device, const deepep_buffer_create_args& args) {
   Options options;
@@ -94,7 +101,5 @@ void compare_options(const deepep_peer_handle& handle, const Options& options, u
            options.*field.resolved);
   }
 }
-
-uint64_t local_bytes(const Options& options) { return align_up(2 * sizeof(int64_t) * options.num_ranks, kRegionAlignment); }
 
 }  // namespace deepep

@@ -11,6 +11,8 @@
 
 namespace deepep {
 
+// The device that a buffer is made on.
+uint64_t device_of(uint64_t device, const deepep_buffer_create_args& args);
 // Checks everything in `args` that needs no other object, and resolves defaults. Rejects with INVALID_ARGUMENT.
 Options checked_options(uint64_t device, const deepep_buffer_create_args& args);
 // Writes the [out] sizes, and the resolved options, into `args`.
@@ -19,7 +21,7 @@ void fill_sizes(deepep_buffer_create_args& args, const Options& options);
 void fill_options(deepep_peer_handle& handle, const Options& options);
 // Rejects with MISMATCH, naming the first field in which a peer differs.
 void compare_options(const deepep_peer_handle& handle, const Options& options, uint32_t rank);
-// Bytes that a buffer allocates for itself beside the symmetric memory: i64 wait_ns [2, num_ranks].
+// Of the backend: bytes that a buffer allocates for itself beside the symmetric memory.
 uint64_t local_bytes(const Options& options);
 
 }  // namespace deepep

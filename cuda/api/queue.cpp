@@ -14,7 +14,7 @@
 
 #include "../common/failure.hpp"
 #include "registry.hpp"
-#include "stream.hpp"
+#include "thread.hpp"
 
 namespace deepep {
 namespace {
@@ -74,7 +74,7 @@ Cell& living_cell(uint64_t queue) {
   const auto shown = static_cast<unsigned long long>(queue);
   if (!cell) {
     const uint64_t kind = queue >> 56;
-    if (kind >= 1 && kind <= static_cast<uint64_t>(Kind::handle) && kind != static_cast<uint64_t>(Kind::queue)) {
+    if (kind >= 1 && kind <= static_cast<uint64_t>(kLastKind) && kind != static_cast<uint64_t>(Kind::queue)) {
       reject(DEEPEP_ERROR_INVALID_ARGUMENT, "queue 0x%llx is the handle of something else (%s)", shown,
              kind_name(static_cast<Kind>(kind)));
     }

@@ -52,7 +52,7 @@ Found look_up(Table& all, Kind kind, uint64_t id, Entry** entry) {
   *entry = &all.entries[index];
   if (generation > (*entry)->generation) return Found::never_existed;
   const uint64_t found_kind = id >> 56;
-  if (found_kind < 1 || found_kind > static_cast<uint64_t>(Kind::handle)) return Found::never_existed;
+  if (found_kind < 1 || found_kind > static_cast<uint64_t>(kLastKind)) return Found::never_existed;
   if (found_kind != static_cast<uint64_t>(kind)) return Found::other_kind;
   if (generation < (*entry)->generation || (*entry)->kind == 0) return Found::destroyed;
   if ((*entry)->kind != found_kind) return Found::never_existed;
@@ -90,6 +90,7 @@ const char* kind_name(Kind kind) {
     case Kind::event: return "event";
     case Kind::queue: return "queue";
     case Kind::handle: return "handle";
+    case Kind::graph: return "graph";
   }
   return "object";
 }

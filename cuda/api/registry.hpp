@@ -1,4 +1,4 @@
-// The table behind every 64-bit handle of the ABI (buffer, stream, event, routing handle).
+// The table behind every 64-bit handle of the ABI (buffer, stream, event, routing handle, graph).
 //
 // In: an object and its kind. Out: a number that names it until it is retired. A handle holds kind, generation and index, so
 // one that was retired answers CLOSED and one that never existed or is of another kind answers INVALID_ARGUMENT; a call in
@@ -11,7 +11,8 @@
 
 namespace deepep {
 
-enum class Kind : uint32_t { buffer = 1, stream = 2, event = 3, queue = 4, handle = 5 };
+enum class Kind : uint32_t { buffer = 1, stream = 2, event = 3, queue = 4, handle = 5, graph = 6 };
+constexpr Kind kLastKind = Kind::graph;
 
 // "buffer", "stream", …
 const char* kind_name(Kind kind);

@@ -193,7 +193,7 @@ std::shared_ptr<SharedMemory> SharedMemory::import(const char (&bytes_of_handle)
   memory->pidfd_ = open_pidfd(handle.pid);
   if (!process_alive(handle.pid, handle.start_time)) {
     reject(DEEPEP_ERROR_PEER_LOST,
-           "process %d of rank %u has ended, or is not visible here: ranks of the cpu backend share one PID namespace",
+           "process %d of rank %u has ended, or is not visible here: ranks of one machine must share a PID namespace",
            handle.pid, rank);
   }
   const int fd = open_of(handle.pid, handle.fd);

@@ -4,12 +4,14 @@
 
 #include <string.h>
 
-#include "border.hpp"
-#include "queue.hpp"
+#include "../api/border.hpp"
+#include "../api/queue.hpp"
 
 using namespace deepep;
 
 namespace {
+
+std::shared_ptr<Stream> find_stream(uint64_t handle) { return find<Stream>(Kind::stream, handle, "stream"); }
 
 std::shared_ptr<Event> find_event(Call& call, uint64_t handle) {
   auto event = find<Event>(Kind::event, handle, "event");
@@ -23,7 +25,7 @@ void notify(const std::shared_ptr<Buffer>& buffer, const std::shared_ptr<Record>
   record->watch([weak = std::weak_ptr<Buffer>(buffer), queue = buffer->queue(), id](const Record& ended) {
     const auto& failure = ended.failure();
     // The buffer may be gone; its pending completions are still queued.
-    if (const auto owner = weak.lock(); owner && failure) owner->keep_status(id, 0, failure);
+    if (const auto owner = weak.lock(); owner && failure) owner->statuses.keep(id, 0, failure);
     queue_push(queue, id, ended.status());
   });
 }
@@ -139,7 +141,12 @@ int32_t deepep_event_record(uint64_t handle, deepep_event_args* args, deepep_err
   return cross("record an event", DEEPEP_OP_COPY, error, [&](Call& call) {
     check(args);
     const auto event = find_event(call, handle);
-    event->set(present_work(*find_stream(args->stream)));
+    auto record = present_work(*find_stream(args->stream));
+    if (!record) {
+      record = std::make_shared<Record>();  // An idle stream: the point is reached now, which deepep_event_elapsed asks for.
+      record->complete();
+    }
+    event->set(std::move(record));
   });
 }
 
@@ -170,6 +177,20 @@ int32_t deepep_event_notify(uint64_t handle, deepep_event_args* args, deepep_err
     if (args->done_id == 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "done_id is 0");
     buffer->check_id(args->done_id, "done_id");
     notify(buffer, event->latest(), args->done_id);
+  });
+}
+
+int32_t deepep_event_elapsed(uint64_t handle, deepep_event_elapsed_args* args, deepep_error* error) {
+  return cross("measure between events", DEEPEP_OP_COPY, error, [&](Call& call) {
+    check(args);
+    const auto until = find_event(call, handle)->latest();
+    const auto since = find<Event>(Kind::event, args->since, "since")->latest();
+    for (const auto& record : {since, until}) {
+      const char* const name = record == since ? "since" : "the event";
+      if (!record) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s was not recorded yet", name);
+      if (!record->done()) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "what %s has recorded has not ended yet", name);
+    }
+    args->elapsed_ns = static_cast<int64_t>(until->ended_ns() - since->ended_ns());
   });
 }
 

@@ -10,10 +10,11 @@
 #include <thread>
 #include <utility>
 
-#include "../common/protocol.hpp"
-#include "options.hpp"
-#include "queue.hpp"
-#include "registry.hpp"
+#include "../api/checks.hpp"
+#include "../api/options.hpp"
+#include "../api/queue.hpp"
+#include "../api/registry.hpp"
+#include "../common/partition.hpp"
 
 namespace deepep {
 
@@ -24,11 +25,9 @@ std::shared_ptr<Buffer> Buffer::create(uint64_t device, deepep_buffer_create_arg
   buffer->options = options;
   buffer->regions = make_regions(options);
   buffer->rank = args.rank;
-  // The first num_experts % num_ranks ranks own one expert more.
-  const uint32_t base = options.num_experts / options.num_ranks;
-  const uint32_t extra = options.num_experts % options.num_ranks;
-  buffer->first_expert = args.rank * base + (args.rank < extra ? args.rank : extra);
-  buffer->num_local_experts = base + (args.rank < extra ? 1 : 0);
+  const ExpertRange experts = local_experts(options.num_experts, options.num_ranks, args.rank);
+  buffer->first_expert = experts.first;
+  buffer->num_local_experts = experts.count;
   buffer->mask_on_timeout = (args.flags & DEEPEP_BUFFER_MASK_ON_TIMEOUT) != 0;
   buffer->queue_ = args.queue;
   buffer->slots.resize(options.num_slots);
@@ -125,8 +124,9 @@ void Buffer::info(deepep_buffer_info& out) {
   out.num_local_experts = num_local_experts;
   out.first_local_expert = first_expert;
   out.failed = failed ? 1 : 0;
-  out.free_slots = 0;
-  for (size_t i = 0; i < slots.size(); ++i) out.free_slots |= slots[i].held ? 0u : 1u << i;
+  out.free_slots = slots.free_bits();
+  out.num_sms = 0;
+  out.ranks_on_device = options.num_ranks;  // one PID namespace, so one machine
   out.max_recv_tokens = options.max_recv_tokens;
   out.masked_ranks = masked_next_;
   out.epoch = epoch;
@@ -140,31 +140,15 @@ void Buffer::info(deepep_buffer_info& out) {
   out.num_failures = counters.num_failures;
 }
 
-void Buffer::recover(uint64_t agreed_epoch, uint64_t masked_ranks) {
+void Buffer::recover(const deepep_buffer_recover_args& args) {
   const std::lock_guard lock(mutex);
   check_usable();
-  const auto shown = [](uint64_t value) { return static_cast<unsigned long long>(value); };
-  const uint64_t ranks = options.num_ranks == 64 ? ~uint64_t{0} : (uint64_t{1} << options.num_ranks) - 1;
-  if (masked_ranks & ~ranks) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "masked_ranks is 0x%llx, there are %u ranks", shown(masked_ranks), options.num_ranks);
-  }
-  if (masked_ranks >> rank & 1) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "masked_ranks is 0x%llx, it names this rank, %u", shown(masked_ranks), rank);
-  }
-  if (agreed_epoch < epoch) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "epoch is %llu, this rank has enqueued %llu already", shown(agreed_epoch), shown(epoch));
-  }
-  if (agreed_epoch > kMaxBaseEpoch) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "epoch is %llu, at most %llu", shown(agreed_epoch), shown(kMaxBaseEpoch));
-  }
-  if (num_pending_ != 0) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%llu operations have not ended yet", shown(num_pending_));
-  }
+  check_recovery(*this, args, epoch, num_pending_);
   // In stream order, after what deepep_mask may have enqueued.
-  if (!comm_->push([this, masked_ranks] { masked = masked_ranks; })) reject(DEEPEP_ERROR_CLOSED, "the buffer was destroyed");
-  epoch = agreed_epoch;
-  base_epoch = agreed_epoch;
-  masked_next_ = masked_ranks;
+  if (!comm_->push([this, ranks = args.masked_ranks] { masked = ranks; })) reject(DEEPEP_ERROR_CLOSED, "the buffer was destroyed");
+  epoch = args.epoch;
+  base_epoch = args.epoch;
+  masked_next_ = args.masked_ranks;
   // Nobody reads what earlier combines left in the slots: no survivor has work enqueued.
   for (Slot& slot : slots) slot.combine_epoch = 0;
   generation_ += 1;
@@ -172,12 +156,12 @@ void Buffer::recover(uint64_t agreed_epoch, uint64_t masked_ranks) {
   failed = false;
 }
 
-void Buffer::mask(uint32_t peer, bool mask_it) {
+void Buffer::mask(const deepep_mask_args& args) {
   const std::lock_guard lock(mutex);
   check_usable();
-  if (peer >= options.num_ranks) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "rank is %u, num_ranks %u", peer, options.num_ranks);
-  if (peer == rank) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "rank is %u, which is this rank", peer);
-  const uint64_t bit = uint64_t{1} << peer;
+  check_mask(*this, args);
+  const bool mask_it = args.masked != 0;
+  const uint64_t bit = uint64_t{1} << args.rank;
   const bool pushed = comm_->push([self = this, bit, mask_it] {
     if (mask_it) {
       self->masked.fetch_or(bit);
@@ -187,7 +171,7 @@ void Buffer::mask(uint32_t peer, bool mask_it) {
   });
   if (!pushed) reject(DEEPEP_ERROR_CLOSED, "the buffer was destroyed");
   masked_next_ = mask_it ? masked_next_ | bit : masked_next_ & ~bit;
-  if (mask_it && failed && failed_peer_ == static_cast<int32_t>(peer)) {
+  if (mask_it && failed && failed_peer_ == static_cast<int32_t>(args.rank)) {
     // What was enqueued before still ends with NEEDS_RECOVERY: the generation tells it from what comes now.
     generation_ += 1;
     failed_peer_ = -1;
@@ -248,45 +232,10 @@ void Buffer::complete(uint64_t id, int32_t code) {
   if (id != 0 && queue_ != 0) queue_push(queue_, id, code);
 }
 
-void Buffer::keep_status(uint64_t id_0, uint64_t id_1, std::shared_ptr<const Status> status) {
-  const std::lock_guard lock(status_mutex_);
-  kept_[num_kept_++ % kept_.size()] = {{id_0, id_1}, std::move(status)};
-}
-
-std::shared_ptr<const Status> Buffer::status(uint64_t id) {
-  const std::lock_guard lock(status_mutex_);
-  const uint64_t oldest = num_kept_ > kept_.size() ? num_kept_ - kept_.size() : 0;
-  for (uint64_t i = num_kept_; i-- > oldest;) {
-    const Kept& kept = kept_[i % kept_.size()];
-    if (id == 0 || kept.ids[0] == id || kept.ids[1] == id) return kept.status;
-  }
-  return nullptr;
-}
-
-void Buffer::set_injection(const deepep_inject_args& args) {
-  const std::lock_guard lock(inject_mutex_);
-  std::erase_if(injections_, [&](const auto& kept) { return kept.op == args.op && kept.phase == args.phase; });
-  if (args.count != 0) injections_.push_back(args);
-  num_injections_ = static_cast<uint32_t>(injections_.size());
-}
-
-bool Buffer::take_injection(int32_t op, int32_t phase, deepep_inject_args& out) {
-  if (num_injections_ == 0) return false;
-  const std::lock_guard lock(inject_mutex_);
-  for (size_t i = 0; i < injections_.size(); ++i) {
-    if (injections_[i].op != op || injections_[i].phase != phase) continue;
-    out = injections_[i];
-    if (--injections_[i].count == 0) injections_.erase(injections_.begin() + static_cast<ptrdiff_t>(i));
-    num_injections_ = static_cast<uint32_t>(injections_.size());
-    return true;
-  }
-  return false;
-}
-
 bool inject(Operation& op, int32_t phase) {
   op.phase = phase;
   deepep_inject_args injection;
-  if (!op.buffer.take_injection(op.op, phase, injection)) return true;
+  if (!op.buffer.injections.take(op.op, phase, injection)) return true;
   if (injection.action == DEEPEP_INJECT_DELAY) {
     std::this_thread::sleep_for(std::chrono::microseconds(injection.delay_us));
     return true;
@@ -299,14 +248,14 @@ bool inject(Operation& op, int32_t phase) {
   // each of them finds out by itself.
   const uint64_t stall_ns = op.timeout_ns + op.timeout_ns / 2;
   std::this_thread::sleep_for(std::chrono::nanoseconds(stall_ns));
-  op.failure.code = DEEPEP_ERROR_TIMEOUT;
-  op.failure.op = op.op;
-  op.failure.phase = phase;
-  op.failure.peer = static_cast<int32_t>(op.buffer.rank);
-  op.failure.waited_ns = static_cast<int64_t>(stall_ns);
-  set_message(op.failure, "This rank was silent for %llu ms, as deepep_inject told it",
-              static_cast<unsigned long long>(stall_ns / 1'000'000));
+  op.fail({.code = DEEPEP_ERROR_TIMEOUT,
+           .peer = static_cast<int32_t>(op.buffer.rank),
+           .reason = Reason::stalled,
+           .waited_ns = static_cast<int64_t>(stall_ns)});
   return false;
 }
+
+// i64 wait_ns [2, num_ranks].
+uint64_t local_bytes(const Options& options) { return align_up(2 * sizeof(int64_t) * options.num_ranks, kRegionAlignment); }
 
 }  // namespace deepep

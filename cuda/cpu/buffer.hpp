@@ -4,11 +4,10 @@
 // caller's stream and event, and ends in a completion and a status. The operations themselves are declared in operations.hpp;
 // this file knows nothing of rows. Life: create, import every peer, connect, operate, destroy.
 //
-// Locking. The API layer holds Buffer::mutex during every function of operations.hpp: they call take_slot, enqueue and read
-// slots without locking. Work that runs on the communication stream does not hold it, and locks it where it touches slots.
+// Locking. The API layer holds Buffer::mutex during every function of operations.hpp: they take slots, enqueue and read slots
+// without locking. Work that runs on the communication stream does not hold it, and locks it where it touches slots.
 #pragma once
 
-#include <array>
 #include <atomic>
 #include <cstdint>
 #include <functional>
@@ -19,43 +18,20 @@
 #include <vector>
 
 #include "../abi/deepep.h"
+#include "../api/fields.hpp"
+#include "../api/injections.hpp"
+#include "../api/shared_memory.hpp"
+#include "../api/slots.hpp"
+#include "../api/statuses.hpp"
+#include "../common/describe.hpp"
 #include "../common/failure.hpp"
 #include "../common/regions.hpp"
 #include "memory.hpp"
-#include "shared_memory.hpp"
 #include "stream.hpp"
 
 namespace deepep {
 
 class Buffer;
-
-// The fields that the args of every enqueued operation share.
-struct StreamFields {
-  uint64_t stream = 0;
-  uint64_t previous_event = 0;
-  uint64_t event = 0;
-  uint64_t done_id = 0;
-  uint32_t flags = 0;
-  uint32_t timeout_ms = 0;
-  int32_t num_sms = 0;
-};
-
-template <class Args>
-StreamFields stream_fields(const Args& args) {
-  return {args.stream, args.previous_event, args.event, args.done_id, args.flags, args.timeout_ms, args.num_sms};
-}
-
-// One result's worth of memory. Guarded by Buffer::mutex.
-struct Slot {
-  bool held = false;
-  bool borrowed = false;              // by an operation that gives it back itself
-  uint64_t dispatch_epoch = 0;        // of the dispatch that filled it last; written by the operations
-  uint64_t combine_epoch = 0;         // of the last combine that used its expert-output region; 0 after a recovery
-  std::shared_ptr<void> state;        // the operations' record; empty when a slot was just taken
-  int32_t holder_op = 0;              // who holds it, for messages
-  uint64_t holder_epoch = 0;
-  std::shared_ptr<Record> reusable;   // the next holder's operation waits for it: deepep_slot_release's stream
-};
 
 // One enqueued operation; lives until it has ended. Only the communication stream touches it.
 struct Operation {
@@ -72,6 +48,9 @@ struct Operation {
   // Every rank found this failure alike, or it was announced, before any data moved: the buffer stays good. Without it
   // TIMEOUT, PEER_LOST, ABORTED, SYSTEM and INTERNAL make the buffer need recovery; the other codes never do.
   bool agreed = false;
+
+  // Fills `failure` with the words for a finding, whose op, epoch, phase and seq need not be given, and `agreed`.
+  void fail(Finding finding);
 
   // The host counts are filled: queues counts_id now. Otherwise it is queued when the operation ends, with its status.
   void counts_ready();
@@ -101,8 +80,8 @@ class Buffer : public std::enable_shared_from_this<Buffer> {
   void connect();
   void destroy();
   void info(deepep_buffer_info& out);
-  void recover(uint64_t epoch, uint64_t masked_ranks);
-  void mask(uint32_t peer, bool masked);
+  void recover(const deepep_buffer_recover_args& args);
+  void mask(const deepep_mask_args& args);
   ~Buffer();
 
   // Facts. They do not change.
@@ -133,7 +112,7 @@ class Buffer : public std::enable_shared_from_this<Buffer> {
   int64_t* wait_ns(int kind) { return wait_ns_ + static_cast<size_t>(kind) * options.num_ranks; }
 
   std::mutex mutex;
-  std::vector<Slot> slots;  // under mutex
+  Slots slots;              // under mutex
   uint64_t epoch = 0;       // under mutex: collective calls enqueued so far
 
   // Runs `work` in order on the communication stream: first waits for previous_event, or for the present work of `stream`,
@@ -148,29 +127,15 @@ class Buffer : public std::enable_shared_from_this<Buffer> {
   uint64_t enqueue(int32_t op, const StreamFields& fields, bool collective, std::function<void(Operation&)> work,
                    uint64_t counts_id = 0, uint64_t epoch_of_send = 0, int32_t borrowed_slot = -1);
 
-  // Takes slot `wanted`, or with -1 any free one, for the operation enqueued next; its state is empty then. Rejects with
-  // NO_FREE_SLOT, naming the holders, or INVALID_ARGUMENT. Given back by itself when the API call is rejected after it.
-  // The caller holds `mutex`.
-  int32_t take_slot(int32_t wanted);
-  // A slot that is held; rejects otherwise. The caller holds `mutex`.
-  Slot& held_slot(int32_t slot);
-  // Frees a slot; the next holder's operation waits for `reusable` if there is one. The caller holds `mutex`.
-  void give_slot(int32_t slot, std::shared_ptr<Record> reusable = nullptr);
-  // After a rejected call: gives back what take_slot took since the last enqueue. The caller holds `mutex`.
-  void give_back_taken();
-
   // Queues a completion now; id 0 is none.
   void complete(uint64_t id, int32_t code);
-  // Keeps a failure for deepep_get_status under up to two ids.
-  void keep_status(uint64_t id_0, uint64_t id_1, std::shared_ptr<const Status> status);
   // The failure with this id, or the latest for 0; nullptr when there is none.
-  std::shared_ptr<const Status> status(uint64_t id);
+  std::shared_ptr<const Status> status(uint64_t id) { return statuses.find(id); }
+
+  Statuses statuses;
+  Injections injections;
 
   uint64_t queue() const { return queue_; }
-
-  // Injections, for inject() and deepep_inject.
-  void set_injection(const deepep_inject_args& args);
-  bool take_injection(int32_t op, int32_t phase, deepep_inject_args& out);
 
   // Streams and events made from this buffer.
   uint64_t create_stream();
@@ -182,6 +147,8 @@ class Buffer : public std::enable_shared_from_this<Buffer> {
   // Reject with CLOSED; check_usable also before connect(). Hold `mutex` where the answer must last.
   void check_open() const;
   void check_usable() const;
+  // What every call on a connected buffer begins with. The caller holds `mutex`.
+  void enter() const { check_usable(); }
 
   MemoryPool memory;
 
@@ -190,12 +157,6 @@ class Buffer : public std::enable_shared_from_this<Buffer> {
   void run(Operation& op, const std::function<void(Operation&)>& work);
   void finish(Operation& op, Record& record, int32_t borrowed_slot);
   std::shared_ptr<const Status> make_status(Operation& op);
-  Failure needs_recovery() const;  // The caller holds `mutex`.
-
-  struct Kept {
-    uint64_t ids[2] = {};
-    std::shared_ptr<const Status> status;
-  };
 
   uint64_t queue_ = 0;
   int64_t* wait_ns_ = nullptr;
@@ -205,7 +166,6 @@ class Buffer : public std::enable_shared_from_this<Buffer> {
   std::shared_ptr<Stream> comm_;
 
   // Under mutex.
-  std::vector<int32_t> taken_slots_;
   uint64_t masked_next_ = 0;         // what `masked` will be when the work enqueued so far has ended
   uint64_t generation_ = 0;          // recoveries so far
   uint64_t num_pending_ = 0;         // operations enqueued and not ended
@@ -217,14 +177,6 @@ class Buffer : public std::enable_shared_from_this<Buffer> {
 
   // Operations of this generation or an earlier one end with NEEDS_RECOVERY; -1 = none. Communication stream only.
   int64_t failed_generation_ = -1;
-
-  std::mutex status_mutex_;
-  std::array<Kept, 64> kept_;
-  uint64_t num_kept_ = 0;
-
-  std::mutex inject_mutex_;
-  std::atomic<uint32_t> num_injections_{0};
-  std::vector<deepep_inject_args> injections_;
 };
 
 }  // namespace deepep

@@ -1,4 +1,4 @@
-// How a buffer runs operations: see Buffer::enqueue in buffer.hpp. Slots are here too, since operations take and give them.
+// How a buffer runs operations: see Buffer::enqueue in buffer.hpp.
 //
 // In: an API call that was checked. Out: one task on the communication stream, which waits for what must come before, works,
 // and then, in this order: keeps the failure, marks the buffer, frees the borrowed slot, completes the record (events), and
@@ -8,30 +8,10 @@
 #include <utility>
 
 #include "buffer.hpp"
-#include "registry.hpp"
+#include "../api/registry.hpp"
 
 namespace deepep {
 namespace {
-
-// "a dispatch", for messages.
-const char* op_name(int32_t op) {
-  switch (op) {
-    case DEEPEP_OP_LAYOUT: return "a layout";
-    case DEEPEP_OP_DISPATCH: return "a dispatch";
-    case DEEPEP_OP_COMBINE: return "a combine";
-    case DEEPEP_OP_LOW_LATENCY_DISPATCH: return "a low-latency dispatch";
-    case DEEPEP_OP_LOW_LATENCY_COMBINE: return "a low-latency combine";
-    case DEEPEP_OP_BARRIER: return "a barrier";
-    case DEEPEP_OP_EXPERT_OUTPUT: return "a wait for readers";
-  }
-  return "an operation";
-}
-
-// True when the code alone says that nothing was left half-way. Operation::agreed says it for the others.
-bool is_harmless(int32_t code) {
-  return code == DEEPEP_ERROR_INVALID_ARGUMENT || code == DEEPEP_ERROR_UNSUPPORTED || code == DEEPEP_ERROR_CAPACITY ||
-         code == DEEPEP_ERROR_MISMATCH || code == DEEPEP_ERROR_NEEDS_RECOVERY;
-}
 
 // Counting a routing touches no peer, so it goes on when the buffer has failed.
 bool needs_peers(int32_t op) { return op != DEEPEP_OP_LAYOUT; }
@@ -44,6 +24,14 @@ void set_failure(Operation& op, int32_t code, const char* words) {
 
 }  // namespace
 
+void Operation::fail(Finding finding) {
+  finding.op = op;
+  finding.epoch = epoch;
+  finding.phase = phase;
+  failure = describe(finding, buffer.rank);
+  agreed = finding.agreed != 0;
+}
+
 void Operation::counts_ready() {
   if (counts_id != 0) buffer.complete(counts_id, DEEPEP_OK);
   counts_id = 0;
@@ -53,7 +41,7 @@ uint64_t Buffer::enqueue(int32_t op_kind, const StreamFields& fields, bool colle
                          uint64_t counts_id, uint64_t epoch_of_send, int32_t borrowed_slot) {
   check_usable();
   if (failed && needs_peers(op_kind)) {
-    Rejected rejected{needs_recovery()};
+    Rejected rejected{needs_recovery(first_failure_, rank)};
     throw rejected;
   }
   if (epoch_of_send != 0 && epoch_of_send <= base_epoch) {
@@ -75,7 +63,7 @@ uint64_t Buffer::enqueue(int32_t op_kind, const StreamFields& fields, bool colle
   } else if (stream) {
     waits.push_back(stream->record());
   }
-  for (const int32_t slot : taken_slots_) waits.push_back(slots[static_cast<size_t>(slot)].reusable);
+  for (const int32_t slot : slots.taken()) waits.push_back(slots[static_cast<size_t>(slot)].reusable);
 
   const uint64_t this_epoch = collective ? epoch + 1 : epoch_of_send;
   Operation op = {.buffer = *this,
@@ -103,33 +91,16 @@ uint64_t Buffer::enqueue(int32_t op_kind, const StreamFields& fields, bool colle
 
   num_pending_ += 1;
   if (collective) epoch = this_epoch;
-  for (const int32_t taken : taken_slots_) {
-    Slot& slot = slots[static_cast<size_t>(taken)];
-    slot.reusable = nullptr;
-    slot.holder_op = op_kind;
-    slot.holder_epoch = this_epoch;
-  }
-  taken_slots_.clear();
-  if (borrowed_slot >= 0) slots[static_cast<size_t>(borrowed_slot)].borrowed = true;
+  slots.hold_taken(op_kind, this_epoch, borrowed_slot);
   if (event) event->set(record);
   if (stream && !(fields.flags & DEEPEP_FLAG_ASYNC_FINISH)) stream->push_wait(record);
   return this_epoch;
 }
 
-// What a call is told that comes after a failure half-way: whose fault it was, and in the words of then.
-Failure Buffer::needs_recovery() const {
-  Failure failure = first_failure_;
-  failure.code = DEEPEP_ERROR_NEEDS_RECOVERY;
-  const bool other = failed_peer_ >= 0 && failed_peer_ != static_cast<int32_t>(rank);
-  set_message(failure, "An earlier call failed half-way; recover the buffer%s. %s", other ? " or mask the rank" : "",
-              first_failure_.message);
-  return failure;
-}
-
 void Buffer::run(Operation& op, const std::function<void(Operation&)>& work) {
   if (needs_peers(op.op) && static_cast<int64_t>(op.generation) <= failed_generation_) {
     const std::lock_guard lock(mutex);
-    op.failure = needs_recovery();
+    op.failure = needs_recovery(first_failure_, rank);
     return;
   }
   try {
@@ -152,7 +123,7 @@ std::shared_ptr<const Status> Buffer::make_status(Operation& op) {
   if (op.failure.phase == DEEPEP_PHASE_NONE) op.failure.phase = op.phase;
   if (op.failure.message[0] == 0) set_message(op.failure, "Cannot finish %s: code %d", op_name(op.op), op.failure.code);
   auto status = std::make_shared<Status>(Status{op.failure, op.epoch});
-  keep_status(op.done_id, op.counts_id, status);
+  statuses.keep(op.done_id, op.counts_id, status);
   counters.num_failures += 1;
   return status;
 }
@@ -172,71 +143,12 @@ void Buffer::finish(Operation& op, Record& record, int32_t borrowed_slot) {
       first_failure_ = op.failure;
       failed = true;
     }
-    if (borrowed_slot >= 0) give_slot(borrowed_slot);
+    if (borrowed_slot >= 0) slots.give(borrowed_slot);
     num_pending_ -= 1;
   }
   record.complete(std::move(status));
   complete(op.counts_id, code);
   complete(op.done_id, code);
-}
-
-int32_t Buffer::take_slot(int32_t wanted) {
-  const auto num_slots = static_cast<int32_t>(slots.size());
-  if (wanted < -1 || wanted >= num_slots) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "slot is %d, at most %d", wanted, num_slots - 1);
-  }
-  int32_t found = -1;
-  for (int32_t i = 0; i < num_slots && wanted == -1; ++i) {
-    const Slot& slot = slots[static_cast<size_t>(i)];
-    if (slot.held) continue;
-    // One that nobody reads any more is better than one whose reader is still at work.
-    if (!slot.reusable || slot.reusable->done()) {
-      found = i;
-      break;
-    }
-    if (found == -1) found = i;
-  }
-  if (wanted >= 0 && !slots[static_cast<size_t>(wanted)].held) found = wanted;
-  if (found == -1) {
-    std::string holders;
-    for (int32_t i = 0; i < num_slots; ++i) {
-      if (wanted >= 0 && i != wanted) continue;
-      const Slot& slot = slots[static_cast<size_t>(i)];
-      holders += (holders.empty() ? "" : ", ") + std::string("slot ") + std::to_string(i) + " by " + op_name(slot.holder_op) +
-                 " of epoch " + std::to_string(slot.holder_epoch);
-    }
-    reject(DEEPEP_ERROR_NO_FREE_SLOT, "%s held by results that were not released (%s)",
-           wanted >= 0 ? "the slot is" : num_slots == 1 ? "the only slot is" : "all slots are", holders.c_str());
-  }
-  taken_slots_.push_back(found);
-  Slot& slot = slots[static_cast<size_t>(found)];
-  slot.held = true;
-  slot.state = nullptr;
-  return found;
-}
-
-Slot& Buffer::held_slot(int32_t slot) {
-  if (slot < 0 || slot >= static_cast<int32_t>(slots.size())) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "slot is %d, at most %zu", slot, slots.size() - 1);
-  }
-  Slot& found = slots[static_cast<size_t>(slot)];
-  if (!found.held || found.borrowed) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "slot %d is not held: it was released, or never taken", slot);
-  }
-  return found;
-}
-
-void Buffer::give_slot(int32_t slot, std::shared_ptr<Record> reusable) {
-  Slot& given = slots[static_cast<size_t>(slot)];
-  given.held = false;
-  given.borrowed = false;
-  given.reusable = std::move(reusable);
-}
-
-void Buffer::give_back_taken() {
-  // Their `reusable` is still what it was: the next holder waits for it as this one would have.
-  for (const int32_t slot : taken_slots_) slots[static_cast<size_t>(slot)].held = false;
-  taken_slots_.clear();
 }
 
 }  // namespace deepep

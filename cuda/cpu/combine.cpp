@@ -7,11 +7,12 @@
 #include <cstring>
 #include <utility>
 
+#include "../api/checks.hpp"
+#include "../api/operations.hpp"
 #include "exchange.hpp"
 #include "expert_region.hpp"
 #include "handle.hpp"
 #include "low_latency.hpp"
-#include "operations.hpp"
 #include "rows.hpp"
 #include "wait.hpp"
 
@@ -95,10 +96,12 @@ uint64_t CombineRun::num_rows() const {
 // What can only be checked once the handle is filled.
 void CombineRun::check_content() {
   if (!routing_.is(job_.plan)) {
-    refuse(op_, DEEPEP_ERROR_INVALID_ARGUMENT, "the handle holds no routing: its dispatch failed");
+    op_.fail({.code = DEEPEP_ERROR_INVALID_ARGUMENT, .reason = Reason::no_routing, .agreed = 1});
   } else if (args_.x == 0 && !job_.has_slot && num_rows() > 0) {
-    refuse(op_, DEEPEP_ERROR_INVALID_ARGUMENT, "neither x nor a slot is given, but there are %llu rows",
-           static_cast<unsigned long long>(num_rows()));
+    op_.fail({.code = DEEPEP_ERROR_INVALID_ARGUMENT,
+              .reason = Reason::no_rows_given,
+              .agreed = 1,
+              .seen = static_cast<int64_t>(num_rows())});
   }
 }
 
@@ -230,34 +233,12 @@ void CombineRun::reduce() {
   buffer_.counters.rows_pulled += rows_pulled_;
 }
 
-void check_combine(const Buffer& buffer, const deepep_combine_args& args, const RoutingPlan& plan) {
-  if (args.hidden == 0 || args.hidden % 8 != 0 || args.hidden > buffer.options.hidden) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "hidden is %u, it must be a multiple of 8 up to the buffer's %u", args.hidden,
-           buffer.options.hidden);
-  }
-  if (args.x != 0 && (args.x_stride % 16 != 0 || args.x_stride < uint64_t{args.hidden} * 2)) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "x_stride is %llu, it must be a multiple of 16 and at least %u",
-           static_cast<unsigned long long>(args.x_stride), args.hidden * 2);
-  }
-  if (args.weights != 0 && plan.space != RowSpace::expert) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "weights need a handle of the expert layout");
-  }
-  if (args.topk_weights != 0 && plan.num_topk == 0) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "topk_weights are given, but the handle's routing has no topk_idx");
-  }
-  if (args.topk_weights != 0 && plan.num_tokens > 0 && args.out_topk_weights == 0) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "topk_weights are given without out_topk_weights");
-  }
-  if (plan.num_tokens > 0 && args.out == 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "out is missing");
-}
-
 }  // namespace
 
 void combine(Buffer& buffer, const deepep_combine_args& args) {
   CombineJob job;
   job.handle = find_handle(buffer, args.handle);
   job.plan = job.handle->plan;
-  if (!job.plan.made) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the handle holds no routing: no dispatch has filled it");
   check_combine(buffer, args, job.plan);
   job.args = args;
   job.has_slot = args.slot != -1;
@@ -265,7 +246,7 @@ void combine(Buffer& buffer, const deepep_combine_args& args) {
     check_no_pending_combine(buffer, args.slot);
     check_expert_rows(buffer, static_cast<uint32_t>(args.slot), args.x, args.x_stride, uint64_t{args.hidden} * 2);
   }
-  const int32_t borrowed = job.has_slot ? -1 : buffer.take_slot(-1);
+  const int32_t borrowed = job.has_slot ? -1 : buffer.slots.take(-1);
   job.slot = static_cast<uint32_t>(job.has_slot ? args.slot : borrowed);
   buffer.enqueue(
       DEEPEP_OP_COMBINE, stream_fields(args), true,

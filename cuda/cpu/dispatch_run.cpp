@@ -109,7 +109,7 @@ class DispatchRun {
 // Counts this rank's tokens, or takes the routing of the handle.
 void DispatchRun::route(Counts& counts) {
   if (job_.cached) {
-    if (!routing_.is(plan_)) refuse(op_, DEEPEP_ERROR_INVALID_ARGUMENT, "the handle holds no routing: its dispatch failed");
+    if (!routing_.is(plan_)) op_.fail({.code = DEEPEP_ERROR_INVALID_ARGUMENT, .reason = Reason::no_routing, .agreed = 1});
     return;
   }
   routing_.valid = false;
@@ -156,11 +156,12 @@ bool DispatchRun::check_capacity() {
     const uint64_t need = by_expert() ? expert_layout_rows(matrix, dst, plan_.expert_alignment)
                                       : tokens_before(matrix, options_.num_ranks, dst);
     if (need <= options_.max_recv_tokens) continue;
-    refuse(op_, DEEPEP_ERROR_CAPACITY, "rank %u would receive %llu rows, a buffer holds %u", dst,
-           static_cast<unsigned long long>(need), options_.max_recv_tokens);
-    op_.failure.peer = static_cast<int32_t>(dst);
-    op_.failure.expected = options_.max_recv_tokens;
-    op_.failure.seen = static_cast<int64_t>(need);
+    op_.fail({.code = DEEPEP_ERROR_CAPACITY,
+              .peer = static_cast<int32_t>(dst),
+              .reason = Reason::capacity,
+              .agreed = 1,
+              .expected = options_.max_recv_tokens,
+              .seen = static_cast<int64_t>(need)});
     return false;
   }
   return true;

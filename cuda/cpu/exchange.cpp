@@ -34,19 +34,23 @@ bool check_messages(Operation& op, const Exchange& exchanged) {
     const uint64_t epoch = load_acquire(&message.epoch);
     const uint32_t i = first_difference(ours, message.agreed);
     if (epoch == op.epoch && i == kNumAgreed) continue;
-    set_agreed_failure(op, DEEPEP_ERROR_MISMATCH, peer);
-    if (epoch != op.epoch) {
-      op.failure.expected = static_cast<int64_t>(op.epoch);
-      op.failure.seen = static_cast<int64_t>(epoch);
-      set_message(op.failure, "Cannot %s: this is call %lld of this rank, but rank %u is at call %lld", doing(op.op),
-                  static_cast<long long>(op.epoch), peer, static_cast<long long>(epoch));
-    } else if (i == kAgreedOp) {
+    if (epoch == op.epoch && i == kAgreedOp) {
       fail_elsewhere(op, peer, static_cast<int32_t>(message.agreed[i]));
+    } else if (epoch == op.epoch) {
+      op.fail({.code = DEEPEP_ERROR_MISMATCH,
+               .peer = static_cast<int32_t>(peer),
+               .reason = Reason::disagreement,
+               .agreed = 1,
+               .a = static_cast<int32_t>(i),
+               .expected = ours[i],
+               .seen = message.agreed[i]});
     } else {
-      op.failure.expected = ours[i];
-      op.failure.seen = message.agreed[i];
-      set_message(op.failure, "Cannot %s: ranks disagree about %s: %u on this rank %u, %u on rank %u", doing(op.op),
-                  kAgreedNames[i], ours[i], op.buffer.rank, message.agreed[i], peer);
+      op.fail({.code = DEEPEP_ERROR_MISMATCH,
+               .peer = static_cast<int32_t>(peer),
+               .reason = Reason::other_call,
+               .agreed = 1,
+               .expected = static_cast<int64_t>(op.epoch),
+               .seen = static_cast<int64_t>(epoch)});
     }
     return false;
   }
@@ -77,7 +81,7 @@ bool agree_on_view(Operation& op, PeerWait wait, Exchange& exchanged) {
     if (peer == buffer.rank || !in_view(exchanged.view, peer)) continue;
     const View* view = view_at(buffer.symmetric(buffer.rank), buffer.regions, peer);
     // Pairs with the release above, of the peer.
-    const Arrival arrival = wait.wait_for(peer, &view->epoch, op.epoch, {"the view of"});
+    const Arrival arrival = wait.wait_for(peer, &view->epoch, op.epoch, {Reason::late_view});
     if (arrival == Arrival::failed) return false;
     common &= arrival == Arrival::arrived ? view->ranks : ~(uint64_t{1} << peer);
     if (!in_view(common, buffer.rank)) {
@@ -139,7 +143,7 @@ bool exchange(Operation& op, const Draft& draft, PeerWait& wait, Exchange& out) 
     MessageHeader* message = message_at(buffer.symmetric(buffer.rank), buffer.regions, peer, op.epoch);
     if (peer != buffer.rank) {
       // Pairs with the release in publish() of the peer.
-      const Arrival arrival = wait.wait_for(peer, &message->epoch, op.epoch, {"the message of"});
+      const Arrival arrival = wait.wait_for(peer, &message->epoch, op.epoch, {Reason::late_message});
       if (arrival == Arrival::failed) {
         op.agreed = false;
         return false;

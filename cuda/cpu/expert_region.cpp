@@ -18,7 +18,7 @@ bool wait_for_readers(Operation& op, uint32_t slot, PeerWait& wait) {
     if (peer == buffer.rank) continue;
     const uint64_t* word = slot_word_at(buffer.symmetric(buffer.rank), buffer.regions.pulled, peer, slot);
     // Pairs with end_reading() of the peer, or with the announcement that it gave up and reads no more.
-    if (wait.wait_for(peer, word, epoch, {"the end of reading of", true}) == Arrival::failed) return false;
+    if (wait.wait_for(peer, word, epoch, {Reason::late_reader, true}) == Arrival::failed) return false;
   }
   return true;
 }
@@ -31,16 +31,6 @@ void begin_reading(Operation& op, uint32_t slot) {
 void forget_readers(Operation& op, uint32_t slot) {
   const std::lock_guard lock(op.buffer.mutex);
   op.buffer.slots[slot].combine_epoch = 0;
-}
-
-void check_expert_rows(const Buffer& buffer, uint32_t slot, uint64_t x, uint64_t x_stride, uint64_t row_bytes) {
-  const auto region = reinterpret_cast<uint64_t>(buffer.symmetric(buffer.rank) + slot_offset(buffer.regions, slot) +
-                                                 buffer.regions.expert_output);
-  if (x < region || x >= region + buffer.regions.expert_output_bytes) return;
-  if (x == region && x_stride == row_bytes) return;
-  reject(DEEPEP_ERROR_INVALID_ARGUMENT,
-         "x lies in the slot's expert-output region, but does not begin with it or has another stride (%llu) than it (%llu)",
-         static_cast<unsigned long long>(x_stride), static_cast<unsigned long long>(row_bytes));
 }
 
 void end_reading(Operation& op, uint32_t rank, uint32_t slot) {

@@ -21,10 +21,6 @@ void begin_reading(Operation& op, uint32_t slot);
 // The operation has failed on all ranks before any has read: the region has no readers after all.
 void forget_readers(Operation& op, uint32_t slot);
 
-// On the caller's thread, with Buffer::mutex held: rejects x when it overlaps the slot's region without being it (`x_stride`
-// must then be the region's, `row_bytes`), because copying it in would overwrite it.
-void check_expert_rows(const Buffer& buffer, uint32_t slot, uint64_t x, uint64_t x_stride, uint64_t row_bytes);
-
 // This rank has read all it wants from `slot` of `rank` in this operation.
 void end_reading(Operation& op, uint32_t rank, uint32_t slot);
 

@@ -3,16 +3,7 @@
 
 #include <cstring>
 
-#include "operations.hpp"
-#include "registry.hpp"
-
 namespace deepep {
-
-std::shared_ptr<Handle> find_handle(Buffer& buffer, uint64_t id) {
-  auto handle = find<Handle>(Kind::handle, id, "handle");
-  if (handle->buffer.lock().get() != &buffer) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the handle belongs to another buffer");
-  return handle;
-}
 
 void keep_counts(const Exchange& exchanged, const Options& options, Routing& routing) {
   const size_t ranks = options.num_ranks;
@@ -61,21 +52,7 @@ std::vector<uint32_t> row_bases(const Routing& routing, const Options& options, 
   return bases;
 }
 
-void handle_create(Buffer& buffer, deepep_handle_create_args& args) {
-  if (args.num_tokens > buffer.options.max_tokens_per_rank) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "num_tokens is %u, the buffer holds %u a rank", args.num_tokens,
-           buffer.options.max_tokens_per_rank);
-  }
-  if (args.num_topk > buffer.options.num_topk) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "num_topk is %u, the buffer has at most %u", args.num_topk, buffer.options.num_topk);
-  }
-  auto handle = std::make_shared<Handle>();
-  handle->buffer = buffer.weak_from_this();
-  handle->max_tokens = args.num_tokens;
-  handle->max_topk = args.num_topk;
-  args.handle = publish(Kind::handle, handle);
-}
-
-void handle_destroy(uint64_t handle) { retire(Kind::handle, handle, "handle"); }
+// The vectors grow when a dispatch fills them.
+void prepare_handle(Buffer&, Handle&) {}
 
 }  // namespace deepep

@@ -2,45 +2,24 @@
 //
 // In: a dispatch fills it. Out: with the count matrix and the ranks that take part, the row of every (token, destination) on
 // every rank (common/routing.hpp). It holds positions within this rank's own rows, not rows, because rows move when a rank is
-// masked. Callers: dispatch, combine, low latency (which keeps one in the slot), handle_create and handle_destroy.
+// masked. Callers: dispatch, combine, low latency (which keeps one in the slot).
 #pragma once
 
 #include <cstdint>
 #include <memory>
 #include <vector>
 
+#include "../api/handles.hpp"
 #include "../common/routing.hpp"
 #include "buffer.hpp"
 #include "exchange.hpp"
 
 namespace deepep {
 
-// What a key of a hop and a row number count.
-enum class RowSpace : uint32_t {
-  rank = DEEPEP_LAYOUT_RANK,      // key: rank; row: among all rows of that rank
-  expert = DEEPEP_LAYOUT_EXPERT,  // key: expert; row: among all rows of its rank
-  region = 2,                     // key: expert; row: within the expert's region (low latency)
-};
-
 // A row that a token becomes: the index-th of this rank's rows for the key.
 struct Hop {
   int32_t key = -1;  // rank or expert; -1 = none
   uint32_t index = 0;
-};
-
-// What is known of a routing when its dispatch is enqueued.
-struct RoutingPlan {
-  bool made = false;
-  RowSpace space = RowSpace::rank;
-  uint32_t expert_alignment = 1;
-  uint32_t num_tokens = 0;
-  uint32_t num_topk = 0;        // 0 = routed by is_token_in_rank
-  uint32_t topk_idx_bytes = 4;
-  uint64_t epoch = 0;           // of the dispatch that makes the routing; 0 = not enqueued yet
-  // Hops of a token: rank layout ascending by rank, at most one a rank; otherwise one for each k.
-  uint32_t width(uint32_t num_ranks) const {
-    return space != RowSpace::rank ? num_topk : num_topk != 0 && num_topk < num_ranks ? num_topk : num_ranks;
-  }
 };
 
 // Filled and read on the communication stream only.
@@ -66,16 +45,9 @@ struct Routing {
 // Takes the view and the count matrix out of the messages, which the ring will reuse.
 void keep_counts(const Exchange& exchanged, const Options& options, Routing& routing);
 
-struct Handle {
-  std::weak_ptr<Buffer> buffer;
-  uint32_t max_tokens = 0;
-  uint32_t max_topk = 0;
-  RoutingPlan plan;  // of the dispatch enqueued last; under Buffer::mutex
+struct Handle : HandleFacts {
   Routing routing;
 };
-
-// The handle, which must belong to the buffer. Rejects otherwise.
-std::shared_ptr<Handle> find_handle(Buffer& buffer, uint64_t id);
 
 // Which rank owns each expert, looked up rather than divided.
 class ExpertOwners {

@@ -3,8 +3,9 @@
 
 #include <bit>
 
+#include "../api/checks.hpp"
+#include "../api/operations.hpp"
 #include "exchange.hpp"
-#include "operations.hpp"
 #include "wait.hpp"
 
 namespace deepep {
@@ -47,10 +48,13 @@ bool count_topk(Operation& op, const TopkIdx& topk, uint32_t num_tokens, Counts&
       const size_t i = size_t{token} * topk.num_topk + k;
       const int64_t value = topk.at(i);
       if (value < -1 || value >= static_cast<int64_t>(options.num_experts)) {
-        refuse(op, DEEPEP_ERROR_INVALID_ARGUMENT, "entry %u of token %u is expert %lld, there are %u experts", k, token,
-               static_cast<long long>(value), options.num_experts);
-        op.failure.expected = options.num_experts;
-        op.failure.seen = value;
+        op.fail({.code = DEEPEP_ERROR_INVALID_ARGUMENT,
+                 .reason = Reason::bad_entry,
+                 .agreed = 1,
+                 .a = static_cast<int32_t>(token),
+                 .b = static_cast<int32_t>(k),
+                 .expected = options.num_experts,
+                 .seen = value});
         return false;
       }
       const auto expert = static_cast<int32_t>(value);
@@ -87,8 +91,11 @@ bool count_tokens_in_rank(Operation& op, const uint8_t* is_token_in_rank, const 
     // No rank has more entries; so the sums over all ranks fit an int32.
     constexpr uint32_t most = DEEPEP_MAX_TOKENS * DEEPEP_MAX_TOPK;
     if (num_tokens_per_expert[e] < 0 || static_cast<uint32_t>(num_tokens_per_expert[e]) > most) {
-      refuse(op, DEEPEP_ERROR_INVALID_ARGUMENT, "num_tokens_per_expert[%u] is %d, it must be 0 … %u", e,
-             num_tokens_per_expert[e], most);
+      op.fail({.code = DEEPEP_ERROR_INVALID_ARGUMENT,
+               .reason = Reason::bad_expert_count,
+               .agreed = 1,
+               .a = static_cast<int32_t>(e),
+               .seen = num_tokens_per_expert[e]});
       return false;
     }
     counts.entries[e] = static_cast<uint32_t>(num_tokens_per_expert[e]);
@@ -97,16 +104,7 @@ bool count_tokens_in_rank(Operation& op, const uint8_t* is_token_in_rank, const 
 }
 
 void get_dispatch_layout(Buffer& buffer, const deepep_dispatch_layout_args& args) {
-  check_routing(buffer, args, larger(buffer.options.max_tokens_per_rank, buffer.options.max_low_latency_tokens_per_rank));
-  if (args.topk_idx == 0 && args.num_tokens > 0 && args.num_topk > 0) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "topk_idx is missing");
-  }
-  if (args.num_tokens_per_rank == 0 || args.num_tokens_per_expert == 0) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "num_tokens_per_rank or num_tokens_per_expert is missing");
-  }
-  if (args.is_token_in_rank == 0 && args.num_tokens > 0) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "is_token_in_rank is missing");
-  }
+  check_layout(buffer, args);
   buffer.enqueue(DEEPEP_OP_LAYOUT, stream_fields(args), false, [args](Operation& op) {
     const Options& options = op.buffer.options;
     const auto num_tokens = static_cast<uint32_t>(args.num_tokens);

@@ -37,18 +37,4 @@ bool count_topk(Operation& op, const TopkIdx& topk, uint32_t num_tokens, Counts&
 bool count_tokens_in_rank(Operation& op, const uint8_t* is_token_in_rank, const int32_t* num_tokens_per_expert,
                           uint32_t num_tokens, Counts& counts, Routing& routing);
 
-// Checks the fields that every args struct with a routing shares; `most_tokens` is the mode's limit.
-template <class Args>
-void check_routing(const Buffer& buffer, const Args& args, uint32_t most_tokens) {
-  if (args.num_tokens < 0 || static_cast<uint32_t>(args.num_tokens) > most_tokens) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "x has %d tokens, the buffer holds %u a rank", args.num_tokens, most_tokens);
-  }
-  if (args.num_topk < 0 || static_cast<uint32_t>(args.num_topk) > buffer.options.num_topk) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "num_topk is %d, the buffer has at most %u", args.num_topk, buffer.options.num_topk);
-  }
-  if (args.num_topk > 0 && args.topk_idx_bytes != 4 && args.topk_idx_bytes != 8) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "topk_idx_bytes is %u, an entry has 4 or 8", args.topk_idx_bytes);
-  }
-}
-
 }  // namespace deepep

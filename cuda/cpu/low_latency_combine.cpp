@@ -7,11 +7,13 @@
 #include <cstring>
 #include <utility>
 
+#include "../api/checks.hpp"
+#include "../api/operations.hpp"
+#include "../api/registry.hpp"
 #include "exchange.hpp"
 #include "expert_region.hpp"
 #include "layout.hpp"
 #include "low_latency.hpp"
-#include "operations.hpp"
 #include "rows.hpp"
 #include "wait.hpp"
 
@@ -130,7 +132,7 @@ bool wait_for_outputs(Operation& op, const LowLatencyCombine& job, PeerWait& wai
     // Pairs with the release in announce_outputs() of src.
     const MessageHeader* message = message_at(buffer.symmetric(buffer.rank), buffer.regions, src, op.epoch);
     const Arrival arrival =
-        wait.wait_for(src, &line->epoch, op.epoch, {.what = "the expert outputs of", .message = message});
+        wait.wait_for(src, &line->epoch, op.epoch, {.reason = Reason::late_output, .message = message});
     if (arrival == Arrival::failed) return false;
     if (arrival == Arrival::left_out) view &= ~(uint64_t{1} << src);
     else if (line->code != 0 && refused < 0) refused = static_cast<int32_t>(src);
@@ -224,16 +226,9 @@ void check_combine(Buffer& buffer, const deepep_low_latency_combine_args& args, 
   if (args.num_tokens > 0 && args.out == 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "out is missing");
 }
 
-}  // namespace
-
-void check_no_pending_combine(Buffer& buffer, int32_t slot) {
-  const auto state = std::static_pointer_cast<LowLatencyState>(buffer.held_slot(slot).state);
-  if (state == nullptr || state->combine == nullptr) return;
-  reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the receive half of a combine of slot %d is still to come", slot);
-}
-
+// A slot is released: a combine in it whose receive half never came says that it will read nothing.
 void give_up_pending_combine(Buffer& buffer, int32_t slot) {
-  const auto state = std::static_pointer_cast<LowLatencyState>(buffer.held_slot(slot).state);
+  const auto state = std::static_pointer_cast<LowLatencyState>(buffer.slots.held(slot).state);
   if (state == nullptr || state->combine == nullptr || buffer.failed) return;
   const auto job = std::static_pointer_cast<LowLatencyCombine>(state->combine);
   state->combine = nullptr;
@@ -247,6 +242,14 @@ void give_up_pending_combine(Buffer& buffer, int32_t slot) {
         }
       },
       0, state->combine_epoch);
+}
+
+}  // namespace
+
+void check_no_pending_combine(Buffer& buffer, int32_t slot) {
+  const auto state = std::static_pointer_cast<LowLatencyState>(buffer.slots.held(slot).state);
+  if (state == nullptr || state->combine == nullptr) return;
+  reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the receive half of a combine of slot %d is still to come", slot);
 }
 
 void low_latency_combine(Buffer& buffer, const deepep_low_latency_combine_args& args) {
@@ -278,6 +281,13 @@ void low_latency_combine_receive(Buffer& buffer, const deepep_receive_args& args
       [job](Operation& op) { guarded(op, [&] { receive(op, *job); }); }, 0,
       state->combine_epoch);
   state->combine = nullptr;
+}
+
+void release_slot(Buffer& buffer, const deepep_slot_release_args& args) {
+  buffer.slots.held(args.slot);
+  const auto readers = args.stream ? present_work(*find<Stream>(Kind::stream, args.stream, "stream")) : nullptr;
+  give_up_pending_combine(buffer, args.slot);
+  buffer.slots.give(args.slot, readers);
 }
 
 }  // namespace deepep

@@ -9,9 +9,10 @@
 #include <cstring>
 #include <utility>
 
+#include "../api/checks.hpp"
+#include "../api/operations.hpp"
 #include "exchange.hpp"
 #include "layout.hpp"
-#include "operations.hpp"
 #include "rows.hpp"
 #include "wait.hpp"
 
@@ -320,7 +321,7 @@ void name_outputs(const Buffer& buffer, const LowLatencyLayout& layout, deepep_l
 }  // namespace
 
 std::shared_ptr<LowLatencyState> low_latency_state(Buffer& buffer, int32_t slot) {
-  const Slot& held = buffer.held_slot(slot);
+  const Slot& held = buffer.slots.held(slot);
   if (held.state == nullptr) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "slot %d holds no low-latency dispatch", slot);
   return std::static_pointer_cast<LowLatencyState>(held.state);
 }
@@ -343,7 +344,7 @@ void low_latency_dispatch(Buffer& buffer, deepep_low_latency_dispatch_args& args
   state.layout = make_layout(buffer, args);
   state.received = (args.flags & DEEPEP_FLAG_RECEIVE_HOOK) == 0;
   state.wait_stats = reinterpret_cast<int64_t*>(args.wait_stats);
-  const int32_t slot = buffer.take_slot(args.slot);
+  const int32_t slot = buffer.slots.take(args.slot);
   deepep_low_latency_dispatch_args out = args;  // args stays as it was should enqueue reject
   out.slot = slot;
   name_outputs(buffer, state.layout, out);

@@ -35,19 +35,18 @@ Arrival wait_pushed(Operation& op, PeerWait& wait, uint32_t src, uint32_t slot, 
   uint8_t* base = buffer.symmetric(buffer.rank);
   const uint64_t* word = slot_word_at(base, buffer.regions.pushed, src, slot);
   // Pairs with the release in announce_pushed() of src.
-  const Arrival arrival = wait.wait_for(src, word, op.epoch, {"the rows of"});
+  const Arrival arrival = wait.wait_for(src, word, op.epoch, {Reason::late_rows});
   if (arrival != Arrival::arrived) return arrival;
   const uint64_t theirs = load_acquire(slot_word_at(base, buffer.regions.pushed_view, src, slot));
   if (theirs == view) return Arrival::arrived;
   const auto peer = static_cast<uint32_t>(std::countr_zero(theirs ^ view));
-  op.failure.code = DEEPEP_ERROR_ABORTED;
-  op.failure.op = op.op;
-  op.failure.phase = op.phase;
-  op.failure.peer = static_cast<int32_t>(peer);
-  op.failure.expected = static_cast<int64_t>(view);
-  op.failure.seen = static_cast<int64_t>(theirs);
-  set_message(op.failure, "Cannot %s: rank %u takes part for rank %u, but not for rank %u", doing(op.op), peer,
-              in_view(view, peer) ? buffer.rank : src, in_view(view, peer) ? src : buffer.rank);
+  op.fail({.code = DEEPEP_ERROR_ABORTED,
+           .peer = static_cast<int32_t>(peer),
+           .reason = Reason::torn_view,
+           .a = static_cast<int32_t>(in_view(view, peer) ? buffer.rank : src),
+           .b = static_cast<int32_t>(in_view(view, peer) ? src : buffer.rank),
+           .expected = static_cast<int64_t>(view),
+           .seen = static_cast<int64_t>(theirs)});
   announce_failure(op);
   return Arrival::failed;
 }

@@ -27,12 +27,6 @@ void put_blocks(const ScaleCopy& copy, uint8_t* to, const uint8_t* const* from, 
 
 }  // namespace
 
-ScaleStrides scale_strides(uint32_t max_rows, uint32_t num_scales, uint32_t elem_bytes, bool column_major) {
-  if (num_scales == 0) return {};
-  if (!column_major) return {uint64_t{num_scales} * elem_bytes, elem_bytes};
-  return {elem_bytes, align_up(max_rows, 16 / elem_bytes) * elem_bytes};
-}
-
 void put_scale_rows(const ScaleCopy& copy, uint8_t* to, const uint8_t* const* from, uint32_t count) {
   switch (copy.elem_bytes) {
     case 1: return put_blocks<1>(copy, to, from, count);

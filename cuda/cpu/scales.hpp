@@ -7,18 +7,9 @@
 
 #include <cstdint>
 
-#include "../common/regions.hpp"
+#include "../api/checks.hpp"
 
 namespace deepep {
-
-// Strides of received scales, bytes.
-struct ScaleStrides {
-  uint64_t row = 0;
-  uint64_t elem = 0;
-};
-
-// Row-major, or column-major with every column padded to 16 bytes so that TMA can load it; as in lib/layout.ts.
-ScaleStrides scale_strides(uint32_t max_rows, uint32_t num_scales, uint32_t elem_bytes, bool column_major);
 
 // How the scales of one row or of many are copied.
 struct ScaleCopy {

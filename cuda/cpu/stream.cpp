@@ -5,53 +5,29 @@
 
 #include "stream.hpp"
 
-#include <pthread.h>
-#include <signal.h>
+#include <time.h>
 
 #include <atomic>
 #include <chrono>
-#include <system_error>
-#include <thread>
 #include <utility>
 
 #include "../abi/deepep.h"
+#include "../api/thread.hpp"
+#include "../common/failure.hpp"
 
 namespace deepep {
-namespace {
 
-// The runtime's signals (timers of a profiler, child exits) are none of our threads' business.
-class SignalsBlocked {
- public:
-  SignalsBlocked() {
-    sigset_t all;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before_);
-  }
-  ~SignalsBlocked() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
-
- private:
-  sigset_t before_;
-};
-
-}  // namespace
-
-void start_thread(const std::string& name, std::function<void()> body) {
-  const SignalsBlocked blocked;
-  try {
-    std::thread([name = name.substr(0, 15), body = std::move(body)] {
-      pthread_setname_np(pthread_self(), name.c_str());
-      body();
-    }).detach();
-  } catch (const std::system_error& e) {
-    reject(DEEPEP_ERROR_SYSTEM, "no thread could be started (%s)", e.what());
-  }
+uint64_t now_ns() {
+  timespec now;
+  clock_gettime(CLOCK_MONOTONIC, &now);
+  return static_cast<uint64_t>(now.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(now.tv_nsec);
 }
-
 void Record::complete(std::shared_ptr<const Status> failure) {
   std::vector<Watcher> watchers;
   {
     const std::lock_guard lock(mutex_);
     failure_ = std::move(failure);
+    ended_ns_ = now_ns();
     done_.store(true, std::memory_order_release);
     watchers.swap(watchers_);
   }
@@ -208,6 +184,15 @@ bool Stream::closed() {
 bool Stream::has_ended() {
   const std::lock_guard lock(mutex_);
   return has_ended_;
+}
+
+std::shared_ptr<Record> present_work(Stream& stream) {
+  if (stream.closed()) reject(DEEPEP_ERROR_CLOSED, "the stream was destroyed");
+  return stream.record();
+}
+
+void push(Stream& stream, Stream::Task task) {
+  if (!stream.push(std::move(task))) reject(DEEPEP_ERROR_CLOSED, "the stream was destroyed");
 }
 
 std::shared_ptr<Record> Event::latest() {

@@ -16,15 +16,12 @@
 #include <string>
 #include <vector>
 
-#include "../common/failure.hpp"
+#include "../api/statuses.hpp"
 
 namespace deepep {
 
-// The record of an operation that failed, with its number.
-struct Status {
-  Failure failure;
-  uint64_t epoch = 0;
-};
+// Nanoseconds of a clock that only goes forward.
+uint64_t now_ns();
 
 // A point in a stream: pending, then done for good, with the status of the operation that ended there.
 class Record {
@@ -36,6 +33,8 @@ class Record {
   // Why the operation failed, or nullptr. Valid once done.
   const std::shared_ptr<const Status>& failure() const { return failure_; }
   int32_t status() const { return failure_ ? failure_->failure.code : 0; }
+  // When it ended, by now_ns(). Valid once done.
+  uint64_t ended_ns() const { return ended_ns_; }
 
   // Ends the record, once: wakes those who wait and calls the watchers on this thread.
   void complete(std::shared_ptr<const Status> failure = nullptr);
@@ -53,13 +52,11 @@ class Record {
  private:
   std::atomic<bool> done_{false};
   std::shared_ptr<const Status> failure_;
+  uint64_t ended_ns_ = 0;
   std::mutex mutex_;
   std::condition_variable ended_;
   std::vector<Watcher> watchers_;
 };
-
-// Starts a detached thread with all signals blocked; `name` is cut to 15 characters. Rejects with SYSTEM.
-void start_thread(const std::string& name, std::function<void()> body);
 
 // A thread with a queue.
 class Stream : public std::enable_shared_from_this<Stream> {
@@ -108,6 +105,11 @@ class Stream : public std::enable_shared_from_this<Stream> {
   bool closed_ = false;
   bool has_ended_ = false;
 };
+
+// The present work of a stream, or nullptr; rejects one that was destroyed meanwhile.
+std::shared_ptr<Record> present_work(Stream& stream);
+// Enqueues a task, with the same rejection.
+void push(Stream& stream, Stream::Task task);
 
 // What deepep_event_create makes: the latest record, or nullptr before the first (it counts as done).
 struct Event {

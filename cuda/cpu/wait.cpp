@@ -65,35 +65,7 @@ bool waits_for_another(Buffer& buffer, uint32_t peer) {
   return (waiting & ~(uint64_t{1} << buffer.rank)) != 0;
 }
 
-const char* reason(int32_t code) {
-  switch (code) {
-    case DEEPEP_ERROR_TIMEOUT: return "did not come in time";
-    case DEEPEP_ERROR_PEER_LOST: return "has ended";
-    case DEEPEP_ERROR_ABORTED: return "gave up";
-    default: return "failed";
-  }
-}
-
 }  // namespace
-
-uint64_t now_ns() {
-  timespec now;
-  clock_gettime(CLOCK_MONOTONIC, &now);
-  return static_cast<uint64_t>(now.tv_sec) * 1'000'000'000 + static_cast<uint64_t>(now.tv_nsec);
-}
-
-const char* doing(int32_t op) {
-  switch (op) {
-    case DEEPEP_OP_LAYOUT: return "count a routing";
-    case DEEPEP_OP_DISPATCH: return "dispatch";
-    case DEEPEP_OP_COMBINE: return "combine";
-    case DEEPEP_OP_LOW_LATENCY_DISPATCH: return "dispatch in low-latency mode";
-    case DEEPEP_OP_LOW_LATENCY_COMBINE: return "combine in low-latency mode";
-    case DEEPEP_OP_BARRIER: return "pass the barrier";
-    case DEEPEP_OP_EXPERT_OUTPUT: return "give the expert-output region";
-    default: return "operate";
-  }
-}
 
 void ring(Buffer& buffer, uint32_t peer) {
   if (peer != buffer.rank) ring_doorbell(buffer, peer, false);
@@ -104,35 +76,28 @@ void announce_failure(Operation& op) {
   announce(op.buffer, {op.epoch, op.failure.code, culprit, false});
 }
 
-void set_agreed_failure(Operation& op, int32_t code, uint32_t peer) {
-  op.agreed = true;
-  op.failure.code = code;
-  op.failure.op = op.op;
-  op.failure.phase = op.phase;
-  op.failure.peer = static_cast<int32_t>(peer);
-}
-
 void fail_elsewhere(Operation& op, uint32_t peer, int32_t theirs) {
-  set_agreed_failure(op, DEEPEP_ERROR_MISMATCH, peer);
-  op.failure.expected = op.op;
-  op.failure.seen = theirs;
-  set_message(op.failure, "Cannot %s: rank %u wants to %s in call %llu", doing(op.op), peer, doing(theirs),
-              static_cast<unsigned long long>(op.epoch));
+  op.fail({.code = DEEPEP_ERROR_MISMATCH,
+           .peer = static_cast<int32_t>(peer),
+           .reason = Reason::elsewhere,
+           .agreed = 1,
+           .expected = op.op,
+           .seen = theirs});
 }
 
 void fail_refused(Operation& op, uint32_t by, int32_t code) {
-  set_agreed_failure(op, DEEPEP_ERROR_ABORTED, by);
-  set_message(op.failure, "Cannot %s: rank %u refused call %llu because of its own arguments (its error has code %d)",
-              doing(op.op), by, static_cast<unsigned long long>(op.epoch), code);
+  op.fail({.code = DEEPEP_ERROR_ABORTED,
+           .peer = static_cast<int32_t>(by),
+           .reason = Reason::refused,
+           .agreed = 1,
+           .a = code});
 }
 
 void fail_left_out(Operation& op, uint32_t by) {
-  op.failure.code = DEEPEP_ERROR_ABORTED;
-  op.failure.op = op.op;
-  op.failure.phase = op.phase;
-  op.failure.peer = static_cast<int32_t>(op.buffer.rank);
-  set_message(op.failure, "Cannot %s: rank %u goes on without this rank, %u, which came too late in call %llu", doing(op.op),
-              by, op.buffer.rank, static_cast<unsigned long long>(op.epoch));
+  op.fail({.code = DEEPEP_ERROR_ABORTED,
+           .peer = static_cast<int32_t>(op.buffer.rank),
+           .reason = Reason::left_out,
+           .a = static_cast<int32_t>(by)});
   announce_failure(op);
 }
 
@@ -213,7 +178,7 @@ Arrival PeerWait::sleep_until(uint32_t peer, const uint64_t* word, uint64_t at_l
       const Abort abort = abort_from_word(load_acquire(abort_at(buffer_.symmetric(buffer_.rank), buffer_.regions, peer)));
       if (!abort.goes_on && abort.epoch >= at_least) break;  // Pairs with announce() of a peer that will not read again.
     }
-    arrival = is_elsewhere(peer, awaited.message) ? Arrival::failed : heed_aborts(peer, at_least, seen, now - begin_ns);
+    arrival = is_elsewhere(peer, awaited.message) ? Arrival::failed : heed_aborts(peer, seen, now - begin_ns);
     if (arrival != Arrival::arrived) break;
     if (now - alive_ns >= kSliceNs) {
       // The word once more after the peer was found dead: it may have finished its part and gone.
@@ -251,7 +216,7 @@ bool PeerWait::is_elsewhere(uint32_t peer, const MessageHeader* message) {
 }
 
 // Looks at the abort words. `arrived` here means: nothing concerns this wait, go on waiting.
-Arrival PeerWait::heed_aborts(uint32_t peer, uint64_t at_least, uint64_t seen, uint64_t waited_ns) {
+Arrival PeerWait::heed_aborts(uint32_t peer, uint64_t seen, uint64_t waited_ns) {
   for (uint32_t from = 0; from < buffer_.options.num_ranks; ++from) {
     if (from == buffer_.rank) continue;
     // Pairs with announce() of that rank.
@@ -265,16 +230,14 @@ Arrival PeerWait::heed_aborts(uint32_t peer, uint64_t at_least, uint64_t seen, u
       if (abort.culprit == peer) return Arrival::left_out;
       continue;
     }
-    Failure& failure = op_.failure;
-    failure.code = DEEPEP_ERROR_ABORTED;
-    failure.op = op_.op;
-    failure.phase = op_.phase;
-    failure.peer = static_cast<int32_t>(abort.culprit);
-    failure.expected = static_cast<int64_t>(at_least);
-    failure.seen = static_cast<int64_t>(seen);
-    failure.waited_ns = static_cast<int64_t>(waited_ns);
-    set_message(failure, "Cannot %s: rank %u gave up in call %llu because rank %u %s", doing(op_.op), from,
-                static_cast<unsigned long long>(abort.epoch), abort.culprit, reason(abort.code));
+    op_.fail({.code = DEEPEP_ERROR_ABORTED,
+              .peer = static_cast<int32_t>(abort.culprit),
+              .reason = Reason::gave_up,
+              .a = static_cast<int32_t>(from),
+              .b = abort.code,
+              .expected = static_cast<int64_t>(abort.epoch),
+              .seen = static_cast<int64_t>(seen),
+              .waited_ns = static_cast<int64_t>(waited_ns)});
     announce_failure(op_);
     return Arrival::failed;
   }
@@ -288,22 +251,12 @@ Arrival PeerWait::give_up(uint32_t peer, int32_t code, const uint64_t* word, uin
     announce(buffer_, {op_.epoch, code, peer, true});
     return Arrival::left_out;
   }
-  Failure& failure = op_.failure;
-  failure.code = code;
-  failure.op = op_.op;
-  failure.phase = op_.phase;
-  failure.peer = static_cast<int32_t>(peer);
-  failure.expected = static_cast<int64_t>(at_least);
-  failure.seen = static_cast<int64_t>(load_acquire(word));
-  failure.waited_ns = static_cast<int64_t>(waited_ns);
-  const auto call = static_cast<unsigned long long>(op_.epoch);
-  if (code == DEEPEP_ERROR_PEER_LOST) {
-    set_message(failure, "Cannot %s: rank %u has ended; waited for %s it in call %llu", doing(op_.op), peer, awaited.what,
-                call);
-  } else {
-    set_message(failure, "Cannot %s: waited %.3f ms for %s rank %u in call %llu", doing(op_.op),
-                static_cast<double>(waited_ns) / 1e6, awaited.what, peer, call);
-  }
+  op_.fail({.code = code,
+            .peer = static_cast<int32_t>(peer),
+            .reason = awaited.reason,
+            .expected = static_cast<int64_t>(at_least),
+            .seen = static_cast<int64_t>(load_acquire(word)),
+            .waited_ns = static_cast<int64_t>(waited_ns)});
   announce_failure(op_);
   return Arrival::failed;
 }

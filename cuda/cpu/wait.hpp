@@ -29,7 +29,7 @@ enum class Arrival {
 
 // What a wait is for, for the message of its failure.
 struct Awaited {
-  const char* what;             // "the counts of", …: comes before "rank 3"
+  Reason reason;                    // late_*
   bool satisfied_by_abort = false;  // also over once the peer has given up in this epoch or a later one: it no longer reads
   const MessageHeader* message = nullptr;  // the peer's in this call, if it comes: of another operation, it ends the wait
 };
@@ -51,7 +51,7 @@ class PeerWait {
  private:
   Arrival sleep_until(uint32_t peer, const uint64_t* word, uint64_t at_least, const Awaited& awaited, uint64_t begin_ns);
   bool is_elsewhere(uint32_t peer, const MessageHeader* message);
-  Arrival heed_aborts(uint32_t peer, uint64_t at_least, uint64_t seen, uint64_t waited_ns);
+  Arrival heed_aborts(uint32_t peer, uint64_t seen, uint64_t waited_ns);
   Arrival give_up(uint32_t peer, int32_t code, const uint64_t* word, uint64_t at_least, const Awaited& awaited,
                   uint64_t waited_ns);
 
@@ -87,8 +87,6 @@ bool is_left_out(Operation& op);
 // The same for those who have pulled rows: whether some peer has left this rank out, in this call or a later one, and may have
 // overwritten the rows before they were read.
 bool is_overtaken(Operation& op);
-// A failure because of `peer` that every rank finds alike, so that the buffer stays good; the caller writes the message.
-void set_agreed_failure(Operation& op, int32_t code, uint32_t peer);
 // Ends the operation because `peer` makes another one (DEEPEP_OP_*) in this call.
 void fail_elsewhere(Operation& op, uint32_t peer, int32_t theirs);
 // Ends the operation because `by` said with this code that it cannot make the call.
@@ -98,10 +96,5 @@ void fail_left_out(Operation& op, uint32_t by);
 
 // Ends a receive half whose send half was skipped or failed half-way. The buffer stays good: it was put right since.
 void fail_without_send(Operation& op);
-
-// What an operation does, for messages: "dispatch" in "Cannot dispatch: …".
-const char* doing(int32_t op);
-
-uint64_t now_ns();
 
 }  // namespace deepep

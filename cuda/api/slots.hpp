@@ -1,0 +1,61 @@
+// The slots of a buffer: who holds which, and after what a free one may be used again.
+//
+// In: dispatches take a slot, deepep_slot_release gives it back in the order of a stream. Out: a slot's number, or an error
+// that names the holders; and the records that the next holder's operation waits for. Guarded by Buffer::mutex: every member
+// is called with it held. Compiled by each backend: a Record is a point in one of its streams.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "stream.hpp"
+
+namespace deepep {
+
+// One result's worth of memory.
+struct Slot {
+  bool held = false;
+  bool borrowed = false;             // by an operation that gives it back itself
+  uint64_t dispatch_epoch = 0;       // of the dispatch that filled it last; written by the operations
+  uint64_t combine_epoch = 0;        // of the last combine that used its expert-output region; 0 after a recovery
+  std::shared_ptr<void> state;       // the operations' record; empty when a slot was just taken
+  int32_t holder_op = 0;             // who holds it, for messages
+  uint64_t holder_epoch = 0;
+  std::shared_ptr<Record> reusable;  // the next holder's operation waits for it: deepep_slot_release's stream
+};
+
+class Slots {
+ public:
+  void resize(size_t count) { slots_.resize(count); }
+  size_t size() const { return slots_.size(); }
+  Slot& operator[](size_t slot) { return slots_[slot]; }
+  auto begin() { return slots_.begin(); }
+  auto end() { return slots_.end(); }
+  // Bit s is set when slot s is free.
+  uint32_t free_bits() const;
+
+  // Takes slot `wanted`, or with -1 any free one, for the operation enqueued next; its state is empty then. Rejects with
+  // NO_FREE_SLOT, naming the holders, or INVALID_ARGUMENT. Given back by itself when the API call is rejected after it.
+  int32_t take(int32_t wanted);
+  // A slot that is held; rejects otherwise.
+  Slot& held(int32_t slot);
+  // Frees a slot; the next holder's operation waits for `reusable` if there is one.
+  void give(int32_t slot, std::shared_ptr<Record> reusable = nullptr);
+  // After a rejected call: gives back what take() took since the last enqueue.
+  void give_back_taken();
+
+  // What take() took since the last enqueue: that operation waits for their `reusable` …
+  const std::vector<int32_t>& taken() const { return taken_; }
+  // … and then is their holder. `borrowed` is -1, or a slot that it gives back itself.
+  void hold_taken(int32_t op, uint64_t epoch, int32_t borrowed);
+
+ private:
+  [[noreturn]] void reject_none_free(int32_t wanted) const;
+
+  std::vector<Slot> slots_;
+  std::vector<int32_t> taken_;
+};
+
+}  // namespace deepep
