@@ -75,7 +75,7 @@ export class Core implements EventOwner, TensorOwner {
   readonly commStream: Stream;
   readonly idleEvents: bigint[] = [];
   /** Graphs that were not released. */
-  readonly graphs = new Set<Disposable>();
+  readonly graphs: Set<Disposable> = new Set();
   /** The capture that is open, if one is: then operations are recorded instead of run. */
   captured: Captured | undefined;
   /** What the device can do. */

@@ -14,7 +14,9 @@ export interface Subject {
   /** Begins the names of the tests. */
   readonly name: string;
   readonly newWorld: NewWorld;
-  /** Random worlds a suite draws; default 8. */
+  /** Why the suite cannot run here; its tests are then one skipped test that says so. */
+  readonly skip?: string | false;
+  /** Random worlds a suite draws; default 8. DEEPEP_TEST_RANDOM overrides it. */
   readonly numRandom?: number;
   /** Where random worlds begin; default a new seed a run, or DEEPEP_SEED. Names of tests and errors have it. */
   readonly seed?: number;

@@ -5,7 +5,7 @@
  * of the top-k weights that come back with the reference. Called through cases.ts.
  */
 import { assertEquals } from "@std/assert";
-import { describe, test } from "node:test";
+import { test } from "node:test";
 import type { CombineInput } from "../../lib/reference/mod.ts";
 import { referenceCombine, referenceDispatch, type RowLayout } from "../../lib/reference/mod.ts";
 import { denseSum } from "./brute_force.ts";
@@ -15,6 +15,7 @@ import { assertCombined } from "./compare.ts";
 import type { CombineCall, DispatchCall, Dispatched, NewWorld, WorldDriver } from "./driver.ts";
 import { expertLayoutOutput, rankLayoutOutput } from "./experts.ts";
 import { Random, runSeed } from "./random.ts";
+import { randomCount, suite } from "./suite.ts";
 import { inRankWorld, makeWorld, namedWorld, namedWorlds, randomSpec, type TestWorld } from "./worlds.ts";
 
 /** What goes into a combine beside the rows. */
@@ -81,10 +82,10 @@ async function checkedCombine(
 }
 
 /** Combines worlds in every way, then some random ones. */
-export function runCombineCases({ name, newWorld, numRandom = 8, seed = runSeed() }: Subject): void {
-  describe(`${name}: combine`, () => {
+export function runCombineCases({ name, newWorld, skip, numRandom = 8, seed = runSeed() }: Subject): void {
+  suite(`${name}: combine`, skip, () => {
     for (const world of namedWorlds()) test(world.name, () => everyWay(newWorld, world));
-    for (let i = 0; i < numRandom; i++) {
+    for (let i = 0; i < randomCount(numRandom); i++) {
       test(`random world, DEEPEP_SEED=${seed + i}`, () => {
         const random = new Random(seed + i);
         return everyWay(newWorld, makeWorld(randomSpec(random), random.uint32()));
@@ -194,7 +195,8 @@ export function runCombineCases({ name, newWorld, numRandom = 8, seed = runSeed(
   });
 }
 
-async function everyWay(newWorld: NewWorld, world: TestWorld): Promise<void> {
+/** Combines a world in every way. */
+export async function everyWay(newWorld: NewWorld, world: TestWorld): Promise<void> {
   await using driver = await newWorld(optionsFor(world));
   for (const [layout, extras, combine] of ways) {
     const call = { numTopk: world.numTopk, layout, expertAlignment: layout === "expert" ? 4 : 1 };

@@ -5,7 +5,7 @@
  * reference. Called through cases.ts.
  */
 import { assert, assertEquals } from "@std/assert";
-import { describe, test } from "node:test";
+import { test } from "node:test";
 import {
   type RankInput,
   type RankOutput,
@@ -17,15 +17,16 @@ import { callsFor, checkedDispatch, codesOf, optionsFor } from "./checked.ts";
 import { assertDispatched, assertSame } from "./compare.ts";
 import type { NewWorld } from "./driver.ts";
 import { Random, runSeed } from "./random.ts";
+import { randomCount, suite } from "./suite.ts";
 import { inRankWorld, makeWorld, namedWorld, namedWorlds, randomSpec, type TestWorld } from "./worlds.ts";
 
 /** Dispatches a world in every way, then some random ones. */
-export function runDispatchCases({ name, newWorld, numRandom = 8, seed = runSeed() }: Subject): void {
-  describe(`${name}: dispatch`, () => {
+export function runDispatchCases({ name, newWorld, skip, numRandom = 8, seed = runSeed() }: Subject): void {
+  suite(`${name}: dispatch`, skip, () => {
     for (const world of namedWorlds()) {
       test(world.name, () => everyCall(newWorld, world));
     }
-    for (let i = 0; i < numRandom; i++) {
+    for (let i = 0; i < randomCount(numRandom); i++) {
       test(`random world, DEEPEP_SEED=${seed + i}`, () => {
         const random = new Random(seed + i);
         return everyCall(newWorld, makeWorld(randomSpec(random), random.uint32()));
@@ -171,7 +172,8 @@ export function runDispatchCases({ name, newWorld, numRandom = 8, seed = runSeed
   });
 }
 
-async function everyCall(newWorld: NewWorld, world: TestWorld): Promise<void> {
+/** Dispatches a world in every way. */
+export async function everyCall(newWorld: NewWorld, world: TestWorld): Promise<void> {
   await using driver = await newWorld(optionsFor(world));
   for (const call of callsFor(world)) {
     const result = await checkedDispatch(driver, world.inputs, call).catch((cause) => {

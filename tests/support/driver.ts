@@ -98,11 +98,13 @@ export interface LowLatencyCombineCall {
   readonly recvHook?: boolean;
 }
 
-/** A delay to inject once. Names are those of the ABI, in camelCase. */
+/** An accident to inject once: a delay, silence, or the end of the process. Names are those of the ABI, in camelCase. */
 export interface Delay {
   readonly op: "dispatch" | "combine" | "lowLatencyDispatch" | "lowLatencyCombine";
   readonly phase: "notify" | "send" | "arrive" | "publish" | "reduce";
-  readonly delayUs: number;
+  readonly delayUs?: number;
+  /** Default "delay". */
+  readonly action?: "delay" | "exit" | "stall";
 }
 
 /** A world under test. Calls reject with {@linkcode WorldFailure}. */

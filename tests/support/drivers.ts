@@ -139,7 +139,7 @@ class BufferDriver implements WorldDriver {
   }
 
   async delay(rank: number, delay: Delay): Promise<void> {
-    await this.#ranks[rank]!.call("delay", [delay]);
+    await this.#ranks[rank]!.call("inject", [delay]);
   }
 
   async [Symbol.asyncDispose](): Promise<void> {

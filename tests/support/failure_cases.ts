@@ -1,28 +1,17 @@
 /**
  * Peers that are late, silent or gone, in each phase of each operation, all in one process. Late peers change nothing;
  * silent ones end in a typed error that names them within the deadline, or are masked when the buffer was asked to; the
- * survivors go on after `recover()`. Killed processes are in process_test.ts.
+ * survivors go on after `recover()`. In: a backend. Out: tests. Killed processes are in process_cases.ts.
  */
 import { describe, test } from "node:test";
 import { assert, assertEquals } from "@std/assert";
 import { EpBuffer, EpError, Group, Tensor } from "@deepep/deepep";
-import { constants } from "../lib/ffi/abi.ts";
-import { struct } from "../lib/ffi/struct.ts";
-import { reasonOf, tiny, withRanks } from "./support/ranks.ts";
+import type { constants } from "../../lib/ffi/abi.ts";
+import { inject, ranksOf, reasonOf, tiny } from "./ranks.ts";
+import { type BackendSubject, suite } from "./suite.ts";
 
-const { OP, PHASE, INJECT } = constants;
-const injectStruct = struct("deepep_inject_args");
-
-function inject(
-  b: EpBuffer,
-  op: keyof typeof OP,
-  phase: keyof typeof PHASE,
-  action: keyof typeof INJECT,
-  delayUs = 0,
-): void {
-  injectStruct.pack({ op: OP[op][0], phase: PHASE[phase][0], action: INJECT[action][0], delay_us: delayUs, count: 1 });
-  b.core.call("deepep_inject", injectStruct, "inject");
-}
+type Op = keyof typeof constants.OP;
+type PhaseName = keyof typeof constants.PHASE;
 
 const NUM_TOKENS = 3;
 /** Token t of rank r goes to experts (r + t) % 8 and (r + t + 3) % 8. */
@@ -74,12 +63,15 @@ async function check(
   assertEquals(got, want, `rank ${b.rank} without ${gone.join()}`);
 }
 
-const phases: [keyof typeof OP, keyof typeof PHASE, typeof normalLayer][] = [
+type Phase = [Op, PhaseName, typeof normalLayer];
+const normalPhases: Phase[] = [
   ["DISPATCH", "NOTIFY", normalLayer],
   ["DISPATCH", "SEND", normalLayer],
   ["DISPATCH", "ARRIVE", normalLayer],
   ["COMBINE", "PUBLISH", normalLayer],
   ["COMBINE", "REDUCE", normalLayer],
+];
+const lowLatencyPhases: Phase[] = [
   ["LOW_LATENCY_DISPATCH", "NOTIFY", lowLatencyLayer],
   ["LOW_LATENCY_DISPATCH", "SEND", lowLatencyLayer],
   ["LOW_LATENCY_DISPATCH", "ARRIVE", lowLatencyLayer],
@@ -87,10 +79,41 @@ const phases: [keyof typeof OP, keyof typeof PHASE, typeof normalLayer][] = [
   ["LOW_LATENCY_COMBINE", "REDUCE", lowLatencyLayer],
 ];
 
-describe("a late peer", () => {
+/** Registers the cases. */
+export function runFailureCases({ name, backend, skip, skipLowLatency }: BackendSubject): void {
+  suite(`${name}: peers that are late, silent or gone`, skip, () => {
+    everyCase(ranksOf(backend), backend, normalPhases, !skipLowLatency);
+  });
+  suite(`${name}: peers that are late, silent or gone, low latency`, skip || skipLowLatency, () => {
+    lowLatencyCases(ranksOf(backend), backend);
+  });
+}
+
+type Ranks = ReturnType<typeof ranksOf>;
+
+function lowLatencyCases(ranks: Ranks, backend: BackendSubject["backend"]): void {
+  lateCases(ranks, lowLatencyPhases);
+  silentCases(backend, lowLatencyPhases);
+  test("a result released before its combine was received leaves nobody waiting", async () => {
+    await ranks(2, { timeoutMs: 3000 }, async (b, rank) => {
+      using x = input(b), topkIdx = b.tensor("i32", [NUM_TOKENS, 2], route(rank));
+      using topkWeights = b.tensor("f32", [NUM_TOKENS, 2], new Float32Array(2 * NUM_TOKENS).fill(1));
+      const recv = b.lowLatencyDispatch(x, { topkIdx, fp8: false });
+      const handle = recv.handle;
+      using out = b.lowLatencyCombine(recv.x, { topkIdx, topkWeights, handle, recvHook: rank === 0 });
+      if (rank === 1) await out.received(); // rank 0 never asks for its own
+      recv.release();
+      for (let i = 0; i < 4; i++) await lowLatencyLayer(b); // both slots, twice
+      for (let i = 0; i < 4; i++) await normalLayer(b);
+      assertEquals(b.stats().numFailures, 0);
+    });
+  });
+}
+
+function lateCases(ranks: Ranks, phases: readonly Phase[]): void {
   for (const [op, phase, layer] of phases) {
     test(`in ${op} ${phase} changes nothing`, async () => {
-      await withRanks(4, {}, async (b, rank) => {
+      await ranks(4, {}, async (b, rank) => {
         for (let round = 0; round < 4; round++) {
           if (rank === round) inject(b, op, phase, "DELAY", 30_000);
           await layer(b);
@@ -99,42 +122,13 @@ describe("a late peer", () => {
       });
     });
   }
-  test("is visible in the wait statistics of the others", async () => {
-    await withRanks(2, {}, async (b, rank) => {
-      if (rank === 1) inject(b, "DISPATCH", "NOTIFY", "DELAY", 60_000);
-      await normalLayer(b);
-      if (rank === 0) assert(b.stats().dispatchWaitNs[1]! > 30_000_000n, String(b.stats().dispatchWaitNs));
-    });
-  });
-});
+}
 
-describe("a peer that never comes", () => {
-  test("is named within the deadline; the buffer recovers", async () => {
-    await withRanks(4, { timeoutMs: 600 }, async (b, rank) => {
-      await normalLayer(b);
-      if (rank === 2) { // misses one call
-        await new Promise((resolve) => setTimeout(resolve, 1800));
-      } else {
-        const began = performance.now(), reason = await reasonOf(normalLayer(b));
-        assert(reason instanceof EpError, String(reason));
-        assert(performance.now() - began < 3000);
-        assert(reason.code === "timeout" || reason.code === "aborted", reason.code);
-        assertEquals(reason.peer, 2);
-        assert(reason.message.includes("rank 2") || reason.message.includes("2"), reason.message);
-        assertEquals(b.failed, true);
-        const next = await reasonOf(normalLayer(b));
-        assert(next instanceof EpError && next.code === "needsRecovery" && next.peer === 2, String(next));
-      }
-      await b.recover();
-      assertEquals(b.failed, false);
-      for (let i = 0; i < 3; i++) await normalLayer(b);
-      await lowLatencyLayer(b);
-    });
-  });
+function silentCases(backend: BackendSubject["backend"], phases: readonly Phase[]): void {
   for (const [op, phase, layer] of phases) {
     test(`silent in ${op} ${phase}: the others fail with its name, then go on without it`, async () => {
       const groups = Group.local(4);
-      const buffers = await Promise.all(groups.map((g) => EpBuffer.create(g, { ...tiny, timeoutMs: 500 })));
+      const buffers = await Promise.all(groups.map((g) => EpBuffer.create(g, { ...tiny, backend, timeoutMs: 500 })));
       try {
         inject(buffers[1]!, op, phase, "STALL");
         const reasons = await Promise.all(buffers.map((b) =>
@@ -156,93 +150,123 @@ describe("a peer that never comes", () => {
       }
     });
   }
-  test("with maskOnTimeout the survivors' results are those of a world without it", async () => {
-    const groups = Group.local(4);
-    const buffers = await Promise.all(
-      groups.map((g) => EpBuffer.create(g, { ...tiny, timeoutMs: 500, maskOnTimeout: true })),
-    );
-    try {
-      await Promise.all(buffers.map((b) => lowLatencyLayer(b)));
-      const rest = buffers.filter((b) => b.rank !== 3);
-      await Promise.all(rest.map((b) => lowLatencyLayer(b, [3])));
-      await Promise.all(rest.map((b) => normalLayer(b, [3])));
-      for (const b of rest) {
-        assertEquals(b.maskedRanks, [3]);
-        assertEquals(b.stats().numFailures, 0);
+}
+
+function everyCase(
+  ranks: Ranks,
+  backend: BackendSubject["backend"],
+  phases: readonly Phase[],
+  lowLatency: boolean,
+): void {
+  describe("a late peer", () => {
+    lateCases(ranks, phases);
+    test("is visible in the wait statistics of the others", async () => {
+      await ranks(2, {}, async (b, rank) => {
+        if (rank === 1) inject(b, "DISPATCH", "NOTIFY", "DELAY", 60_000);
+        await normalLayer(b);
+        if (rank === 0) assert(b.stats().dispatchWaitNs[1]! > 30_000_000n, String(b.stats().dispatchWaitNs));
+      });
+    });
+  });
+
+  describe("a peer that never comes", () => {
+    test("is named within the deadline; the buffer recovers", async () => {
+      await ranks(4, { timeoutMs: 600 }, async (b, rank) => {
+        await normalLayer(b);
+        if (rank === 2) { // misses one call
+          await new Promise((resolve) => setTimeout(resolve, 1800));
+        } else {
+          const began = performance.now(), reason = await reasonOf(normalLayer(b));
+          assert(reason instanceof EpError, String(reason));
+          assert(performance.now() - began < 3000);
+          assert(reason.code === "timeout" || reason.code === "aborted", reason.code);
+          assertEquals(reason.peer, 2);
+          assert(reason.message.includes("rank 2") || reason.message.includes("2"), reason.message);
+          assertEquals(b.failed, true);
+          const next = await reasonOf(normalLayer(b));
+          assert(next instanceof EpError && next.code === "needsRecovery" && next.peer === 2, String(next));
+        }
+        await b.recover();
+        assertEquals(b.failed, false);
+        for (let i = 0; i < 3; i++) await normalLayer(b);
+        if (lowLatency) await lowLatencyLayer(b);
+      });
+    });
+    silentCases(backend, phases);
+    test("with maskOnTimeout the survivors' results are those of a world without it", async () => {
+      const groups = Group.local(4);
+      const buffers = await Promise.all(
+        groups.map((g) => EpBuffer.create(g, { ...tiny, backend, timeoutMs: 500, maskOnTimeout: true })),
+      );
+      try {
+        const first = lowLatency ? lowLatencyLayer : normalLayer;
+        await Promise.all(buffers.map((b) => first(b)));
+        const rest = buffers.filter((b) => b.rank !== 3);
+        await Promise.all(rest.map((b) => first(b, [3])));
+        await Promise.all(rest.map((b) => normalLayer(b, [3])));
+        for (const b of rest) {
+          assertEquals(b.maskedRanks, [3]);
+          assertEquals(b.stats().numFailures, 0);
+        }
+      } finally {
+        await Promise.all(buffers.map((b) => b.close()));
       }
-    } finally {
-      await Promise.all(buffers.map((b) => b.close()));
-    }
+    });
+    test("a masked peer that is taken in again takes part again", async () => {
+      const groups = Group.local(2);
+      const buffers = await Promise.all(groups.map((g) => EpBuffer.create(g, { ...tiny, backend })));
+      const [a, b] = buffers as [EpBuffer, EpBuffer];
+      try {
+        a.maskRank(1);
+        await normalLayer(a, [1]);
+        a.unmaskRank(1);
+        await Promise.all([a.recover(), b.recover()]); // epochs ran apart
+        await Promise.all([normalLayer(a), normalLayer(b)]);
+      } finally {
+        await Promise.all(buffers.map((x) => x.close()));
+      }
+    });
+    test("a peer that closed is lost at once, not after the deadline", async () => {
+      const groups = Group.local(2);
+      const [a, b] = await Promise.all(groups.map((g) => EpBuffer.create(g, { ...tiny, backend, timeoutMs: 20_000 })));
+      await b!.close();
+      const began = performance.now(), reason = await reasonOf(normalLayer(a!));
+      assert(reason instanceof EpError && reason.code === "peerLost" && reason.peer === 1, String(reason));
+      assert(performance.now() - began < 5000);
+      await a!.close();
+    });
   });
-  test("a masked peer that is taken in again takes part again", async () => {
-    const groups = Group.local(2);
-    const buffers = await Promise.all(groups.map((g) => EpBuffer.create(g, tiny)));
-    const [a, b] = buffers as [EpBuffer, EpBuffer];
-    try {
-      a.maskRank(1);
-      await normalLayer(a, [1]);
-      a.unmaskRank(1);
-      await Promise.all([a.recover(), b.recover()]); // epochs ran apart
-      await Promise.all([normalLayer(a), normalLayer(b)]);
-    } finally {
-      await Promise.all(buffers.map((x) => x.close()));
-    }
-  });
-  test("a peer that closed is lost at once, not after the deadline", async () => {
-    const groups = Group.local(2);
-    const [a, b] = await Promise.all(groups.map((g) => EpBuffer.create(g, { ...tiny, timeoutMs: 20_000 })));
-    await b!.close();
-    const began = performance.now(), reason = await reasonOf(normalLayer(a!));
-    assert(reason instanceof EpError && reason.code === "peerLost" && reason.peer === 1, String(reason));
-    assert(performance.now() - began < 5000);
-    await a!.close();
-  });
-});
 
-test("ranks that call different operations are told which", async () => {
-  await withRanks(2, { timeoutMs: 1000 }, async (b, rank) => {
-    const reason = await reasonOf(rank === 0 ? normalLayer(b) : lowLatencyLayer(b));
-    assert(reason instanceof EpError, String(reason));
-    assert(reason.code === "mismatch" || reason.code === "aborted", `${reason.code}: ${reason.message}`);
+  test("ranks that call different operations are told which", async () => {
+    await ranks(2, { timeoutMs: 1000 }, async (b, rank) => {
+      const reason = await reasonOf(rank === 0 ? normalLayer(b) : lowLatency ? lowLatencyLayer(b) : b.barrier());
+      assert(reason instanceof EpError, String(reason));
+      assert(reason.code === "mismatch" || reason.code === "aborted", `${reason.code}: ${reason.message}`);
+    });
   });
-});
 
-test("ranks that give different arguments are told which", async () => {
-  await withRanks(2, { timeoutMs: 1000 }, async (b, rank) => {
-    using x = input(b), topkIdx = b.tensor("i32", [NUM_TOKENS, 2], route(rank));
-    const reason = await reasonOf(b.dispatch(x, { topkIdx, expertAlignment: rank === 0 ? 1 : 4 }));
-    assert(reason instanceof EpError && reason.code === "mismatch", String(reason));
-    assert(reason.message.includes("expert_alignment"), reason.message);
-    assertEquals(b.failed, false);
-    await normalLayer(b);
+  test("ranks that give different arguments are told which", async () => {
+    await ranks(2, { timeoutMs: 1000 }, async (b, rank) => {
+      using x = input(b), topkIdx = b.tensor("i32", [NUM_TOKENS, 2], route(rank));
+      const reason = await reasonOf(b.dispatch(x, { topkIdx, expertAlignment: rank === 0 ? 1 : 4 }));
+      assert(reason instanceof EpError && reason.code === "mismatch", String(reason));
+      assert(reason.message.includes("expert_alignment"), reason.message);
+      assertEquals(b.failed, false);
+      await normalLayer(b);
+    });
   });
-});
 
-test("a result released before its combine was received leaves nobody waiting", async () => {
-  await withRanks(2, { timeoutMs: 3000 }, async (b, rank) => {
-    using x = input(b), topkIdx = b.tensor("i32", [NUM_TOKENS, 2], route(rank));
-    using topkWeights = b.tensor("f32", [NUM_TOKENS, 2], new Float32Array(2 * NUM_TOKENS).fill(1));
-    const recv = b.lowLatencyDispatch(x, { topkIdx, fp8: false });
-    const handle = recv.handle;
-    using out = b.lowLatencyCombine(recv.x, { topkIdx, topkWeights, handle, recvHook: rank === 0 });
-    if (rank === 1) await out.received(); // rank 0 never asks for its own
-    recv.release();
-    for (let i = 0; i < 4; i++) await lowLatencyLayer(b); // both slots, twice
-    for (let i = 0; i < 4; i++) await normalLayer(b);
-    assertEquals(b.stats().numFailures, 0);
+  test("a dispatch that fails leaves no counts of an earlier one on the device", async () => {
+    await ranks(1, { maxRecvTokens: 2, numSlots: 1 }, async (b) => {
+      using two = b.tensor("bf16", [2, 16]), twice = b.tensor("i32", [2, 2], Int32Array.of(0, 1, 2, 3));
+      using first = await b.dispatch(two, { topkIdx: twice });
+      assertEquals([...await first.counts.numRows.read()], [2, 2]);
+      first.release();
+      using three = input(b), topkIdx = b.tensor("i32", [NUM_TOKENS, 2], route(0));
+      using failed = await b.dispatch(three, { topkIdx, cpuSync: false });
+      const reason = await reasonOf(failed.event);
+      assert(reason instanceof EpError && reason.code === "capacity", String(reason));
+      assertEquals([...await b.read(Tensor.from(failed.counts.numRows.address, "i32", [2]))], new Array(8).fill(0));
+    });
   });
-});
-
-test("a dispatch that fails leaves no counts of an earlier one on the device", async () => {
-  await withRanks(1, { maxRecvTokens: 2, numSlots: 1 }, async (b) => {
-    using two = b.tensor("bf16", [2, 16]), twice = b.tensor("i32", [2, 2], Int32Array.of(0, 1, 2, 3));
-    using first = await b.dispatch(two, { topkIdx: twice });
-    assertEquals([...await first.counts.numRows.read()], [2, 2]);
-    first.release();
-    using three = input(b), topkIdx = b.tensor("i32", [NUM_TOKENS, 2], route(0));
-    using failed = await b.dispatch(three, { topkIdx, cpuSync: false });
-    const reason = await reasonOf(failed.event);
-    assert(reason instanceof EpError && reason.code === "capacity", String(reason));
-    assertEquals([...await b.read(Tensor.from(failed.counts.numRows.address, "i32", [2]))], new Array(8).fill(0));
-  });
-});
+}

@@ -5,7 +5,7 @@
  * bit of the sums, with the reference. Called through cases.ts.
  */
 import { assert, assertEquals } from "@std/assert";
-import { describe, test } from "node:test";
+import { test } from "node:test";
 import { maxLocalExperts } from "../../lib/layout.ts";
 import type { LowLatencyCombineInput, LowLatencyOutput, RankInput } from "../../lib/reference/mod.ts";
 import { referenceLowLatencyCombine, referenceLowLatencyDispatch } from "../../lib/reference/mod.ts";
@@ -17,6 +17,7 @@ import type { LowLatencyCall, LowLatencyCombineCall, LowLatencyDispatched, NewWo
 import type { WorldOptions } from "./driver.ts";
 import { lowLatencyOutput } from "./experts.ts";
 import { Random, runSeed } from "./random.ts";
+import { randomCount, suite } from "./suite.ts";
 import { makeWorld, namedWorld, namedWorlds, randomSpec, type TestWorld, tinyWorld } from "./worlds.ts";
 
 /** Options of a buffer that holds a world in low-latency mode; tokens that list an expert twice may need more rows. */
@@ -117,10 +118,10 @@ async function everyWay(newWorld: NewWorld, world: TestWorld): Promise<void> {
 }
 
 /** Sends worlds there and back in every way, then some random ones. */
-export function runLowLatencyCases({ name, newWorld, numRandom = 8, seed = runSeed() }: Subject): void {
-  describe(`${name}: low latency`, () => {
+export function runLowLatencyCases({ name, newWorld, skip, numRandom = 8, seed = runSeed() }: Subject): void {
+  suite(`${name}: low latency`, skip, () => {
     for (const world of namedWorlds()) test(world.name, () => everyWay(newWorld, world));
-    for (let i = 0; i < numRandom; i++) {
+    for (let i = 0; i < randomCount(numRandom); i++) {
       test(`random world, DEEPEP_SEED=${seed + i}`, () => {
         const random = new Random(seed + i);
         return everyWay(newWorld, makeWorld(randomSpec(random), random.uint32()));

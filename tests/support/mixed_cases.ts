@@ -1,16 +1,17 @@
 /**
  * Random programs: ranks of one thread make the same random calls of both modes, with several results in flight, while each
  * rank by itself is late at random moments and in random phases. Every token carries a value of its own and experts are
- * the identity, so any stale, lost or swapped row shows in the combined sums, which must be exact.
+ * the identity, so any stale, lost or swapped row shows in the combined sums, which must be exact. In: a backend. Out: tests.
  */
-import { describe, test } from "node:test";
+import { test } from "node:test";
 import { assertEquals } from "@std/assert";
 import { bf16FromF32, type EpBuffer, f32FromBf16, type Tensor } from "@deepep/deepep";
-import { constants } from "../lib/ffi/abi.ts";
-import { struct } from "../lib/ffi/struct.ts";
-import { expertRank } from "../lib/layout.ts";
-import { Random, runSeed } from "./support/random.ts";
-import { withRanks } from "./support/ranks.ts";
+import { constants } from "../../lib/ffi/abi.ts";
+import { struct } from "../../lib/ffi/struct.ts";
+import { expertRank } from "../../lib/layout.ts";
+import { Random, runSeed } from "./random.ts";
+import { ranksOf } from "./ranks.ts";
+import { type BackendSubject, randomCount, suite } from "./suite.ts";
 
 const shape = { hidden: 64, numExperts: 10, numTopk: 3, maxTokensPerRank: 6, maxLowLatencyTokensPerRank: 6 };
 const { hidden, numExperts, numTopk, maxTokensPerRank } = shape;
@@ -39,13 +40,13 @@ function draw(own: Random): Sent {
 }
 
 /** Makes this rank late in a random phase of a later call. */
-function beLate(b: EpBuffer, own: Random): void {
+function beLate(b: EpBuffer, own: Random, lowLatency: boolean): void {
   const phases = [["DISPATCH", "NOTIFY"], ["DISPATCH", "SEND"], ["DISPATCH", "ARRIVE"], ["COMBINE", "PUBLISH"], [
     "COMBINE",
     "REDUCE",
   ]] as const;
   const [op, phase] = own.pick(phases);
-  const name = own.chance(0.5) ? op : `LOW_LATENCY_${op}` as const;
+  const name = !lowLatency || own.chance(0.5) ? op : `LOW_LATENCY_${op}` as const;
   injectStruct.pack({
     op: constants.OP[name][0],
     phase: constants.PHASE[phase][0],
@@ -84,7 +85,7 @@ async function normal(b: EpBuffer, sent: Sent, shared: Random, what: string): Pr
 }
 
 /** The same in low-latency mode, in two halves or not. */
-function lowLatency(b: EpBuffer, sent: Sent, shared: Random, what: string): () => Promise<void> {
+function sendLowLatency(b: EpBuffer, sent: Sent, shared: Random, what: string): () => Promise<void> {
   const recvHook = shared.chance(0.5), inPlace = shared.chance(0.5);
   const x = b.tensor("bf16", [sent.numTokens, hidden], sent.values);
   const topkIdx = b.tensor("i32", [sent.numTokens, numTopk], sent.experts);
@@ -104,14 +105,14 @@ function lowLatency(b: EpBuffer, sent: Sent, shared: Random, what: string): () =
 }
 
 /** One rank's run of the program that `seed` stands for. */
-async function run(b: EpBuffer, rank: number, seed: number): Promise<void> {
+async function run(b: EpBuffer, rank: number, seed: number, lowLatency: boolean): Promise<void> {
   const shared = new Random(seed), own = new Random(seed + 1000 * (rank + 1));
   const inFlight: (() => Promise<void>)[] = [];
   for (let step = 0; step < NUM_STEPS; step++) {
     if (own.chance(0.1)) await new Promise((resolve) => setTimeout(resolve, own.int(0, 3)));
-    if (own.chance(0.2)) beLate(b, own);
+    if (own.chance(0.2)) beLate(b, own, lowLatency);
     const what = `DEEPEP_SEED=${seed}, rank ${rank}, step ${step}:`, sent = draw(own);
-    inFlight.push(await (shared.chance(0.5) ? normal : lowLatency)(b, sent, shared, what));
+    inFlight.push(await (!lowLatency || shared.chance(0.5) ? normal : sendLowLatency)(b, sent, shared, what));
     const keep = shared.int(0, NUM_SLOTS - 1);
     while (inFlight.length > keep) await inFlight.shift()!();
   }
@@ -119,15 +120,19 @@ async function run(b: EpBuffer, rank: number, seed: number): Promise<void> {
   assertEquals(b.stats().numFailures, 0);
 }
 
-describe("random programs of both modes, several results in flight", () => {
-  const seed = runSeed();
-  for (const [i, numRanks] of [1, 3, 4, 7].entries()) {
-    test(`${numRanks} ranks, DEEPEP_SEED=${seed + i}`, async () => {
-      await withRanks(
-        numRanks,
-        { ...shape, numSlots: NUM_SLOTS, maxRecvTokens: 200, timeoutMs: 20_000 },
-        (b, rank) => run(b, rank, seed + i),
-      );
-    });
-  }
-});
+/** Registers the programs. */
+export function runMixedCases({ name, backend, skip, skipLowLatency }: BackendSubject): void {
+  const modes = skipLowLatency ? "of normal mode" : "of both modes";
+  suite(`${name}: random programs ${modes}, several results in flight`, skip, () => {
+    const seed = runSeed();
+    for (const [i, numRanks] of [1, 3, 4, 7].slice(0, randomCount(4)).entries()) {
+      test(`${numRanks} ranks, DEEPEP_SEED=${seed + i}`, async () => {
+        await ranksOf(backend)(
+          numRanks,
+          { ...shape, numSlots: NUM_SLOTS, maxRecvTokens: 200, timeoutMs: 20_000 },
+          (b, rank) => run(b, rank, seed + i, !skipLowLatency),
+        );
+      });
+    }
+  });
+}

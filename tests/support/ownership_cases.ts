@@ -1,26 +1,55 @@
 /**
  * Who owns what, and until when: memory that a pending operation uses is not handed out again, whatever stream it was
- * released on; receiving halves use only what is still there; what a buffer did can be asked after it was closed.
+ * released on; receiving halves use only what is still there; what a buffer did can be asked after it was closed. In: a
+ * backend. Out: tests.
  */
-import { describe, test } from "node:test";
+import { test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 import { assert, assertEquals, assertRejects, assertThrows } from "@std/assert";
 import { type EpBuffer, EpError, type OperationOptions, type Tensor } from "@deepep/deepep";
-import { reasonOf, withRanks } from "./support/ranks.ts";
+import { ranksOf, reasonOf } from "./ranks.ts";
+import { type BackendSubject, suite } from "./suite.ts";
 
 const topk = (b: EpBuffer) => b.tensor("i32", [2, 2], Int32Array.of(0, 7, 2, 5));
 const rows = (b: EpBuffer, value: number) => b.tensor("bf16", [2, 16], new Float32Array(32).fill(value));
 const ones = (b: EpBuffer) => b.tensor("f32", [2, 2], new Float32Array(4).fill(1));
 const ONE = 0x3f80;
 
+/** A dispatch of either mode: its first row, once it is there, if there is one. */
+type Send = (b: EpBuffer, x: Tensor, topkIdx: Tensor, call: OperationOptions) => () => Promise<number | undefined>;
+
+const sendNormal: Send = (b, x, topkIdx, call) => {
+  const sent = b.dispatch(x as Tensor<"bf16">, { topkIdx, cpuSync: false, ...call });
+  return async () => {
+    using recv = await sent;
+    await recv.event;
+    const [count] = await recv.counts.numRows.read();
+    return count! > 0 ? (await recv.x.read())[0] : undefined;
+  };
+};
+
+const sendLowLatency: Send = (b, x, topkIdx, call) => {
+  const sent = b.lowLatencyDispatch(x, { topkIdx, fp8: false, ...call });
+  return async () => {
+    using recv = sent;
+    await recv.received();
+    const [first] = await recv.count.read();
+    return first! > 0 ? (await (recv.x as Tensor<"bf16">).read())[0] : undefined;
+  };
+};
+
 /** Rank 0 releases its rows while their dispatch waits for rank 1, and writes to all memory that it can get. */
-async function releasedEarly(buffers: EpBuffer[], options: (b: EpBuffer) => OperationOptions): Promise<void> {
-  const received = [];
+async function releasedEarly(
+  buffers: EpBuffer[],
+  send: Send,
+  options: (b: EpBuffer) => OperationOptions,
+): Promise<void> {
+  const received: ReturnType<Send>[] = [];
   for (const b of buffers) { // one rank after the other: the first one's barrier holds its dispatch up
     const call = options(b), x = rows(b, 1), topkIdx = topk(b);
     await b.record();
     b.barrier(call);
-    received.push(b.lowLatencyDispatch(x, { topkIdx, fp8: false, ...call }));
+    received.push(send(b, x, topkIdx, call));
     x.release();
     topkIdx.release();
     const others = Array.from({ length: 16 }, () => [rows(b, 2), topk(b)]).flat();
@@ -28,16 +57,28 @@ async function releasedEarly(buffers: EpBuffer[], options: (b: EpBuffer) => Oper
     for (const tensor of others) tensor.release();
   }
   for (const [rank, result] of received.entries()) {
-    await result.received();
-    const [first] = await result.count.read();
-    assert(first! > 0 || rank > 0);
-    const x = await (result.x as Tensor<"bf16">).read();
-    if (first! > 0) assertEquals(x[0], ONE, `rank ${rank} received rows of a tensor that came after`);
-    result.release();
+    const first = await result();
+    assert(first !== undefined || rank > 0);
+    if (first !== undefined) assertEquals(first, ONE, `rank ${rank} received rows of a tensor that came after`);
   }
 }
 
-describe("memory of a pending operation", () => {
+/** Registers the cases. */
+export function runOwnershipCases({ name, backend, skip, skipLowLatency }: BackendSubject): void {
+  const ranks = ranksOf(backend);
+  suite(`${name}: memory of a pending dispatch`, skip, () => pendingCases(ranks, sendNormal));
+  suite(`${name}: what outlives what`, skip, () => otherCases(ranks));
+  suite(
+    `${name}: memory of a pending low-latency dispatch`,
+    skip || skipLowLatency,
+    () => pendingCases(ranks, sendLowLatency),
+  );
+  suite(`${name}: receiving halves`, skip || skipLowLatency, () => receiveCases(ranks));
+}
+
+type Ranks = ReturnType<typeof ranksOf>;
+
+function pendingCases(ranks: Ranks, send: Send): void {
   const ways: [string, (b: EpBuffer) => OperationOptions][] = [
     ["on the buffer's stream", () => ({})],
     ["with asyncFinish", () => ({ asyncFinish: true })],
@@ -47,25 +88,25 @@ describe("memory of a pending operation", () => {
     test(`is not handed out again: ${name}`, async () => {
       const buffers: EpBuffer[] = [];
       const all = Promise.withResolvers<void>(), done = Promise.withResolvers<void>();
-      const ranks = withRanks(2, {}, async (b) => {
+      const world = ranks(2, {}, async (b) => {
         buffers[b.rank] = b;
         if (buffers.filter(Boolean).length === 2) all.resolve();
         await done.promise;
       });
       try {
         await all.promise;
-        await releasedEarly(buffers, options);
+        await releasedEarly(buffers, send, options);
       } finally {
         done.resolve();
-        await ranks;
+        await world;
       }
     });
   }
-});
+}
 
-describe("receiving halves", () => {
+function receiveCases(ranks: Ranks): void {
   test("a refused hook stays refused", async () => {
-    await withRanks(1, {}, async (b) => {
+    await ranks(1, {}, async (b) => {
       using x = rows(b, 1), topkIdx = topk(b);
       const sent = b.lowLatencyDispatch(x, { topkIdx, recvHook: true });
       sent.release();
@@ -74,7 +115,7 @@ describe("receiving halves", () => {
     });
   });
   test("use no tensor that was released before", async () => {
-    await withRanks(1, {}, async (b) => {
+    await ranks(1, {}, async (b) => {
       for (const gone of ["out", "topkIdx", "topkWeights"] as const) {
         using x = rows(b, 1), topkIdx = topk(b), topkWeights = ones(b);
         using recv = b.lowLatencyDispatch(x, { topkIdx, fp8: false });
@@ -87,7 +128,7 @@ describe("receiving halves", () => {
     });
   });
   test("are what the result's event marks", async () => {
-    await withRanks(1, {}, async (b) => {
+    await ranks(1, {}, async (b) => {
       using x = rows(b, 1), topkIdx = topk(b);
       using sent = b.lowLatencyDispatch(x, { topkIdx, recvHook: true });
       const half = sent.event;
@@ -97,26 +138,28 @@ describe("receiving halves", () => {
       await sent.event;
     });
   });
-});
+}
 
-test("a cached dispatch that waits for its counts gives them to its handle", async () => {
-  await withRanks(1, {}, async (b) => {
-    using x = rows(b, 1), topkIdx = topk(b);
-    using blind = await b.dispatch(x, { topkIdx, cpuSync: false });
-    assertEquals(blind.handle.counts, undefined);
-    using known = await b.dispatch(x, { handle: blind.handle });
-    assertEquals(known.handle.counts?.numTokens, 2);
-    using short = b.tensor("bf16", [1, 16]);
-    await assertRejects(() => b.combine(short, known.handle), RangeError, "received 2 rows");
+function otherCases(ranks: Ranks): void {
+  test("a cached dispatch that waits for its counts gives them to its handle", async () => {
+    await ranks(1, {}, async (b) => {
+      using x = rows(b, 1), topkIdx = topk(b);
+      using blind = await b.dispatch(x, { topkIdx, cpuSync: false });
+      assertEquals(blind.handle.counts, undefined);
+      using known = await b.dispatch(x, { handle: blind.handle });
+      assertEquals(known.handle.counts?.numTokens, 2);
+      using short = b.tensor("bf16", [1, 16]);
+      await assertRejects(() => b.combine(short, known.handle), RangeError, "received 2 rows");
+    });
   });
-});
 
-test("a failure that is asked for after close keeps its code", async () => {
-  await withRanks(2, { timeoutMs: 100 }, async (b, rank) => {
-    if (rank === 1) return;
-    const event = b.barrier();
-    await b.close();
-    const reason = await reasonOf(event);
-    assert(reason instanceof EpError && reason.code === "timeout", String(reason));
+  test("a failure that is asked for after close keeps its code", async () => {
+    await ranks(2, { timeoutMs: 100 }, async (b, rank) => {
+      if (rank === 1) return;
+      const event = b.barrier();
+      await b.close();
+      const reason = await reasonOf(event);
+      assert(reason instanceof EpError && reason.code === "timeout", String(reason));
+    });
   });
-});
+}

@@ -197,6 +197,11 @@ export class RankHost {
     this.#lowLatency.delete(id);
   }
 
+  /** Releases what is held, whatever became of it. */
+  releaseAll(): void {
+    for (const id of [...this.#results.keys(), ...this.#lowLatency.keys()]) this.release(id);
+  }
+
   async combine(
     id: number,
     input: CombineInput,
@@ -322,11 +327,11 @@ export class RankHost {
     for (const rank of ranks) if (rank !== this.#buffer.rank) this.#buffer.maskRank(rank);
   }
 
-  delay({ op, phase, delayUs }: Delay): void {
+  inject({ op, phase, delayUs = 0, action = "delay" }: Delay): void {
     injectStruct.pack({
       op: constants.OP[upper(op) as keyof typeof constants.OP][0],
       phase: constants.PHASE[upper(phase) as keyof typeof constants.PHASE][0],
-      action: constants.INJECT.DELAY[0],
+      action: constants.INJECT[upper(action) as keyof typeof constants.INJECT][0],
       delay_us: delayUs,
       count: 1,
     });

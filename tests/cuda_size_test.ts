@@ -1,0 +1,71 @@
+/** The CUDA backend at the ends of its sizes: no tokens, one, thousands, 16 ranks, rows of 14336 bytes. */
+import { test } from "node:test";
+import { referenceCombine, referenceDispatch } from "../lib/reference/mod.ts";
+import { checkedDispatch, optionsFor } from "./support/checked.ts";
+import { everyWay } from "./support/combine_cases.ts";
+import { assertCombined } from "./support/compare.ts";
+import { noCuda } from "./support/cuda.ts";
+import { everyCall } from "./support/dispatch_cases.ts";
+import { localWorlds } from "./support/drivers.ts";
+import { suite } from "./support/suite.ts";
+import { makeWorld, type WorldSpec } from "./support/worlds.ts";
+
+const newWorld = localWorlds("cuda");
+const base = { numRanks: 4, numExperts: 16, numTopk: 4, hidden: 64 } as const;
+
+/** In every way. */
+const worlds: readonly WorldSpec[] = [
+  { ...base, name: "0 tokens on all ranks", tokens: [0, 0, 0, 0] },
+  { ...base, name: "1 token on one rank", tokens: [0, 0, 1, 0] },
+  {
+    ...base,
+    name: "16 ranks",
+    numRanks: 16,
+    numExperts: 40,
+    numTopk: 6,
+    tokens: Array.from({ length: 16 }, (_, r) => 3 * r),
+  },
+  { ...base, name: "32 experts a token", numExperts: 48, numTopk: 32, tokens: [20, 3, 0, 33] },
+  { ...base, name: "more tokens than blocks", tokens: [700, 513, 1, 640] },
+  { ...base, name: "hidden 8", hidden: 8, tokens: [17, 33, 2, 9] },
+  { ...base, name: "rows of 64 KiB", hidden: 32768, tokens: [3, 2, 0, 1] },
+];
+
+/** Once, since the reference takes its time. */
+const big: readonly (WorldSpec & { layout: "rank" | "expert" })[] = [
+  { ...base, name: "4096 tokens a rank", tokens: [4096, 4096, 0, 4095], layout: "rank" },
+  { ...base, name: "4096 tokens a rank, skewed", tokens: [4096, 1, 4096, 4095], routing: "skewed", layout: "expert" },
+  {
+    name: "4096 tokens of hidden 7168",
+    numRanks: 2,
+    numExperts: 8,
+    numTopk: 2,
+    hidden: 7168,
+    tokens: [4096, 4096],
+    layout: "rank",
+  },
+];
+
+suite("cuda: sizes", noCuda, () => {
+  for (const spec of worlds) {
+    test(spec.name, { timeout: 60_000 }, async () => {
+      const world = makeWorld(spec, 7);
+      await everyCall(newWorld, world);
+      await everyWay(newWorld, world);
+    });
+  }
+  for (const { layout, ...spec } of big) {
+    test(`${spec.name}, ${layout} layout`, { timeout: 120_000 }, async () => {
+      const world = makeWorld(spec, 8), { numTopk, hidden } = world;
+      const rows = layout === "rank" ? world.maxTokensPerRank * world.numRanks : undefined;
+      await using driver = await newWorld(optionsFor(world, rows === undefined ? {} : { maxRecvTokens: rows }));
+      const recv = await checkedDispatch(driver, world.inputs, { numTopk, layout });
+      // The experts are the identity: what arrived goes back.
+      const inputs = recv.ranks.map(({ x }) => ({ x: new Uint16Array(x.buffer, x.byteOffset, x.length / 2) }));
+      const { handle } = referenceDispatch(world.inputs, { ...driver.options, numTopk, layout });
+      const expected = referenceCombine(handle, inputs, { hidden, masked: [] });
+      assertCombined(await driver.combine(recv, inputs, { hidden }), expected, { hidden, numTopk });
+      await recv.release();
+    });
+  }
+});

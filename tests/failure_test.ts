@@ -1,0 +1,4 @@
+/** Peers of the CPU backend that are late, silent or gone, in each phase of each operation. */
+import { runFailureCases } from "./support/failure_cases.ts";
+
+runFailureCases({ name: "cpu", backend: "cpu" });

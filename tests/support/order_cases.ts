@@ -1,0 +1,129 @@
+/**
+ * Order on the device: events that hold other streams up, operations that begin after an event, slots that are used again
+ * in stream order, foreign streams, and the time between events. In: a backend. Out: tests.
+ *
+ * World: 2 ranks, 8 experts; every token goes to experts 0 and 4, one on each rank, so both receive all tokens. Rows are
+ * filled with one number; what is late is made so by a delay in some phase.
+ */
+import { test } from "node:test";
+import { assert, assertEquals, assertThrows } from "@std/assert";
+import { bf16FromF32, type EpBuffer, EpError, type OperationOptions, Stream } from "@deepep/deepep";
+import { inject, ranksOf } from "./ranks.ts";
+import { type BackendSubject, suite } from "./suite.ts";
+
+const NUM_TOKENS = 4, HIDDEN = 16, NUM_RANKS = 2;
+const bits = (value: number) => bf16FromF32(Float32Array.of(value))[0]!;
+const filled = (value: number) => bf16FromF32(new Float32Array(NUM_TOKENS * HIDDEN).fill(value));
+const rows = (b: EpBuffer, value: number) => b.tensor("bf16", [NUM_TOKENS, HIDDEN], filled(value));
+const both = (b: EpBuffer) =>
+  b.tensor("i32", [NUM_TOKENS, 2], Int32Array.from({ length: 2 * NUM_TOKENS }, (_, i) => i % 2 * 4));
+
+/** The first element of every row. */
+const heads = (x: Uint16Array): number[] => [...x].filter((_, i) => i % HIDDEN === 0);
+/** What both ranks receive: rank 0's tokens, then rank 1's. */
+const received = (first: number, second: number): number[] => [
+  ...new Array(NUM_TOKENS).fill(bits(first)),
+  ...new Array(NUM_TOKENS).fill(bits(second)),
+];
+
+/** A dispatch and combine with identity experts on any stream, checked. */
+export async function layer(b: EpBuffer, options: OperationOptions = {}, value = b.rank + 1): Promise<void> {
+  const at = options.stream && { stream: options.stream };
+  using x = rows(b, 0), topkIdx = both(b);
+  await b.record(); // the tensors are ready for any stream
+  x.write(filled(value), at);
+  using recv = await b.dispatch(x, { topkIdx, ...options });
+  using out = await b.combine(recv.x, recv.handle, options);
+  const ranks = b.numRanks === 1 ? 1 : 2;
+  assertEquals(heads(await out.x.read(at)), new Array(NUM_TOKENS).fill(bits(ranks * value)));
+}
+
+/** Registers the cases. */
+export function runOrderCases({ name, backend, skip }: BackendSubject): void {
+  const ranks = ranksOf(backend);
+  suite(`${name}: order`, skip, () => {
+    test("another stream waits for an operation by its event", async () => {
+      await ranks(NUM_RANKS, {}, async (b) => {
+        using x = rows(b, b.rank + 1), topkIdx = both(b), copy = b.tensor("bf16", [NUM_RANKS * NUM_TOKENS, HIDDEN]);
+        const other = b.createStream();
+        for (let round = 0; round < 8; round++) {
+          if (b.rank === round % 2) inject(b, "DISPATCH", round % 4 < 2 ? "SEND" : "NOTIFY", "DELAY", 20_000);
+          x.write(filled(10 * round + b.rank));
+          using recv = await b.dispatch(x, { topkIdx, cpuSync: false, asyncFinish: true });
+          recv.event.wait(other);
+          b.copy(copy, recv.x.slice(0, NUM_RANKS * NUM_TOKENS), { stream: other });
+          assertEquals(heads(await copy.read({ stream: other })), received(10 * round, 10 * round + 1));
+        }
+        await b.destroyStream(other);
+      });
+    });
+
+    test("an operation begins after previousEvent, not after its stream's work", async () => {
+      await ranks(NUM_RANKS, {}, async (b) => {
+        using x = rows(b, 0), topkIdx = both(b);
+        const source = b.createStream();
+        for (let round = 1; round < 6; round++) {
+          inject(b, "BARRIER", "NOTIFY", "DELAY", 10_000);
+          b.barrier({ asyncFinish: true }).wait(source);
+          x.write(filled(round + 100 * b.rank), { stream: source });
+          using recv = await b.dispatch(x, { topkIdx, previousEvent: b.record(source) });
+          assertEquals(heads(await recv.x.read()), received(round, round + 100));
+        }
+        await b.destroyStream(source);
+      });
+    });
+
+    test("a slot is used again only after the stream it was released on", async () => {
+      await ranks(NUM_RANKS, { numSlots: 1 }, async (b) => {
+        using topkIdx = both(b);
+        const reader = b.createStream();
+        for (let round = 1; round < 6; round++) {
+          using x = rows(b, round), next = rows(b, 50);
+          using kept = b.tensor("bf16", [NUM_RANKS * NUM_TOKENS, HIDDEN]);
+          const first = await b.dispatch(x, { topkIdx });
+          inject(b, "BARRIER", "NOTIFY", "DELAY", 5000);
+          b.barrier().wait(reader);
+          for (let i = 0; i < 50; i++) b.copy(kept, first.x, { stream: reader });
+          first.release({ stream: reader });
+          using second = await b.dispatch(next, { topkIdx, cpuSync: false });
+          assertEquals(heads(await kept.read({ stream: reader })), received(round, round));
+          await second.event;
+        }
+        await b.destroyStream(reader);
+      });
+    });
+
+    test("a foreign stream's address does as well as a stream", async () => {
+      await ranks(NUM_RANKS, {}, async (b) => {
+        const own = b.createStream(), foreign = Stream.from(own.address);
+        for (let round = 1; round < 4; round++) await layer(b, { stream: foreign }, round);
+        await b.destroyStream(own);
+      });
+    });
+
+    test("time between events", async () => {
+      await ranks(NUM_RANKS, {}, async (b) => {
+        for (let round = 0; round < 3; round++) {
+          const before = b.record();
+          inject(b, "BARRIER", "NOTIFY", "DELAY", 20_000);
+          b.barrier();
+          const after = b.record();
+          assertThrows(() => after.elapsedSince(before), EpError);
+          await after;
+          const elapsed = after.elapsedSince(before);
+          assert(elapsed > 19 && elapsed < 5000, `${elapsed} ms`);
+          assertEquals(before.elapsedSince(before), 0);
+          const end = b.record();
+          await end;
+          assert(end.elapsedSince(before) >= elapsed);
+        }
+        assertThrows(() => b.record().elapsedSince({} as never), TypeError, "earlier is no event");
+      });
+    });
+  });
+}
+
+/** Default streams of CUDA, which need no creation: one rank, since ranks of a process need a stream each. */
+export async function onDefaultStreams(b: EpBuffer): Promise<void> {
+  for (const address of [1n, 2n]) await layer(b, { stream: Stream.from(address) });
+}
