@@ -13,33 +13,33 @@ namespace deepep {
 // Why. `a` and `b` of a Finding mean what stands beside each.
 enum class Reason : int32_t {
   none,
-  bad_entry,          // topk_idx: a = token, b = k, seen = the value, expected = num_experts
-  bad_expert_count,   // num_tokens_per_expert: a = expert, seen = the value
-  capacity,           // peer = the rank that would receive too much, seen = rows needed, expected = rows it holds
-  no_routing,         // the handle's dispatch has failed
-  no_rows_given,      // combine: neither x nor a slot; seen = rows
-  own_refusal,        // deepep_refuse: a = the code that was given
-  late_message,       // the waits that can time out (code TIMEOUT) or lose their peer (PEER_LOST); peer
+  bad_entry,         // topk_idx: a = token, b = k, seen = the value, expected = num_experts
+  bad_expert_count,  // num_tokens_per_expert: a = expert, seen = the value
+  capacity,          // peer = the rank that would receive too much, seen = rows needed, expected = rows it holds
+  no_routing,        // the handle's dispatch has failed
+  no_rows_given,     // combine: neither x nor a slot; seen = rows
+  own_refusal,       // deepep_refuse: a = the code that was given
+  late_message,      // the waits that can time out (code TIMEOUT) or lose their peer (PEER_LOST); peer
   late_rows,
   late_view,
   late_reader,
-  late_output,        // low-latency combine
-  gave_up,            // peer = the culprit, a = the rank that gave up, b = its code, expected = its epoch
-  elsewhere,          // peer makes another call: seen = its op
-  refused,            // peer refused the call: a = its code
-  left_out,           // a = the rank that goes on without this one
-  other_call,         // peer is at another epoch: expected, seen
-  disagreement,       // a = index into kAgreedNames, expected = ours, seen = peer's
-  torn_view,          // peer takes part for rank a, but not for rank b
-  no_room,            // the blocks of the call were not all running within the deadline: expected, seen = blocks
-  needs_recovery,     // an earlier call failed half-way: nothing was done
-  stalled,            // deepep_inject: the rank was silent; waited_ns
+  late_output,     // low-latency combine
+  gave_up,         // peer = the culprit, a = the rank that gave up, b = its code, expected = its epoch
+  elsewhere,       // peer makes another call: seen = its op
+  refused,         // peer refused the call: a = its code
+  left_out,        // a = the rank that goes on without this one
+  other_call,      // peer is at another epoch: expected, seen
+  disagreement,    // a = index into kAgreedNames, expected = ours, seen = peer's
+  torn_view,       // peer takes part for rank a, but not for rank b
+  no_room,         // the blocks of the call were not all running within the deadline: expected, seen = blocks
+  needs_recovery,  // an earlier call failed half-way: nothing was done
+  stalled,         // deepep_inject: the rank was silent; waited_ns
 };
 
 struct Finding {
-  uint64_t seq = 0;    // of the operation among those of its buffer; 0 = captured in a graph
+  uint64_t seq = 0;  // of the operation among those of its buffer; 0 = captured in a graph
   uint64_t epoch = 0;
-  int32_t code = 0;    // DEEPEP_ERROR_*; 0 = nothing
+  int32_t code = 0;  // DEEPEP_ERROR_*; 0 = nothing
   int32_t op = 0;
   int32_t phase = 0;
   int32_t peer = -1;

@@ -20,31 +20,31 @@ constexpr uint32_t kNumFailuresKept = 64;  // in HostState; deepep_get_status ke
 
 // One rank's own state. Zeros at creation. Only kernels of the communication stream touch it, one at a time.
 struct DeviceState {
-  uint64_t epoch;         // collective calls that have ended, or a recovery's epoch
-  uint64_t base_epoch;    // of the last recovery: flags up to it mean nothing
-  uint64_t masked;        // ranks left out
-  uint32_t failed;        // 1 = a call failed half-way: calls that need peers end at once
+  uint64_t epoch;       // collective calls that have ended, or a recovery's epoch
+  uint64_t base_epoch;  // of the last recovery: flags up to it mean nothing
+  uint64_t masked;      // ranks left out
+  uint32_t failed;      // 1 = a call failed half-way: calls that need peers end at once
   uint32_t reserved;
-  uint64_t launches;      // kernels with a grid-wide meeting so far: names a verdict
-  uint64_t num_blocks;    // sum of their grids: counters of meetings only grow
+  uint64_t launches;    // kernels with a grid-wide meeting so far: names a verdict
+  uint64_t num_blocks;  // sum of their grids: counters of meetings only grow
   uint64_t arrivals[kNumBarriers];
-  uint64_t verdict;       // of the running kernel: collective.cuh
-  uint64_t bad_entry;     // of the running call: ~position of the first wrong topk_idx entry; 0 = none
+  uint64_t verdict;                   // of the running kernel: collective.cuh
+  uint64_t bad_entry;                 // of the running call: ~position of the first wrong topk_idx entry; 0 = none
   uint64_t combine_epoch[kMaxSlots];  // of the last combine that used the slot's expert-output region
-  uint64_t view;          // ranks that take part in the running call, and the slot that each uses
+  uint64_t view;                      // ranks that take part in the running call, and the slot that each uses
   uint32_t peer_slots[DEEPEP_MAX_RANKS];
-  uint64_t num_rows;      // this rank's rows in the running call, padding included
+  uint64_t num_rows;  // this rank's rows in the running call, padding included
   int64_t wait_ns[2][DEEPEP_MAX_RANKS];
   uint64_t num_dispatches, num_combines, rows_sent, bytes_sent, rows_pulled, num_failures;
-  Finding finding;        // of the running call
+  Finding finding;  // of the running call
 };
 
 // Pinned. Each word has one writer.
 struct HostState {
   // By the device.
-  uint64_t counts_seq;    // the latest operation whose host counts are filled; stored after them
-  uint64_t ended_seq;     // the latest operation that has ended; stored after everything else below
-  uint64_t epoch;         // as DeviceState's
+  uint64_t counts_seq;  // the latest operation whose host counts are filled; stored after them
+  uint64_t ended_seq;   // the latest operation that has ended; stored after everything else below
+  uint64_t epoch;       // as DeviceState's
   uint64_t masked;
   uint64_t num_failures;  // findings written so far: the i-th is findings[i % kNumFailuresKept]
   uint64_t num_dispatches, num_combines, rows_sent, bytes_sent, rows_pulled;
@@ -71,25 +71,25 @@ constexpr uint32_t kScratchRows = 3;
 // What every kernel of an operation gets.
 struct CallParams {
   DeviceState* state;
-  HostState* host;             // its address on the device
-  uint32_t* scratch;           // u32 [kScratchRows + multiprocessors, num_ranks + num_experts]: see below
+  HostState* host;                       // its address on the device
+  uint32_t* scratch;                     // u32 [kScratchRows + multiprocessors, num_ranks + num_experts]: see below
   uint8_t* symmetric[DEEPEP_MAX_RANKS];  // by rank
   Regions regions;
   Options options;
   uint32_t rank;
   uint32_t first_expert;
   uint32_t num_local_experts;
-  uint32_t slot;               // of this rank, where the operation has one
-  int32_t op;                  // DEEPEP_OP_*
+  uint32_t slot;  // of this rank, where the operation has one
+  int32_t op;     // DEEPEP_OP_*
   uint32_t mask_on_timeout;
-  uint64_t seq;                // 0 = captured
-  uint64_t timeout_ns;         // of each wait
+  uint64_t seq;         // 0 = captured
+  uint64_t timeout_ns;  // of each wait
   Injection inject[kNumPhases];
 };
 
 // A row that a token becomes: the index-th of this rank's rows for the key (handle.hpp of the CPU backend has the same).
 struct DeviceHop {
-  int32_t key;     // rank or expert; -1 = none
+  int32_t key;  // rank or expert; -1 = none
   uint32_t index;
 };
 
@@ -103,16 +103,16 @@ struct RoutingHeader {
 // Where every token of a dispatch went: device memory of a handle, or the buffer's own for dispatches without one.
 struct RoutingParams {
   RoutingHeader* header;
-  DeviceHop* hops;       // [num_tokens, width]
-  int32_t* experts;      // [num_tokens, num_topk]
-  uint32_t* tokens;      // the count matrix: [num_ranks, num_ranks]
-  uint32_t* entries;     // [num_ranks, num_experts]
-  uint32_t layout;       // DEEPEP_LAYOUT_*
+  DeviceHop* hops;    // [num_tokens, width]
+  int32_t* experts;   // [num_tokens, num_topk]
+  uint32_t* tokens;   // the count matrix: [num_ranks, num_ranks]
+  uint32_t* entries;  // [num_ranks, num_experts]
+  uint32_t layout;    // DEEPEP_LAYOUT_*
   uint32_t expert_alignment;
   uint32_t num_tokens;
-  uint32_t num_topk;     // 0 = routed by is_token_in_rank
+  uint32_t num_topk;  // 0 = routed by is_token_in_rank
   uint32_t topk_idx_bytes;
-  uint32_t width;        // hops a token
+  uint32_t width;  // hops a token
 };
 
 struct DispatchParams {
@@ -126,16 +126,16 @@ struct CombineParams {
   CallParams call;
   deepep_combine_args args;
   RoutingParams routing;
-  uint32_t has_slot;          // the caller named the slot; otherwise x must be given where there are rows
+  uint32_t has_slot;  // the caller named the slot; otherwise x must be given where there are rows
   uint32_t reserved;
   Plan plan;
-  Plan copy;                  // of the rows that are copied into the slot; launch_combine() makes it
+  Plan copy;  // of the rows that are copied into the slot; launch_combine() makes it
 };
 
 // Barrier and refusal: nothing but messages.
 struct MessageParams {
   CallParams call;
-  int32_t refusal;            // DEEPEP_ERROR_* of deepep_refuse, 0 = a barrier
+  int32_t refusal;  // DEEPEP_ERROR_* of deepep_refuse, 0 = a barrier
   uint32_t reserved;
 };
 

@@ -1,7 +1,7 @@
 // How the blocks of a call act as one, and how the call talks to its peers: the device side of common/protocol.hpp.
 //
-// In: CallParams. Out: a call in which every block does the same: either it goes, or it stops with a Finding. Block 0 leads: its
-// first warp alone waits for peers, so that all blocks follow one decision, and a peer that comes in the last moment cannot
+// In: CallParams. Out: a call in which every block does the same: either it goes, or it stops with a Finding. Block 0 leads:
+// its first warp alone waits for peers, so that all blocks follow one decision, and a peer that comes in the last moment cannot
 // be there for one block and missing for another. Callers: every kernel of an operation.
 //
 // Words between blocks. state->arrivals[m] only grows: each block adds one at meeting m, so a meeting is complete at (blocks of
@@ -26,7 +26,7 @@ enum Step : uint32_t { kStepCounted = 1, kStepGo = 2 };
 
 // What the threads of a block know about the call. Filled by call_begin().
 struct CallShared {
-  uint64_t epoch;        // of this call; 0 = not collective
+  uint64_t epoch;  // of this call; 0 = not collective
   uint64_t base_epoch;
   uint64_t launch;       // number of this kernel
   uint64_t meeting;      // arrivals that complete a meeting
@@ -86,8 +86,8 @@ __device__ inline void release_blocks(const CallParams& p, const CallShared& s, 
   store_release_gpu(&p.state->verdict, s.launch << 4 | static_cast<uint64_t>(step) << 1 | (go ? 0 : 1));
 }
 
-// Waits for the leader's release to `step`, or its stop. By all threads of any block, the leader's too, which must have released it
-// before. True = the call goes on.
+// Waits for the leader's release to `step`, or its stop. By all threads of any block, the leader's too, which must have
+// released it before. True = the call goes on.
 __device__ inline bool await_leader(const CallParams& p, CallShared& s, Step step) {
   if (threadIdx.x == 0) {
     for (;;) {
@@ -227,10 +227,10 @@ struct Leader {
 
   // What a wait is for.
   struct Awaited {
-    Reason reason;              // late_*
+    Reason reason;  // late_*
     uint64_t at_least;
-    int32_t kind;               // of wait_ns: 0 dispatch, 1 combine, -1 none
-    bool satisfied_by_abort;    // over, too, once the peer has given up in that epoch or a later one: it reads no more
+    int32_t kind;             // of wait_ns: 0 dispatch, 1 combine, -1 none
+    bool satisfied_by_abort;  // over, too, once the peer has given up in that epoch or a later one: it reads no more
   };
 
   // Waits until word(peer), which only `peer` raises, is at least awaited.at_least for every peer of the set. Returns those
@@ -271,9 +271,8 @@ struct Leader {
         asked_ns = now;
         // Written by the host's watchdog. The words once more: a peer may finish its part and go.
         const uint64_t lost = __shfl_sync(kAllLanes, load_relaxed_sys(&p.host->lost), 0) & pending;
-        const uint64_t ended = ranks_where([&](uint32_t peer) {
-          return in_view(lost, peer) && load_acquire_sys(word(peer)) < awaited.at_least;
-        });
+        const uint64_t ended =
+            ranks_where([&](uint32_t peer) { return in_view(lost, peer) && load_acquire_sys(word(peer)) < awaited.at_least; });
         if (ended != 0) give_up(ended, DEEPEP_ERROR_PEER_LOST, awaited, now - begin_ns, word);
       }
       if (!failed() && now >= s.deadline_ns) time_out(pending, awaited, now - begin_ns, word);
@@ -363,8 +362,8 @@ struct Leader {
   }
 
  private:
-  static constexpr uint64_t kLookNs = 20'000;     // between two looks at aborts and the deadline
-  static constexpr uint64_t kAskNs = 1'000'000;   // between two looks at host memory
+  static constexpr uint64_t kLookNs = 20'000;    // between two looks at aborts and the deadline
+  static constexpr uint64_t kAskNs = 1'000'000;  // between two looks at host memory
 
   __device__ void account(uint64_t peers, int32_t kind, uint64_t begin_ns) {
     if (kind < 0 || peers == 0) return;
@@ -448,8 +447,7 @@ struct Leader {
 
   // What every rank finds alike in the messages: a refusal, or a disagreement. This rank's own message says what it wants.
   __device__ bool check_messages(uint64_t view, const uint32_t (&agreed)[kNumAgreed]) {
-    const uint64_t refusing =
-        ranks_where([&](uint32_t peer) { return in_view(view, peer) && message_of(peer)->code != 0; });
+    const uint64_t refusing = ranks_where([&](uint32_t peer) { return in_view(view, peer) && message_of(peer)->code != 0; });
     Finding finding;
     if (refusing != 0) {
       const auto peer = static_cast<uint32_t>(__ffsll(static_cast<long long>(refusing)) - 1);
@@ -509,9 +507,8 @@ struct Leader {
                                    [&](uint32_t peer) { return &view_at(own_memory(p), p.regions, peer)->epoch; });
     if (failed()) return false;
     uint64_t common = came | rank_bit(p.rank);
-    const uint64_t leaving = ranks_where([&](uint32_t peer) {
-      return in_view(came, peer) && !in_view(view_at(own_memory(p), p.regions, peer)->ranks, p.rank);
-    });
+    const uint64_t leaving = ranks_where(
+        [&](uint32_t peer) { return in_view(came, peer) && !in_view(view_at(own_memory(p), p.regions, peer)->ranks, p.rank); });
     if (leaving != 0) {
       fail_left_out(static_cast<uint32_t>(__ffsll(static_cast<long long>(leaving)) - 1));
       return false;
@@ -529,8 +526,8 @@ struct Leader {
   }
 };
 
-// Leader's block, by all threads: waits for all blocks at a meeting. With a deadline, when the device has no room for all of them
-// the call is refused: nothing has been said to the peers yet.
+// Leader's block, by all threads: waits for all blocks at a meeting. With a deadline, when the device has no room for all of
+// them the call is refused: nothing has been said to the peers yet.
 __device__ inline void wait_for_blocks(const CallParams& p, CallShared& s, Meeting meeting, bool bounded) {
   if (threadIdx.x < kWarpLanes) {
     Leader leader(p, s);
@@ -551,7 +548,8 @@ __device__ inline void wait_for_blocks(const CallParams& p, CallShared& s, Meeti
   __syncthreads();
 }
 
-// The last thing in a kernel, leader's block, one thread, after wait_for_blocks(kMeetEnd): moves the state on and tells the host.
+// The last thing in a kernel, leader's block, one thread, after wait_for_blocks(kMeetEnd): moves the state on and tells the
+// host.
 __device__ inline void call_end(const CallParams& p, CallShared& s, bool collective, bool needs_peers) {
   DeviceState& state = *p.state;
   HostState& host = *p.host;

@@ -1,8 +1,8 @@
 // Combine: expert outputs are announced, then each rank pulls the rows of its tokens and reduces them. One kernel.
 //
-// In: CombineParams. Out: bf16 [num_tokens, hidden] and, if asked, the weights brought back. Phases: PUBLISH (wait until earlier
-// readers of the region are gone, copy in what the caller has elsewhere, exchange messages), REDUCE (pull). The sum of a token is
-// taken in a fixed order in f32 (rows_pull.cuh). Graph-safe. Caller: launch_combine().
+// In: CombineParams. Out: bf16 [num_tokens, hidden] and, if asked, the weights brought back. Phases: PUBLISH (wait until
+// earlier readers of the region are gone, copy in what the caller has elsewhere, exchange messages), REDUCE (pull). The sum of
+// a token is taken in a fixed order in f32 (rows_pull.cuh). Graph-safe. Caller: launch_combine().
 #pragma once
 
 #include "rows.cuh"
@@ -13,7 +13,7 @@ namespace deepep {
 
 // Where the outputs of a rank lie, as this rank reads them.
 struct Source {
-  const uint8_t* rows;   // nullptr = the rank takes no part
+  const uint8_t* rows;  // nullptr = the rank takes no part
   uint64_t stride;
   const float* weights;  // beside the rows: what combine brings back
 };
@@ -29,9 +29,8 @@ __device__ inline void wait_for_readers(Leader& leader, uint32_t slot, int32_t k
   // Readers of a combine before the last recovery have gone with it.
   if (epoch <= leader.s.base_epoch) return;
   // Pairs with end_reading() of the peers, or with the announcement of one that gave up and reads no more.
-  leader.wait_for(all_ranks(leader.p), {Reason::late_reader, epoch, kind, true}, [&](uint32_t peer) {
-    return slot_word_at(own_memory(leader.p), leader.p.regions.pulled, peer, slot);
-  });
+  leader.wait_for(all_ranks(leader.p), {Reason::late_reader, epoch, kind, true},
+                  [&](uint32_t peer) { return slot_word_at(own_memory(leader.p), leader.p.regions.pulled, peer, slot); });
 }
 
 struct Combine {
@@ -42,7 +41,9 @@ struct Combine {
   __device__ const CallParams& p() const { return params.call; }
   __device__ bool by_expert() const { return params.routing.layout == DEEPEP_LAYOUT_EXPERT; }
   __device__ uint64_t row_bytes() const { return uint64_t{params.args.hidden} * 2; }
-  __device__ uint8_t* slot(uint32_t rank, uint32_t number) const { return p().symmetric[rank] + slot_offset(p().regions, number); }
+  __device__ uint8_t* slot(uint32_t rank, uint32_t number) const {
+    return p().symmetric[rank] + slot_offset(p().regions, number);
+  }
   __device__ uint8_t* region() const { return slot(p().rank, p().slot) + p().regions.expert_output; }
   __device__ const uint8_t* x() const { return reinterpret_cast<const uint8_t*>(params.args.x); }
   __device__ bool copies_rows() const { return params.args.x != 0 && x() != region(); }
@@ -112,7 +113,8 @@ struct Combine {
       leader.publish_all(agreed, params.routing.num_tokens);
       if (leader.gather(agreed, 1, false)) leader.enter(DEEPEP_PHASE_REDUCE);
       // All ranks found it alike before any has read: the region has no readers after all.
-      else if (leader.lane == 0 && p().state->finding.agreed != 0) p().state->combine_epoch[p().slot] = 0;
+      else if (leader.lane == 0 && p().state->finding.agreed != 0)
+        p().state->combine_epoch[p().slot] = 0;
     }
     __syncthreads();
     if (threadIdx.x == 0) release_blocks(p(), s.call, kStepGo, s.call.code == 0);
@@ -148,8 +150,10 @@ struct Combine {
       const auto to = [&](uint32_t row, uint32_t hop) -> uint8_t* {
         return hop != 0 || (row >= own_begin && row < own_end) ? nullptr : region() + row * row_bytes();
       };
-      if (params.copy.tma != 0) push_rows<true>(push, shared, barriers, to, [](uint32_t) {});
-      else push_rows<false>(push, shared, barriers, to, [](uint32_t) {});
+      if (params.copy.tma != 0)
+        push_rows<true>(push, shared, barriers, to, [](uint32_t) {});
+      else
+        push_rows<false>(push, shared, barriers, to, [](uint32_t) {});
     }
     __syncthreads();
   }
@@ -177,7 +181,8 @@ struct Combine {
       Source source = {};
       if (in_view(view, rank) && in_view(params.routing.header->view, rank)) {
         const uint8_t* from = slot(rank, __ldcg(&state.peer_slots[rank]));
-        source = {from + p().regions.expert_output, row_bytes(), reinterpret_cast<const float*>(from + p().regions.expert_weights)};
+        source = {from + p().regions.expert_output, row_bytes(),
+                  reinterpret_cast<const float*>(from + p().regions.expert_weights)};
       }
       if (rank == p().rank && params.args.x != 0) source.rows = x(), source.stride = params.args.x_stride;
       s.sources[rank] = source;
@@ -246,7 +251,8 @@ struct Combine {
     for (uint32_t rank = leader.lane; rank < p().options.num_ranks; rank += kWarpLanes) {
       if (rank == p().rank || !in_view(s.call.view, rank)) continue;
       // Reads come before a release; pairs with wait_for_readers() of `rank`.
-      store_release_sys(slot_word_at(p().symmetric[rank], p().regions.pulled, p().rank, p().state->peer_slots[rank]), s.call.epoch);
+      store_release_sys(slot_word_at(p().symmetric[rank], p().regions.pulled, p().rank, p().state->peer_slots[rank]),
+                        s.call.epoch);
     }
     __syncwarp();
   }

@@ -2,8 +2,8 @@
 // rank's rows.
 //
 // In: a rank's routing as the caller gave it. Out: scratch row kScratchRows + b: what block b counted; then, with all blocks'
-// counts, the hops. The order (token, k) is kept without sorting: every block takes a run of tokens, cut into one section a warp, and what lies in
-// earlier blocks and sections comes before. Callers: dispatch, get_dispatch_layout.
+// counts, the hops. The order (token, k) is kept without sorting: every block takes a run of tokens, cut into one section a
+// warp, and what lies in earlier blocks and sections comes before. Callers: dispatch, get_dispatch_layout.
 #pragma once
 
 #include "../common/partition.hpp"
@@ -13,8 +13,8 @@ namespace deepep {
 
 // A routing as the caller gave it.
 struct RoutingInput {
-  const void* topk_idx;               // int32 or int64 [num_tokens, num_topk], nullptr = by is_token_in_rank
-  const uint8_t* is_token_in_rank;    // [num_tokens, num_ranks]
+  const void* topk_idx;             // int32 or int64 [num_tokens, num_topk], nullptr = by is_token_in_rank
+  const uint8_t* is_token_in_rank;  // [num_tokens, num_ranks]
   uint32_t topk_idx_bytes;
   uint32_t num_tokens;
   uint32_t num_topk;
@@ -40,8 +40,8 @@ __device__ inline TokenRange block_tokens(uint32_t num_tokens) { return cut({0, 
 
 // Shared memory of a count: tables of u32, one row a section.
 struct CountTables {
-  uint32_t* tokens;    // [sections, num_ranks]
-  uint32_t* entries;   // [by_expert ? sections : 1, num_experts]
+  uint32_t* tokens;   // [sections, num_ranks]
+  uint32_t* entries;  // [by_expert ? sections : 1, num_experts]
   uint32_t sections;
 };
 
@@ -66,7 +66,9 @@ __device__ inline uint32_t* scratch_row(const CallParams& p, uint32_t row) {
 __device__ inline uint32_t* row_bases(const CallParams& p) { return scratch_row(p, 0); }
 __device__ inline uint32_t* group_begins(const CallParams& p) { return scratch_row(p, 1); }
 __device__ inline uint32_t* group_entries(const CallParams& p) { return scratch_row(p, 2); }
-__device__ inline uint32_t* counts_of_block(const CallParams& p, uint32_t block) { return scratch_row(p, kScratchRows + block); }
+__device__ inline uint32_t* counts_of_block(const CallParams& p, uint32_t block) {
+  return scratch_row(p, kScratchRows + block);
+}
 
 // Entry i as an expert; -1 for none, and for a wrong one, which has been noted.
 __device__ inline int32_t expert_of_entry(const CallParams& p, const RoutingInput& input, uint64_t i) {
@@ -140,7 +142,8 @@ __device__ inline void count_block(const CallParams& p, const RoutingInput& inpu
     const bool is_rank = i < ranks;
     const uint32_t* column = is_rank ? tables.tokens + i : tables.entries + (i - ranks);
     uint32_t sum = 0;
-    for (uint32_t row = 0; row < (is_rank ? tables.sections : rows); ++row) sum += column[row * (is_rank ? ranks : num_experts)];
+    for (uint32_t row = 0; row < (is_rank ? tables.sections : rows); ++row)
+      sum += column[row * (is_rank ? ranks : num_experts)];
     counts[i] = sum;
   }
 }
@@ -215,8 +218,10 @@ __device__ inline void place_block(const CallParams& p, const RoutingInput& inpu
   const uint32_t warp = threadIdx.x / kWarpLanes;
   if (warp >= tables.sections) return;
   const TokenRange section = cut(block_tokens(input.num_tokens), warp, tables.sections);
-  if (by_expert) place_entries(p, input, section, tables.entries + warp * p.options.num_experts, routing.hops);
-  else place_tokens(p, input, section, tables.tokens + warp * p.options.num_ranks, routing.hops, routing.width);
+  if (by_expert)
+    place_entries(p, input, section, tables.entries + warp * p.options.num_experts, routing.hops);
+  else
+    place_tokens(p, input, section, tables.tokens + warp * p.options.num_ranks, routing.hops, routing.width);
 }
 
 }  // namespace deepep

@@ -1,9 +1,9 @@
 // Dispatch: counts first, then each row straight to its final place on every destination rank. One kernel.
 //
-// In: DispatchParams. Out: rows in the peers' slots and in this rank's, counts on the device and on the host. Phases: NOTIFY (count,
-// exchange messages, check), SEND (push), ARRIVE (wait for everyone's pushes). protocol.hpp says why two synchronisations
-// suffice. While the leader waits for messages, the other blocks work out the places of their tokens; when it goes, every block
-// pushes its own run of tokens. Graph-safe. Caller: launch_dispatch().
+// In: DispatchParams. Out: rows in the peers' slots and in this rank's, counts on the device and on the host. Phases: NOTIFY
+// (count, exchange messages, check), SEND (push), ARRIVE (wait for everyone's pushes). protocol.hpp says why two
+// synchronisations suffice. While the leader waits for messages, the other blocks work out the places of their tokens; when it
+// goes, every block pushes its own run of tokens. Graph-safe. Caller: launch_dispatch().
 #pragma once
 
 #include "rows.cuh"
@@ -28,8 +28,8 @@ __device__ inline SlotView slot_view(const CallParams& p, uint8_t* slot) {
 
 // How scale elements are copied: in units of 1 to 16 bytes, the largest that every address allows.
 struct ScaleUnits {
-  uint32_t bytes;        // of a unit
-  uint32_t count;        // units a row
+  uint32_t bytes;  // of a unit
+  uint32_t count;  // units a row
   uint32_t per_element;
   uint64_t from_stride, to_stride;  // from element to element
 
@@ -38,6 +38,7 @@ struct ScaleUnits {
 };
 
 __device__ inline ScaleUnits scale_units(const deepep_dispatch_args& args) {
+  if (args.num_scales == 0) return {};
   const uint32_t elem = args.scale_elem_bytes;
   // Contiguous on both sides: a row is one large element.
   const bool dense = args.scales_elem_stride == elem && args.recv_scales_elem_stride == elem;
@@ -47,7 +48,8 @@ __device__ inline ScaleUnits scale_units(const deepep_dispatch_args& args) {
                        (dense ? 0 : args.scales_elem_stride | args.recv_scales_elem_stride);
   uint32_t bytes = 16;
   while (all % bytes != 0) bytes /= 2;
-  return {bytes, elements * (element_bytes / bytes), element_bytes / bytes, args.scales_elem_stride, args.recv_scales_elem_stride};
+  return {bytes, elements * (element_bytes / bytes), element_bytes / bytes, args.scales_elem_stride,
+          args.recv_scales_elem_stride};
 }
 
 __device__ inline uint4 load_unit(const uint8_t* address, uint32_t bytes) {
@@ -76,8 +78,9 @@ __device__ inline void store_unit(uint8_t* address, const uint4& v, uint32_t byt
 // The slots of all ranks, as a block pushes to them.
 struct DispatchShared {
   CallShared call;
-  uint64_t left_out;                    // leader: ranks whose rows will not come
+  uint64_t left_out;  // leader: ranks whose rows will not come
   uint8_t* slots[DEEPEP_MAX_RANKS];
+  int32_t first_experts[DEEPEP_MAX_RANKS];
 };
 
 struct Dispatch {
@@ -168,8 +171,10 @@ struct Dispatch {
       const uint32_t src = i / columns, column = i % columns;
       const uint32_t* counts = message_counts(message_at(own_memory(p()), p().regions, src, s.call.epoch));
       const uint32_t count = in_view(s.call.view, src) ? counts[column] : 0;
-      if (column < ranks) params.routing.tokens[src * ranks + column] = count;
-      else params.routing.entries[src * experts + (column - ranks)] = count;
+      if (column < ranks)
+        params.routing.tokens[src * ranks + column] = count;
+      else
+        params.routing.entries[src * experts + (column - ranks)] = count;
     }
   }
 
@@ -246,8 +251,10 @@ struct Dispatch {
       }
     }
     if (s.call.skipped) return false;
-    if (is_leader()) lead(tables);
-    else if (!cached() && await_leader(p(), s.call, kStepCounted)) place_block(p(), input(), tables, by_expert(), params.routing);
+    if (is_leader())
+      lead(tables);
+    else if (!cached() && await_leader(p(), s.call, kStepCounted))
+      place_block(p(), input(), tables, by_expert(), params.routing);
     return await_leader(p(), s.call, kStepGo);
   }
 
@@ -293,8 +300,10 @@ struct Dispatch {
   // ---- SEND
 
   __device__ void put_index(uint8_t* topk_idx, uint64_t i, int32_t value) const {
-    if (params.routing.topk_idx_bytes == 4) reinterpret_cast<int32_t*>(topk_idx)[i] = value;
-    else reinterpret_cast<int64_t*>(topk_idx)[i] = value;
+    if (params.routing.topk_idx_bytes == 4)
+      reinterpret_cast<int32_t*>(topk_idx)[i] = value;
+    else
+      reinterpret_cast<int64_t*>(topk_idx)[i] = value;
   }
 
   // One warp: -1 source index and no weight in a row that nobody fills; with `payload_too` zeros in x and scales.
@@ -361,7 +370,7 @@ struct Dispatch {
   }
 
   // One warp: what travels beside the rows of a token: scales, source index, top-k.
-  __device__ void put_beside(uint32_t token) const {
+  __device__ void put_beside(uint32_t token, const ScaleUnits& units) const {
     const uint32_t lane = threadIdx.x % kWarpLanes;
     const uint32_t num_topk = params.routing.num_topk;
     const uint64_t entry = uint64_t{token} * num_topk + lane;
@@ -371,6 +380,9 @@ struct Dispatch {
     const int32_t source = static_cast<int32_t>(p().rank * p().options.max_tokens_per_rank + token);
     const uint32_t owner =
         expert >= 0 ? expert_rank(static_cast<uint32_t>(expert), p().options.num_experts, p().options.num_ranks) : ~0u;
+    const auto* scales = reinterpret_cast<const uint8_t*>(params.args.scales) + token * params.args.scales_row_stride;
+    const bool puts_topk = !by_expert() && num_topk > 0;
+    const uint32_t rounds = (units.count + kWarpLanes - 1) / kWarpLanes;
     for (uint32_t first = 0; first < params.routing.width; first += kWarpLanes) {
       const Row mine = row_of(token, first + lane);
       if (mine.slot != nullptr) {
@@ -378,31 +390,24 @@ struct Dispatch {
         to.src_idx[mine.row] = source;
         if (by_expert() && weights() != nullptr) to.topk_weights[mine.row] = weight;  // hop k is entry k
       }
-      uint32_t rows = __ballot_sync(kAllLanes, mine.slot != nullptr);
-      if (by_expert() && params.args.num_scales == 0) continue;
-      for (; rows != 0; rows &= rows - 1) {
-        const int from = __ffs(static_cast<int>(rows)) - 1;
-        const uint32_t rank = __shfl_sync(kAllLanes, mine.rank, from);
-        const uint64_t row = __shfl_sync(kAllLanes, mine.row, from);
-        const SlotView to = slot_view(p(), s.slots[rank]);
-        put_scales(to, row, token);
-        if (by_expert() || !has_entry) continue;
-        const bool here = owner == rank;
-        const auto first_expert = static_cast<int32_t>(local_experts(p().options.num_experts, p().options.num_ranks, rank).first);
-        put_index(to.topk_idx, row * num_topk + lane, here ? expert - first_expert : -1);
-        if (weights() != nullptr) to.topk_weights[row * num_topk + lane] = here ? weight : 0.0f;
+      const uint32_t rows = __ballot_sync(kAllLanes, mine.slot != nullptr);
+      for (uint32_t round = 0; round < rounds || (round == 0 && puts_topk); ++round) {
+        const uint32_t unit = round * kWarpLanes + lane;
+        const bool has_unit = unit < units.count;
+        const uint4 scale = has_unit ? load_unit(scales + units.from(unit), units.bytes) : uint4{};
+        for (uint32_t rest = rows; rest != 0; rest &= rest - 1) {
+          const int from = __ffs(static_cast<int>(rest)) - 1;
+          const uint32_t rank = __shfl_sync(kAllLanes, mine.rank, from);
+          const uint64_t row = __shfl_sync(kAllLanes, mine.row, from);
+          const SlotView to = slot_view(p(), s.slots[rank]);
+          if (has_unit) store_unit(to.scales + row * params.args.recv_scales_row_stride + units.to(unit), scale, units.bytes);
+          if (round != 0 || !puts_topk || !has_entry) continue;
+          const bool here = owner == rank;
+          put_index(to.topk_idx, row * num_topk + lane, here ? expert - s.first_experts[rank] : -1);
+          if (weights() != nullptr) to.topk_weights[row * num_topk + lane] = here ? weight : 0.0f;
+        }
+        __syncwarp();
       }
-      __syncwarp();
-    }
-  }
-
-  __device__ void put_scales(const SlotView& to, uint64_t row, uint32_t token) const {
-    if (params.args.num_scales == 0) return;
-    const ScaleUnits units = scale_units(params.args);
-    const auto* from = reinterpret_cast<const uint8_t*>(params.args.scales) + token * params.args.scales_row_stride;
-    uint8_t* scales = to.scales + row * params.args.recv_scales_row_stride;
-    for (uint32_t unit = threadIdx.x % kWarpLanes; unit < units.count; unit += kWarpLanes) {
-      store_unit(scales + units.to(unit), load_unit(from + units.from(unit), units.bytes), units.bytes);
     }
   }
 
@@ -412,8 +417,8 @@ struct Dispatch {
     bool stop = false;
     for (uint32_t from = lane; from < p().options.num_ranks; from += kWarpLanes) {
       if (from == p().rank) continue;
-      // Pairs with announce() of that rank.
-      const Abort abort = abort_from_word(load_acquire_sys(abort_at(own_memory(p()), p().regions, from)));
+      // A hint of what announce() of that rank says; the leader acquires it at the end.
+      const Abort abort = abort_from_word(load_relaxed_sys(abort_at(own_memory(p()), p().regions, from)));
       stop = stop || (abort.culprit == p().rank && abort.epoch != 0 && abort.epoch <= s.call.epoch &&
                       abort.epoch > s.call.base_epoch && in_view(s.call.view, from));
     }
@@ -436,11 +441,11 @@ struct Dispatch {
     const auto to = [&](uint32_t token, uint32_t hop) -> uint8_t* {
       if (looks++ % kTokensBetweenLooks == 0) stopped = stopped || must_stop();
       const Row row = row_of(token, hop);
-      return stopped || row.slot == nullptr ? nullptr
-                                            : row.slot + p().regions.recv_x + row.row * params.args.row_bytes;
+      return stopped || row.slot == nullptr ? nullptr : row.slot + p().regions.recv_x + row.row * params.args.row_bytes;
     };
+    const ScaleUnits units = scale_units(params.args);
     push_rows<kTma>(rows, shared, barriers, to, [&](uint32_t token) {
-      if (!stopped) put_beside(token);
+      if (!stopped) put_beside(token, units);
     });
   }
   static constexpr uint32_t kTokensBetweenLooks = 16;
@@ -451,6 +456,7 @@ struct Dispatch {
     if (threadIdx.x == 0) s.call.view = __ldcg(&state.view);
     for (uint32_t rank = threadIdx.x; rank < p().options.num_ranks; rank += blockDim.x) {
       s.slots[rank] = p().symmetric[rank] + slot_offset(p().regions, __ldcg(&state.peer_slots[rank]));
+      s.first_experts[rank] = static_cast<int32_t>(local_experts(p().options.num_experts, p().options.num_ranks, rank).first);
     }
     // The counting has used the shared memory that bulk copies will write.
     if constexpr (kHasTma) fence_proxy_async_shared();
@@ -471,8 +477,8 @@ struct Dispatch {
     __syncwarp();
   }
 
-  // Waits for everyone's rows. When a rank disappears between two looks, one rank may count it in and another not; their rows then
-  // have other places, so the call fails.
+  // Waits for everyone's rows. When a rank disappears between two looks, one rank may count it in and another not; their rows
+  // then have other places, so the call fails.
   __device__ void wait_pushed(Leader& leader) {
     if (!leader.enter(DEEPEP_PHASE_ARRIVE)) return;
     leader.begin_waits();
@@ -510,8 +516,8 @@ struct Dispatch {
       for (uint32_t e = 0; e < p().num_local_experts; ++e) {
         const uint32_t expert = p().first_expert + e;
         const uint64_t begin = __ldcg(group_begins(p()) + e);
-        clear_rows(here, begin + entries_before(matrix, src, expert), begin + entries_before(matrix, src + 1, expert), warp, warps,
-                   true);
+        clear_rows(here, begin + entries_before(matrix, src, expert), begin + entries_before(matrix, src + 1, expert), warp,
+                   warps, true);
       }
     } else {
       clear_rows(here, tokens_before(matrix, src, p().rank), tokens_before(matrix, src + 1, p().rank), warp, warps, true);
@@ -549,7 +555,8 @@ struct Dispatch {
         const uint64_t sent = rows_sent();
         if (leader.lane == 0) {
           p().state->rows_sent += sent;
-          p().state->bytes_sent += sent * (params.args.row_bytes + uint64_t{params.args.num_scales} * params.args.scale_elem_bytes);
+          p().state->bytes_sent +=
+              sent * (params.args.row_bytes + uint64_t{params.args.num_scales} * params.args.scale_elem_bytes);
         }
         wait_pushed(leader);
       }

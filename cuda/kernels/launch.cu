@@ -13,11 +13,16 @@ namespace {
 constexpr uint32_t kCopyVectors = 4;
 
 const void* const kKernels[] = {
-    reinterpret_cast<const void*>(dispatch_kernel<true>),       reinterpret_cast<const void*>(dispatch_kernel<false>),
-    reinterpret_cast<const void*>(combine_kernel<true, false>), reinterpret_cast<const void*>(combine_kernel<true, true>),
-    reinterpret_cast<const void*>(combine_kernel<false, false>), reinterpret_cast<const void*>(combine_kernel<false, true>),
-    reinterpret_cast<const void*>(message_kernel),              reinterpret_cast<const void*>(readers_kernel),
-    reinterpret_cast<const void*>(layout_kernel),               reinterpret_cast<const void*>(update_kernel),
+    reinterpret_cast<const void*>(dispatch_kernel<true>),
+    reinterpret_cast<const void*>(dispatch_kernel<false>),
+    reinterpret_cast<const void*>(combine_kernel<true, false>),
+    reinterpret_cast<const void*>(combine_kernel<true, true>),
+    reinterpret_cast<const void*>(combine_kernel<false, false>),
+    reinterpret_cast<const void*>(combine_kernel<false, true>),
+    reinterpret_cast<const void*>(message_kernel),
+    reinterpret_cast<const void*>(readers_kernel),
+    reinterpret_cast<const void*>(layout_kernel),
+    reinterpret_cast<const void*>(update_kernel),
     reinterpret_cast<const void*>(copy_kernel<kCopyVectors>),
 };
 constexpr size_t kNumWithDynamicShared = 6;  // the first of them
@@ -89,8 +94,8 @@ cudaError_t launch_layout(const LayoutParams& params, int32_t num_sms, cudaStrea
 }
 
 cudaError_t launch_copy(void* dst, const void* src, uint64_t bytes, int32_t num_sms, cudaStream_t stream) {
-  copy_kernel<kCopyVectors><<<static_cast<uint32_t>(num_sms), kCopyThreads, 0, stream>>>(static_cast<uint8_t*>(dst),
-                                                                                        static_cast<const uint8_t*>(src), bytes);
+  copy_kernel<kCopyVectors><<<static_cast<uint32_t>(num_sms), kCopyThreads, 0, stream>>>(
+      static_cast<uint8_t*>(dst), static_cast<const uint8_t*>(src), bytes);
   return cudaGetLastError();
 }
 

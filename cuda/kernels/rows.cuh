@@ -1,7 +1,8 @@
 // From the count matrix to row numbers: the leader's block works out where this rank's rows begin on every rank.
 //
-// In: the matrix that a routing keeps, and who takes part. Out: row_bases() in scratch, state->num_rows, and in shared memory how
-// many rows each rank receives. The same arithmetic as the CPU's (common/routing.hpp), a thread a rank or expert. Callers: dispatch, combine.
+// In: the matrix that a routing keeps, and who takes part. Out: row_bases() in scratch, state->num_rows, and in shared memory
+// how many rows each rank receives. The same arithmetic as the CPU's (common/routing.hpp), a thread a rank or expert. Callers:
+// dispatch, combine.
 #pragma once
 
 #include "count.cuh"
@@ -49,7 +50,8 @@ __device__ inline uint64_t place_groups(const CallParams& p, uint32_t dst, uint3
 }
 
 // By all threads of the leader's block.
-__device__ inline void find_row_bases(const CallParams& p, const RoutingParams& routing, uint64_t view, const RowTables& tables) {
+__device__ inline void find_row_bases(const CallParams& p, const RoutingParams& routing, uint64_t view,
+                                      const RowTables& tables) {
   const CountMatrix matrix = matrix_of(p, routing, view);
   const uint32_t ranks = p.options.num_ranks;
   if (routing.layout == DEEPEP_LAYOUT_RANK) {

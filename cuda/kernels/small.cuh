@@ -87,8 +87,10 @@ __global__ void __launch_bounds__(kMaxBlockThreads, 1) layout_kernel(const __gri
   const uint32_t ranks = p.options.num_ranks;
   for (uint32_t i = threadIdx.x; bad == 0 && i < ranks + p.options.num_experts; i += blockDim.x) {
     const auto sum = static_cast<int32_t>(counted_before(p, gridDim.x, i));
-    if (i < ranks) reinterpret_cast<int32_t*>(args.num_tokens_per_rank)[i] = sum;
-    else reinterpret_cast<int32_t*>(args.num_tokens_per_expert)[i - ranks] = sum;
+    if (i < ranks)
+      reinterpret_cast<int32_t*>(args.num_tokens_per_rank)[i] = sum;
+    else
+      reinterpret_cast<int32_t*>(args.num_tokens_per_expert)[i - ranks] = sum;
   }
   __syncthreads();
   if (threadIdx.x == 0) call_end(p, s, false, false);
