@@ -2,126 +2,49 @@
  * Builds the native libraries, and checks the committed ones.
  *
  * In: the sources in `cuda/`. Out: `lib/native/linux-x64/libdeepep_<backend>.so` and `lib/native/manifest.ts`, which says
- * what they were built from; with `--out DIR` only the library, there. `--check` builds nothing: it fails when a library
- * is stale, is not the manifest's, or makes the package too large to publish.
+ * what they were built from; with `--out DIR` only the libraries, there. Without `--backend`, those that can be built here.
+ * `--arch` builds for some architectures only, and `--ptxas` shows what the kernels use. `--check` builds nothing: it
+ * fails when a library is stale, is not the manifest's, or makes the package too large to publish.
  *
- *   bun scripts/build.ts [--backend cpu] [--out DIR] [--strict] [--check]
+ *   bun scripts/build.ts [--backend cpu] [--out DIR] [--strict] [--cuda DIR] [--arch sm_90] [--ptxas] [--check]
  */
 
-import { execFile } from "node:child_process";
-import { createHash } from "node:crypto";
-import { existsSync, mkdirSync, readdirSync, readFileSync, statSync, writeFileSync } from "node:fs";
-import { availableParallelism } from "node:os";
+import { existsSync, readFileSync, statSync, writeFileSync } from "node:fs";
 import { join, relative } from "node:path";
 import process from "node:process";
-import { fileURLToPath } from "node:url";
-import { parseArgs, promisify } from "node:util";
+import { parseArgs } from "node:util";
 import { ABI_VERSION } from "../lib/ffi/abi.ts";
 import { manifest } from "../lib/native/manifest.ts";
+import { build, compilersOf, filesOf, hasSources, root, sha256, sourceHash } from "./native/compile.ts";
+import { kernelUses, ptxasTable } from "./native/ptxas.ts";
+import { type Recipe, recipes } from "./native/recipes.ts";
+import { findToolkit, type Toolkit } from "./native/toolkit.ts";
 
-const root = fileURLToPath(new URL("..", import.meta.url));
 const platform = "linux-x64";
 const nativeFolder = "lib/native";
-
-/** The oldest glibc that the libraries run on, 2.x. */
-const MAX_GLIBC = 28;
 
 /** The registry refuses more; a margin is left for its own files. */
 const MAX_PACKAGE_BYTES = 20_000_000;
 
-/** How a backend is built. Everything here is part of its source hash. */
-interface Recipe {
-  readonly compiler: string;
-  /** Folders whose .cpp and .cu files are compiled. */
-  readonly sources: readonly string[];
-  /** Folders and files that are included by them, too. */
-  readonly includes: readonly string[];
-  readonly compile: readonly string[];
-  readonly link: readonly string[];
-}
-
-const recipes: Readonly<Record<string, Recipe>> = {
-  cpu: {
-    compiler: "g++",
-    // cuda/api is shared with the CUDA backend: its `#include "buffer.hpp"` is this backend's, by the include path.
-    sources: ["cuda/cpu", "cuda/api", "cuda/common", "cuda/compat"],
-    includes: ["cuda/abi"],
-    // No FMA contraction and no -march: every machine gives the same bits.
-    compile: ["-std=c++20", "-O3", "-ffp-contract=off", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden"]
-      .concat(["-pthread", "-Wall", "-Wextra", "-ffile-prefix-map=.=", "-I.", "-Icuda/cpu"]),
-    // nodelete: Deno unloads a worker's libraries when the worker ends, while native threads run.
-    // libpthread is named although new systems have it in libc: old ones do not. See cuda/compat/glibc.cpp.
-    link: ["-shared", "-pthread", "-s", "-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
-      .concat(["-Wl,--version-script=cuda/abi/exports.map", "-Wl,-z,nodelete", "-Wl,-z,relro,-z,now"])
-      .concat([
-        "-Wl,--no-undefined",
-        "-Wl,--no-as-needed",
-        "-l:libpthread.so.0",
-        "-Wl,--as-needed",
-        "-Wl,--build-id=none",
-      ]),
-  },
-};
-
-const run = promisify(execFile);
-const sha256 = (data: string | Uint8Array): string => createHash("sha256").update(data).digest("hex");
 const libraryName = (backend: string): string => `libdeepep_${backend}.so`;
 
-/** All files of a folder that exists, or the file itself, sorted, as paths from the root. */
-function filesOf(path: string): string[] {
-  if (!existsSync(join(root, path))) return [];
-  if (!statSync(join(root, path)).isDirectory()) return [path];
-  return readdirSync(join(root, path), { recursive: true, withFileTypes: true })
-    .filter((entry) => entry.isFile())
-    .map((entry) => relative(root, join(entry.parentPath, entry.name)))
-    .sort();
-}
-
-/** SHA-256 of what a backend is built from: the sorted inputs with their names, and the flags. */
-function sourceHash(recipe: Recipe): string {
-  const inputs = [...recipe.sources, ...recipe.includes].flatMap(filesOf)
-    .filter((path) => /\.(cpp|hpp|h|cu|cuh|map)$/.test(path)).sort();
-  const flags = JSON.stringify([recipe.compiler, recipe.compile, recipe.link]);
-  return sha256([flags, ...inputs.map((path) => `${path} ${sha256(readFileSync(join(root, path)))}`)].join("\n"));
-}
-
-/** Compiles and links a backend into `folder`; answers the file. */
-async function build(backend: string, recipe: Recipe, folder: string, strict: boolean): Promise<string> {
-  const objects = join(root, "build", backend);
-  mkdirSync(objects, { recursive: true });
-  mkdirSync(folder, { recursive: true });
-  const units = recipe.sources.flatMap(filesOf).filter((path) => /\.(cpp|cu)$/.test(path))
-    .map((source) => ({ source, object: join(objects, `${source.replaceAll("/", "_")}.o`) }));
-  const compile = [...recipe.compile, ...(strict ? ["-Werror"] : [])];
-  const queue = [...units];
-  const worker = async (): Promise<void> => {
-    for (let unit = queue.shift(); unit; unit = queue.shift()) {
-      await run(recipe.compiler, [...compile, "-c", unit.source, "-o", unit.object], { cwd: root });
-    }
-  };
-  await Promise.all(Array.from({ length: availableParallelism() }, worker));
-  const file = join(folder, libraryName(backend));
-  await run(recipe.compiler, [...units.map((unit) => unit.object), ...recipe.link, "-o", file], { cwd: root });
-  const needs = glibcOf(file);
-  if (needs > MAX_GLIBC) {
-    throw new Error(`${file} needs glibc 2.${needs}, at most 2.${MAX_GLIBC} is wanted: see cuda/compat/glibc.cpp`);
-  }
-  return file;
-}
-
-/** The newest glibc 2.x whose symbols a library needs, by the version names in its string table. */
-function glibcOf(file: string): number {
-  const names = readFileSync(file, "latin1").matchAll(/\0GLIBC_2\.(\d+)(?=[.\0])/g);
-  return Math.max(0, ...[...names].map((match) => Number(match[1])));
+/** A library that has just been built. */
+interface Built {
+  readonly file: string;
+  /** Its source hash. */
+  readonly hash: string;
+  readonly compilers: string;
 }
 
 /** The text of the manifest, from its present self and what has just been built. */
-function manifestText(built: Readonly<Record<string, { hash: string; file: string }>>): string {
+function manifestText(built: Readonly<Record<string, Built>>): string {
   const hashes: Record<string, string> = { ...manifest.sourceHash };
+  const builtBy: Record<string, string> = { ...manifest.compilers };
   const files: Record<string, { sha256: string; bytes: number }> = { ...manifest.files };
-  for (const [backend, { hash, file }] of Object.entries(built)) {
+  for (const [backend, { hash, file, compilers }] of Object.entries(built)) {
     const bytes = readFileSync(file);
     hashes[backend] = hash;
+    builtBy[backend] = compilers;
     files[`${platform}/${libraryName(backend)}`] = { sha256: sha256(bytes), bytes: bytes.length };
   }
   const sorted = <T>(record: Record<string, T>): [string, T][] => Object.entries(record).sort();
@@ -130,6 +53,8 @@ function manifestText(built: Readonly<Record<string, { hash: string; file: strin
   abiVersion: ${ABI_VERSION},
   sourceHash: {
 ${sorted(hashes).map(([name, hash]) => `    ${name}: "${hash}",\n`).join("")}  },
+  compilers: {
+${sorted(builtBy).map(([name, compilers]) => `    ${name}: "${compilers}",\n`).join("")}  },
   files: {
 ${
     sorted(files).map(([name, file]) =>
@@ -155,6 +80,7 @@ function problems(): string[] {
     found.push(`the manifest is of ABI version ${manifest.abiVersion}, lib/ffi/abi.ts of ${ABI_VERSION}${fix("cpu")}`);
   }
   for (const [backend, recipe] of Object.entries(recipes)) {
+    if (!hasSources(recipe)) continue;
     const hash = sourceHash(recipe);
     if (manifest.sourceHash[backend] !== hash) {
       found.push(
@@ -183,13 +109,44 @@ function problems(): string[] {
   return found;
 }
 
+/** Throws when the same compilers have made other bytes of the same sources than those that are committed. */
+function checkReproduced(backend: string, { file, hash, compilers }: Built): void {
+  const committed = manifest.files[`${platform}/${libraryName(backend)}`]?.sha256;
+  if (!committed || manifest.sourceHash[backend] !== hash || manifest.compilers[backend] !== compilers) return;
+  const found = sha256(readFileSync(file));
+  if (found === committed) return;
+  throw new Error(`${file} has SHA-256 ${found}, but the committed one of the same sources and compilers ${committed}`);
+}
+
+/** The backends to build: those that are wanted, or all that can be built here, with a word about each other one. */
+function backendsFor(wanted: readonly string[] | undefined, toolkit: Toolkit | string): [string, Recipe][] {
+  if (wanted) {
+    return wanted.map((backend) => {
+      const recipe = recipes[backend];
+      if (!recipe) throw new RangeError(`Cannot build ${backend}: there are ${Object.keys(recipes).join(", ")}`);
+      if (recipe.cu && typeof toolkit === "string") throw new Error(`Cannot build ${backend}: ${toolkit}`);
+      return [backend, recipe];
+    });
+  }
+  return Object.entries(recipes).filter(([backend, recipe]) => {
+    const reason = !hasSources(recipe)
+      ? `${recipe.sources[0]} has no sources yet`
+      : recipe.cu && typeof toolkit === "string" && toolkit;
+    if (reason) console.log(`${libraryName(backend)} is not built: ${reason}`);
+    return !reason;
+  });
+}
+
 async function main(): Promise<number> {
   const { values } = parseArgs({
     options: {
-      backend: { type: "string", multiple: true, default: Object.keys(recipes) },
+      backend: { type: "string", multiple: true },
       out: { type: "string" },
       strict: { type: "boolean", default: false },
       check: { type: "boolean", default: false },
+      cuda: { type: "string" },
+      arch: { type: "string", multiple: true },
+      ptxas: { type: "boolean", default: false },
     },
   });
   if (values.check) {
@@ -200,13 +157,21 @@ async function main(): Promise<number> {
     }
     return found.length === 0 ? 0 : 1;
   }
-  const built: Record<string, { hash: string; file: string }> = {};
-  for (const backend of values.backend) {
-    const recipe = recipes[backend];
-    if (!recipe) throw new RangeError(`Cannot build ${backend}: there are ${Object.keys(recipes).join(", ")}`);
+  if (values.arch && values.out === undefined) {
+    throw new RangeError("--arch leaves architectures out: say with --out where such a library shall be");
+  }
+  const toolkit = findToolkit(values.cuda);
+  const built: Record<string, Built> = {};
+  for (const [backend, recipe] of backendsFor(values.backend, toolkit)) {
     const hash = sourceHash(recipe);
-    const file = await build(backend, recipe, values.out ?? join(root, nativeFolder, platform), values.strict);
-    built[backend] = { hash, file };
+    const file = join(values.out ?? join(root, nativeFolder, platform), libraryName(backend));
+    const used = recipe.cu && typeof toolkit !== "string" ? toolkit : undefined;
+    const logs = await build(backend, recipe, file, { strict: values.strict, archs: values.arch, toolkit: used });
+    built[backend] = { hash, file, compilers: compilersOf(used) };
+    // nvcc writes its options into the library, so that only those of a release make its bytes.
+    const release = !used || !(values.strict || values.arch);
+    if (values.out !== undefined && release) checkReproduced(backend, built[backend]);
+    if (values.ptxas && recipe.cu) console.log(ptxasTable(kernelUses(logs)));
     console.log(`${relative(process.cwd(), file)}: ${statSync(file).size} bytes`);
   }
   if (values.out === undefined) writeFileSync(join(root, nativeFolder, "manifest.ts"), manifestText(built));

@@ -1,10 +1,10 @@
 /**
  * The gate: every check of this repository, in one command.
  *
- * In: the working tree, on a machine with Node and npm; what needs g++ is skipped without it. Out: a line for each step
- * with its time, the end of the output of each step that fails, and last the one line `N passed, N failed, N skipped`,
- * which counts the tests of all runners and the other steps. The exit status is 1 if anything failed. `npm test` runs
- * this with Bun.
+ * In: the working tree, on a machine with Node and npm; what needs g++ or nvcc is skipped without it. Out: a line for
+ * each step with its time, the end of the output of each step that fails, and last the one line `N passed, N failed, N
+ * skipped`, which counts the tests of all runners and the other steps. The exit status is 1 if anything failed. `npm
+ * test` runs this with Bun.
  */
 
 import { spawn, spawnSync } from "node:child_process";
@@ -12,6 +12,9 @@ import { existsSync } from "node:fs";
 import { join } from "node:path";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
+import { hasSources } from "./native/compile.ts";
+import { recipes } from "./native/recipes.ts";
+import { findToolkit } from "./native/toolkit.ts";
 
 const root = fileURLToPath(new URL("..", import.meta.url));
 const bin = (name: string): string => join(root, "node_modules/.bin", name);
@@ -47,6 +50,14 @@ const noCompiler = gcc.status === 0 ? false : "there is no g++ here";
 /** Newer compilers may warn about more than the sources were written for. */
 const strict = parseInt(gcc.stdout) <= 12 ? ["--strict"] : [];
 
+/** Why the CUDA library cannot be compiled here. */
+function noCuda(): string | false {
+  if (noCompiler) return noCompiler;
+  if (!hasSources(recipes["cuda"]!)) return "cuda/host has no sources yet";
+  const toolkit = findToolkit();
+  return typeof toolkit === "string" && toolkit;
+}
+
 const steps: readonly Step[] = [
   { name: "types (tsc)", command: [tsc, "-p", "."] },
   { name: "types (deno check)", command: [deno, "check", ...importMap, ...folders] },
@@ -58,6 +69,11 @@ const steps: readonly Step[] = [
     name: "rebuild cpu",
     command: [bun, "scripts/build.ts", "--backend", "cpu", "--out", rebuilt, ...strict],
     skip: noCompiler,
+  },
+  {
+    name: "compile cuda", // for one architecture: all of them take long
+    command: [bun, "scripts/build.ts", "--backend", "cuda", "--arch", "sm_90", "--out", rebuilt, ...strict],
+    skip: noCuda(),
   },
   { name: "tests (bun)", command: [bun, "test", ...patience], tests: "bun" },
   { name: "tests (deno)", command: [deno, "test", "-A", ...importMap], tests: "deno" },

@@ -15,32 +15,24 @@
 #include <cerrno>
 #include <cstdint>
 
+#include "older.hpp"
+
 #if defined(__x86_64__) && defined(__GLIBC__)
 
 #pragma GCC visibility push(hidden)
 extern "C" {
 
-// <pthread.h> is not included: it declares these with types and exception specifications of its own.
-#define DEEPEP_OLDER(result, name, version, parameters, arguments)           \
-  __asm__(".symver older_" #name ", " #name "@GLIBC_" version);              \
-  __attribute__((visibility("default"))) extern result older_##name parameters; \
-  result name parameters { return older_##name arguments; }
-
-using Thread = unsigned long;
-using Key = unsigned;
-DEEPEP_OLDER(int, pthread_create, "2.2.5", (Thread * a, const void* b, void* (*c)(void*), void* d), (a, b, c, d))
-DEEPEP_OLDER(int, pthread_join, "2.2.5", (Thread a, void** b), (a, b))
-DEEPEP_OLDER(int, pthread_detach, "2.2.5", (Thread a), (a))
-DEEPEP_OLDER(int, pthread_once, "2.2.5", (int* a, void (*b)()), (a, b))
-DEEPEP_OLDER(int, pthread_key_create, "2.2.5", (Key * a, void (*b)(void*)), (a, b))
-DEEPEP_OLDER(int, __pthread_key_create, "2.2.5", (Key * a, void (*b)(void*)), (a, b))
-DEEPEP_OLDER(int, pthread_key_delete, "2.2.5", (Key a), (a))
-DEEPEP_OLDER(void*, pthread_getspecific, "2.2.5", (Key a), (a))
-DEEPEP_OLDER(int, pthread_setspecific, "2.2.5", (Key a, const void* b), (a, b))
-DEEPEP_OLDER(int, pthread_sigmask, "2.2.5", (int a, const void* b, void* c), (a, b, c))
-DEEPEP_OLDER(int, pthread_setname_np, "2.12", (Thread a, const char* b), (a, b))
-
-#undef DEEPEP_OLDER
+DEEPEP_OLDER(pthread_create, "2.2.5");
+DEEPEP_OLDER(pthread_join, "2.2.5");
+DEEPEP_OLDER(pthread_detach, "2.2.5");
+DEEPEP_OLDER(pthread_once, "2.2.5");
+DEEPEP_OLDER(pthread_key_create, "2.2.5");
+DEEPEP_OLDER(__pthread_key_create, "2.2.5");
+DEEPEP_OLDER(pthread_key_delete, "2.2.5");
+DEEPEP_OLDER(pthread_getspecific, "2.2.5");
+DEEPEP_OLDER(pthread_setspecific, "2.2.5");
+DEEPEP_OLDER(pthread_sigmask, "2.2.5");
+DEEPEP_OLDER(pthread_setname_np, "2.12");
 
 // glibc 2.32. 0 = there may be threads, which is always right.
 char __libc_single_threaded = 0;

@@ -11,6 +11,8 @@ export interface Manifest {
   readonly abiVersion: number;
   /** SHA-256 in hex of a backend's inputs: sources, header and build flags. */
   readonly sourceHash: Readonly<Record<string, string>>;
+  /** What a backend's library was compiled and linked by: the same compilers make the same bytes of the same sources. */
+  readonly compilers: Readonly<Record<string, string>>;
   /** The files in `lib/native`. */
   readonly files: Readonly<Record<string, { readonly sha256: string; readonly bytes: number }>>;
 }
@@ -19,12 +21,15 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "403de14155873ff5aa08ff8c2902f899c55c3291b4301374f0c79b05fd590a7a",
+    cpu: "2ff1029f3a62c392bab1b991ede5b415435ec97ea8ad6cccbcc25d5de808fb5c",
+  },
+  compilers: {
+    cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "251097e8c7ae929947911ee1208599cc9c1b722cfa356c611df3c92af794c71e",
-      bytes: 477616,
+      sha256: "3f6072a326fa392785ec05b9be1bf2a6891fcabd8ea4e664bd0c7b8703dd1b6e",
+      bytes: 498096,
     },
   },
 };
