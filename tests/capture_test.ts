@@ -1,0 +1,187 @@
+/**
+ * What a capture does before anything reaches a GPU: which calls it makes of the library, with which ids, flags and slots,
+ * and that it always ends. In: a library that only notes its calls. That replays are right is shown by cuda_graph_test.ts.
+ */
+import { test } from "node:test";
+import { assert, assertEquals, assertRejects, assertThrows } from "@std/assert";
+import { EpError, type Tensor } from "@deepep/deepep";
+import { Core } from "../lib/core.ts";
+import type { Device } from "../lib/device.ts";
+import { constants } from "../lib/ffi/abi.ts";
+import type { StructCodec } from "../lib/ffi/struct.ts";
+import { capture } from "../lib/graph.ts";
+import { resolveOptions } from "../lib/plan.ts";
+
+const { FLAG, FEATURE } = constants;
+
+interface Call {
+  readonly name: string;
+  readonly self: bigint;
+  readonly args: Record<string, number | bigint | string>;
+}
+
+/** A library that answers every call with fresh objects, and fails those that `refuse` names. */
+class FakeDevice {
+  readonly backend = "cuda";
+  readonly calls: Call[] = [];
+  refuse = "";
+  #next = 256n;
+  #id = 0n;
+
+  call(name: string, self: bigint, args: StructCodec): void {
+    const values = args.read() as Record<string, number | bigint | string>;
+    this.calls.push({ name, self, args: values });
+    if (name === this.refuse) throw new EpError(`${name} is refused`, { code: "invalidArgument", op: "test" });
+    const set = args.set as (field: string, value: number | bigint) => void;
+    for (const field of ["stream", "event", "handle", "address", "graph"]) {
+      if (values[field] === 0n && !/dispatch|combine|begin|wait|query/.test(name)) set(field, this.#next += 256n);
+    }
+    if (name === "deepep_buffer_get_info") {
+      set("num_ranks", 2);
+      set("num_local_experts", 2);
+      set("free_slots", 0b10);
+    }
+    if (name === "deepep_dispatch") set("max_rows", 8);
+  }
+  end(name: string, self: bigint): void {
+    this.calls.push({ name, self, args: {} });
+  }
+  capabilities() {
+    return { features: FEATURE.NORMAL[0] | FEATURE.GRAPHS[0] };
+  }
+  nextId(): bigint {
+    return ++this.#id;
+  }
+  forget(): void {}
+  sweep(): void {}
+  statusOf(): number {
+    return 0;
+  }
+  completed(): Promise<number> {
+    return Promise.resolve(0);
+  }
+  /** The calls of a name since the last look. */
+  of(name: string): Call[] {
+    return this.calls.filter((call) => call.name === name);
+  }
+}
+
+function world(): { device: FakeDevice; core: Core; x: Tensor<"bf16">; topkIdx: Tensor<"i32"> } {
+  const device = new FakeDevice();
+  const options = resolveOptions({ hidden: 16, numExperts: 4, numTopk: 2, maxTokensPerRank: 4, maxRecvTokens: 8 }, 2);
+  const core = new Core(device as unknown as Device, 7n, options);
+  return { device, core, x: core.alloc("bf16", [4, 16]), topkIdx: core.alloc("i32", [4, 2]) };
+}
+
+test("captured operations have no ids, name a free slot, and take their shapes from the capacity", () => {
+  const { device, core, x, topkIdx } = world();
+  const graph = capture(core, core.stream, (operations) => {
+    const recv = operations.dispatch(x, { topkIdx });
+    return { recv, out: operations.combine(recv.x, recv.handle) };
+  });
+  const [dispatch] = device.of("deepep_dispatch"), [combine] = device.of("deepep_combine");
+  assertEquals([dispatch!.args.done_id, dispatch!.args.counts_id, combine!.args.done_id], [0n, 0n, 0n]);
+  assertEquals([dispatch!.args.stream, combine!.args.stream], [core.stream.address, core.stream.address]);
+  assert(Number(dispatch!.args.flags) & FLAG.NO_CPU_SYNC[0]);
+  assertEquals(dispatch!.args.slot, 1);
+  assertEquals(graph.results.recv.x.shape, [8, 16]);
+  const names = device.calls.map((call) => call.name).filter((name) => /graph|dispatch$|combine/.test(name));
+  assertEquals(names, ["deepep_graph_begin", "deepep_dispatch", "deepep_combine", "deepep_graph_end"]);
+});
+
+test("a launch completes with an id, on the captured stream unless told otherwise", async () => {
+  const { device, core, x, topkIdx } = world();
+  const graph = capture(core, core.stream, (operations) => operations.dispatch(x, { topkIdx }));
+  await graph.launch();
+  const other = core.createStream();
+  await graph.launch({ stream: other });
+  const launches = device.of("deepep_graph_launch");
+  assertEquals(launches.map(({ args }) => args.stream), [core.stream.address, other.address]);
+  assert(launches.every(({ args }) => args.done_id !== 0n));
+  graph.release();
+  graph.release();
+  assertEquals(device.of("deepep_graph_destroy").length, 1);
+  assertEquals(assertThrows(() => graph.launch(), EpError).code, "closed");
+});
+
+test("a graph is not launched over memory that was given back, and keeps the routing it needs", () => {
+  const { device, core, x, topkIdx } = world();
+  using graph = capture(core, core.stream, (operations) => operations.dispatch(x, { topkIdx }));
+  topkIdx.release();
+  assertThrows(() => graph.launch(), EpError, "given back by tensor.release()");
+  graph.results.release();
+  assertEquals(device.of("deepep_handle_destroy").length, 0);
+  graph.release();
+  assertEquals(device.of("deepep_handle_destroy").length, 1);
+});
+
+test("a capture that fails ends, releases what it made, and tells no peer", () => {
+  const { device, core, x, topkIdx } = world();
+  const failing: [RegExp, (() => unknown)][] = [
+    [/my own/, () => {
+      throw new Error("my own");
+    }],
+    [/deepep_combine is refused/, () => device.refuse = "deepep_combine"],
+  ];
+  for (const [message, fail] of failing) {
+    device.calls.length = 0;
+    const error = assertThrows(() =>
+      capture(core, core.stream, (operations) => {
+        const recv = operations.dispatch(x, { topkIdx });
+        fail();
+        operations.combine(recv.x, recv.handle);
+      })
+    );
+    assert(message.test(error.message), error.message);
+    device.refuse = "";
+    const count = (name: string) => device.of(name).length;
+    assertEquals([count("deepep_graph_begin"), count("deepep_graph_end"), count("deepep_graph_destroy")], [1, 1, 1]);
+    assertEquals([count("deepep_slot_release"), count("deepep_handle_destroy"), count("deepep_refuse")], [1, 1, 0]);
+    assertEquals(core.captured, undefined);
+  }
+  device.refuse = "deepep_graph_end";
+  assertThrows(
+    () => capture(core, core.stream, (operations) => operations.dispatch(x, { topkIdx })),
+    EpError,
+    "refused",
+  );
+  assertEquals([core.captured, core.graphs.size], [undefined, 0]);
+});
+
+test("what a replay could not repeat is refused", async () => {
+  const { core, x, topkIdx } = world();
+  const refused = (record: Parameters<typeof capture>[2], message: string) =>
+    assertThrows(() => capture(core, core.stream, record), Error, message);
+  refused(
+    (operations) => operations.dispatch(x, { topkIdx, cpuSync: true } as never),
+    "dispatch with cpuSync in a capture",
+  );
+  refused(() => x.write(new Uint16Array(64)), "write a tensor in a capture");
+  refused(() => capture(core, core.stream, () => 0), "capture a graph in a capture");
+  refused(() => Promise.resolve(), "the function is asynchronous");
+  refused((operations) => {
+    const recv = operations.dispatch(x, { topkIdx });
+    recv.handle.keep();
+    recv.release();
+    operations.combine(recv.x, recv.handle);
+  }, "given back");
+  refused(
+    (operations) => [operations.dispatch(x, { topkIdx }), operations.dispatch(x, { topkIdx })],
+    "no slot was free",
+  );
+  let late: (() => unknown) | undefined;
+  using graph = capture(core, core.stream, (operations) => {
+    late = () => operations.dispatch(x, { topkIdx });
+    return operations.barrier();
+  });
+  assertThrows(() => late!(), EpError, "the capture has ended");
+  await assertRejects(async () => await graph.results, EpError, "await what graph.launch() returns");
+});
+
+test("closing a buffer destroys its graphs first", async () => {
+  const { device, core } = world();
+  capture(core, core.stream, (operations) => void operations.barrier());
+  await core.close();
+  const ends = device.calls.map((call) => call.name).filter((name) => /destroy/.test(name));
+  assertEquals(ends, ["deepep_graph_destroy", "deepep_buffer_destroy"]);
+});

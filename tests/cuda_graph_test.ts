@@ -1,0 +1,256 @@
+/**
+ * CUDA graphs: a dispatch and a combine captured once on every rank and replayed with new routing and rows in the same
+ * tensors; every replay is compared with the reference. And what graphs do beside eager calls, and when a peer stays away.
+ */
+import { test } from "node:test";
+import { assert, assertEquals, assertThrows } from "@std/assert";
+import { type BufferOptions, type DispatchResult, EpBuffer, EpError, Group, type Tensor } from "@deepep/deepep";
+import { bytesOf } from "../lib/dtype.ts";
+import { type RankOutput, referenceCombine, referenceDispatch, type RowLayout } from "../lib/reference/mod.ts";
+import { assertCombined, assertDispatched } from "./support/compare.ts";
+import { noCudaGraphs } from "./support/cuda.ts";
+import { layer } from "./support/order_cases.ts";
+import { Random, runSeed } from "./support/random.ts";
+import { ranksOf, reasonOf, tiny } from "./support/ranks.ts";
+import { suite } from "./support/suite.ts";
+import { makeWorld, type TestWorld, type WorldSpec } from "./support/worlds.ts";
+
+const spec: WorldSpec = {
+  name: "replayed",
+  numRanks: 4,
+  numExperts: 8,
+  numTopk: 3,
+  hidden: 64,
+  tokens: [8, 5, 0, 7],
+  routing: "mixed",
+  dropped: 0.1,
+};
+const ALIGNMENT = 4;
+const MAX_ROWS = 8 * 4 * 3 + 2 * ALIGNMENT;
+const options: BufferOptions = {
+  backend: "cuda",
+  hidden: spec.hidden,
+  numExperts: spec.numExperts,
+  numTopk: spec.numTopk,
+  maxTokensPerRank: 8,
+  maxRecvTokens: MAX_ROWS,
+  timeoutMs: 20_000,
+};
+const ranks = ranksOf("cuda");
+
+/** A rank with its captured layer: dispatch, identity experts, combine with the weights' way back. */
+function captured(b: EpBuffer, layout: RowLayout) {
+  const numTokens = spec.tokens[b.rank]!, entries = [numTokens, spec.numTopk];
+  const x = b.tensor("bf16", [numTokens, spec.hidden]), topkIdx = b.tensor("i32", entries);
+  const topkWeights = b.tensor("f32", entries);
+  const graph = b.capture(b.stream, (operations) => {
+    const expertAlignment = layout === "expert" ? ALIGNMENT : 1;
+    const recv = operations.dispatch(x, { topkIdx, topkWeights, layout, expertAlignment });
+    const weights = recv.topkWeights!;
+    return { recv, out: operations.combine(recv.x, recv.handle, { topkWeights: weights }) };
+  });
+  return {
+    write(world: TestWorld): void {
+      const input = world.inputs[b.rank]!;
+      b.write(x, input.x);
+      b.write(topkIdx, input.topkIdx!);
+      b.write(topkWeights, input.topkWeights!);
+    },
+    graph,
+    end(): void {
+      graph.results.recv.release();
+      graph.results.out[Symbol.dispose]();
+      [x, topkIdx, topkWeights].forEach((tensor) => tensor.release());
+      graph.release();
+    },
+  };
+}
+
+async function output(recv: DispatchResult<Tensor<"bf16">>, layout: RowLayout): Promise<RankOutput> {
+  const [numTokens, inUse] = await recv.counts.numRows.read() as unknown as [number, number];
+  const numRows = layout === "expert" ? inUse : numTokens;
+  const [x, weights, srcIdx, perExpert, perRank, topkIdx] = await Promise.all([
+    recv.x.slice(0, numRows).read(),
+    recv.topkWeights!.slice(0, numRows).read(),
+    recv.srcIdx.slice(0, numRows).read(),
+    recv.counts.numTokensPerExpert.read(),
+    recv.counts.numTokensPerRank.read(),
+    recv.topkIdx?.read(),
+  ]);
+  return {
+    numTokens,
+    numRows,
+    x: bytesOf(x),
+    ...(topkIdx && { topkIdx: topkIdx as Int32Array }),
+    topkWeights: weights,
+    srcIdx,
+    numTokensPerExpert: perExpert,
+    numTokensPerRank: perRank,
+    expertStats: new Int32Array(2),
+  };
+}
+
+type Captured = ReturnType<typeof captured>;
+
+/** One replay on every rank, checked bit for bit. */
+async function replay(all: readonly Captured[], layout: RowLayout, world: TestWorld): Promise<void> {
+  for (const rank of all) {
+    rank.write(world);
+    rank.graph.launch();
+  }
+  const numRanks = spec.numRanks, { hidden, numTopk } = world;
+  const call = { numTopk, layout, expertAlignment: layout === "expert" ? ALIGNMENT : 1, noCpuSync: true };
+  const shape = { ...options, numRanks, maxRecvTokens: MAX_ROWS };
+  const expected = referenceDispatch(world.inputs, { ...shape, ...call });
+  const got = await Promise.all(all.map(({ graph }) => output(graph.results.recv, layout)));
+  const release = () => Promise.resolve();
+  assertDispatched({ ranks: got, release }, expected.ranks, { inputs: world.inputs, call, options: shape });
+  const inputs = got.map((rank) => ({
+    x: new Uint16Array(rank.x.buffer, rank.x.byteOffset, rank.x.length / 2),
+    topkWeights: rank.topkWeights!,
+  }));
+  const combined = await Promise.all(all.map(async ({ graph: { results: { out } } }) => {
+    return { x: await out.x.read(), topkWeights: await out.topkWeights!.read() };
+  }));
+  assertCombined(combined, referenceCombine(expected.handle, inputs, { hidden, masked: [] }), { hidden, numTopk });
+}
+
+async function buffers(more: Partial<BufferOptions> = {}): Promise<EpBuffer[]> {
+  return await Promise.all(Group.local(spec.numRanks).map((g) => EpBuffer.create(g, { ...options, ...more })));
+}
+const closeAll = (all: readonly EpBuffer[]) => Promise.all(all.map((b) => b.close()));
+
+suite("cuda: graphs", noCudaGraphs, () => {
+  const seed = runSeed();
+  for (const [layout, count] of [["rank", 1000], ["expert", 300]] as const) {
+    test(`${count} replays, ${layout} layout, DEEPEP_SEED=${seed}`, { timeout: 120_000 }, async () => {
+      const all = await buffers();
+      try {
+        const layers = all.map((b) => captured(b, layout));
+        for (let i = 0; i < count; i++) {
+          await replay(layers, layout, makeWorld(spec, seed + i)).catch((cause) => {
+            throw new Error(`replay ${i}, DEEPEP_SEED=${seed}: ${cause.message}`, { cause });
+          });
+        }
+        for (const b of all) assertEquals(b.stats().numDispatches, count);
+        layers.forEach((rank) => rank.end());
+      } finally {
+        await closeAll(all);
+      }
+    });
+  }
+
+  test("replays and eager calls take turns, in any order", { timeout: 60_000 }, async () => {
+    const all = await buffers({ numSlots: 3 });
+    try {
+      const both = (["rank", "expert"] as const).map((layout) => ({
+        layout,
+        layers: all.map((b) => captured(b, layout)),
+      }));
+      const random = new Random(seed);
+      for (let i = 0; i < 100; i++) {
+        const { layout, layers } = random.pick(both);
+        if (random.chance(0.5)) await replay(layers, layout, makeWorld(spec, seed + i));
+        else await Promise.all(all.map((b) => eager(b, seed + i)));
+      }
+      both.forEach(({ layers }) => layers.forEach((rank) => rank.end()));
+    } finally {
+      await closeAll(all);
+    }
+  });
+
+  test("many replays are enqueued at once, and another stream orders after them", async () => {
+    await ranks(2, {}, async (b) => {
+      using counter = b.tensor("i32", [b.numLocalExperts], new Int32Array(b.numLocalExperts));
+      using x = b.tensor("bf16", [4, 16], new Uint16Array(64).fill(0x3f80));
+      using topkIdx = b.tensor("i32", [4, 2], Int32Array.of(0, 4, 0, 4, 0, 4, 0, 4));
+      using graph = b.capture(
+        b.stream,
+        (operations) => operations.dispatch(x, { topkIdx, expertStats: counter }),
+      );
+      const other = b.createStream();
+      const began = b.record();
+      for (let i = 0; i < 50; i++) graph.launch();
+      const last = graph.launch({ stream: b.stream });
+      last.wait(other);
+      assertEquals((await counter.read({ stream: other }))[0], 51 * 8);
+      await last;
+      assert(last.elapsedSince(began) > 0);
+      graph.results.release();
+      await b.destroyStream(other);
+    });
+  });
+
+  test("a capture that fails leaves the buffer as it was", async () => {
+    await ranks(2, {}, async (b) => {
+      using x = b.tensor("bf16", [4, 16], new Uint16Array(64)), topkIdx = b.tensor("i32", [4, 2], new Int32Array(8));
+      assertThrows(
+        () =>
+          b.capture(b.stream, (operations) => {
+            operations.dispatch(x, { topkIdx });
+            throw new Error("my own");
+          }),
+        Error,
+        "my own",
+      );
+      assertThrows(() => b.capture(b.stream, (o) => o.dispatch(x, { topkIdx, numSms: 60_000 })), EpError);
+      for (let i = 0; i < 4; i++) await layer(b);
+      using graph = b.capture(b.stream, (operations) => operations.dispatch(x, { topkIdx }));
+      await graph.launch();
+      await layer(b);
+      graph.results.release();
+      assertEquals(assertThrows(() => graph.launch(), EpError).code, "closed");
+      for (let i = 0; i < 4; i++) await layer(b);
+    });
+  });
+
+  test("a peer that does not replay is named; after recover() replays are right again", async () => {
+    const groups = Group.local(2);
+    const all = await Promise.all(
+      groups.map((g) => EpBuffer.create(g, { ...tiny, backend: "cuda", timeoutMs: 400, numTopk: 2 })),
+    );
+    try {
+      const parts = all.map((b) => {
+        const x = b.tensor("bf16", [4, 16], new Uint16Array(64).fill(0x3f80 + b.rank));
+        const topkIdx = b.tensor("i32", [4, 2], Int32Array.of(0, 4, 0, 4, 0, 4, 0, 4));
+        return { x, topkIdx, graph: b.capture(b.stream, (operations) => operations.dispatch(x, { topkIdx })) };
+      });
+      const right = async () => {
+        await Promise.all(parts.map(({ graph }) => graph.launch()));
+        for (const { graph } of parts) {
+          const first = (await graph.results.x.slice(0, 8).read()).filter((_, i) => i % 16 === 0);
+          assertEquals([...first], [...new Array(4).fill(0x3f80), ...new Array(4).fill(0x3f81)]);
+        }
+      };
+      await right();
+      const reason = await reasonOf(parts[0]!.graph.launch());
+      assert(reason instanceof EpError && reason.code === "timeout" && reason.peer === 1, String(reason));
+      assert(await reasonOf(parts[0]!.graph.results.x.read()) instanceof EpError);
+      assertEquals(all[0]!.failed, true);
+      await Promise.all(all.map((b) => b.recover()));
+      for (let i = 0; i < 3; i++) await right();
+      for (const { x, topkIdx, graph } of parts) {
+        graph.results.release();
+        graph.release();
+        x.release();
+        topkIdx.release();
+      }
+    } finally {
+      await closeAll(all);
+    }
+  });
+});
+
+/** An eager layer on the same buffers: identity experts, small integers, exact sums. */
+async function eager(b: EpBuffer, seed: number): Promise<void> {
+  const world = makeWorld({ ...spec, values: "integers" }, seed), { numTokens, topkIdx, x } = world.inputs[b.rank]!;
+  using rows = b.tensor("bf16", [numTokens, spec.hidden], new Uint16Array(x.slice().buffer));
+  using routes = b.tensor("i32", [numTokens, spec.numTopk], topkIdx as Int32Array);
+  using recv = await b.dispatch(rows, { topkIdx: routes });
+  using out = await b.combine(recv.x, recv.handle);
+  const shape = { ...options, numRanks: spec.numRanks, maxRecvTokens: MAX_ROWS, numTopk: spec.numTopk };
+  const { ranks, handle } = referenceDispatch(world.inputs, shape);
+  const back = ranks.map((rank) => ({ x: new Uint16Array(rank.x.slice().buffer) }));
+  const want = referenceCombine(handle, back, { hidden: spec.hidden, masked: [] })[b.rank]!;
+  assertEquals([...await out.x.read()], [...want.x]);
+}
