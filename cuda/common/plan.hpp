@@ -1,10 +1,13 @@
 // How an operation is launched: a pure function of shapes and topology, which can be printed and tested without a GPU.
 //
 // In: bytes a row, rows a token at most, multiprocessors. Out: blocks, warps, and how shared memory is cut into stages.
-// Callers: cuda/host before each launch, deepep_plan.
+// Callers: cuda/host before each launch, deepep_plan; the kernels, for the sizes that both must know.
 #pragma once
 
 #include <cstdint>
+
+#include "../abi/deepep.h"
+#include "regions.hpp"
 
 namespace deepep {
 
@@ -18,10 +21,10 @@ struct Topology {
 
 // What it moves.
 struct Work {
-  int32_t op = 0;          // DEEPEP_OP_DISPATCH or DEEPEP_OP_COMBINE
+  int32_t op = 0;  // DEEPEP_OP_DISPATCH or DEEPEP_OP_COMBINE
   uint32_t row_bytes = 0;
-  uint32_t hops = 0;       // rows a token becomes at most
-  int32_t num_sms = 0;     // asked for; 0 = default
+  uint32_t hops = 0;    // rows a token becomes at most
+  int32_t num_sms = 0;  // asked for; 0 = default
 };
 
 // Fields as in deepep_plan_args.
@@ -33,5 +36,73 @@ struct Plan {
   uint32_t block_bytes = 0;  // dynamic shared memory
   uint32_t tma = 0;
 };
+
+constexpr int32_t kDefaultSms = 16;
+constexpr uint32_t kMaxWarps = 16;  // a block: 128 registers a thread
+constexpr uint32_t kMaxBlockThreads = 32 * kMaxWarps;
+constexpr uint32_t kMaxBarriers = 256;           // warps * stages, at most
+constexpr uint32_t kReservedShared = 24 * 1024;  // of a block, for what kernels declare themselves
+constexpr uint32_t kPushPieceBytes = 4096;       // larger pieces gain nothing, smaller ones lose
+constexpr uint32_t kPushStages = 3;
+constexpr uint32_t kPushHeaderBytes = 16;   // of a stage of a push, before its destinations
+constexpr uint32_t kPullPieceBytes = 2048;  // a warp sums that much of its rows in registers
+constexpr uint32_t kPullBatch = 4;          // pieces that a warp waits for at once: the fewest stages of a pull
+
+// What a stage of a push takes: a piece of a row, and the addresses it goes to.
+DEEPEP_HOST_DEVICE constexpr uint32_t push_stage_bytes(uint32_t chunk_bytes, uint32_t hops) {
+  return static_cast<uint32_t>(align_up(chunk_bytes, 128) + kPushHeaderBytes + 8 * align_up(hops, 2));
+}
+
+// What a stage of a pull takes: a piece, its weight, the size of a batch.
+DEEPEP_HOST_DEVICE constexpr uint32_t pull_stage_bytes() { return kPullPieceBytes + 8; }
+
+// Rows are cut into pieces of equal size, whole cache lines where possible, none above `most_bytes`.
+DEEPEP_HOST_DEVICE constexpr uint32_t piece_bytes(uint32_t row_bytes, uint32_t most_bytes) {
+  const uint64_t pieces = ceil_div(row_bytes, most_bytes);
+  const uint64_t even = ceil_div(row_bytes, pieces ? pieces : 1);
+  const uint64_t lines = align_up(even, 128);
+  return static_cast<uint32_t>(lines <= most_bytes ? lines : align_up(even, 16));
+}
+
+// How `bytes` of shared memory, of which the plan says for how many warps, are cut for a push.
+DEEPEP_HOST_DEVICE constexpr Plan cut_for_push(Plan plan, uint32_t row_bytes, uint32_t hops, uint32_t bytes) {
+  const uint32_t stage_bytes = bytes / plan.warps / kPushStages - push_stage_bytes(0, hops);
+  const uint32_t most = stage_bytes < kPushPieceBytes ? stage_bytes / 128 * 128 : kPushPieceBytes;
+  plan.stages = kPushStages;
+  plan.chunk_bytes = piece_bytes(row_bytes, most);
+  plan.block_bytes = plan.warps * plan.stages * push_stage_bytes(plan.chunk_bytes, hops);
+  return plan;
+}
+
+// The plan of a push with one destination a row in the same blocks as `plan`: combine, when it copies rows first.
+DEEPEP_HOST_DEVICE constexpr Plan copy_plan(const Plan& plan, uint32_t row_bytes) {
+  return plan.tma != 0 ? cut_for_push(plan, row_bytes, 1, plan.block_bytes) : plan;
+}
+
+constexpr Plan make_plan(const Work& work, const Topology& topology) {
+  Plan plan;
+  const uint32_t ranks = topology.ranks_on_device > 0 ? topology.ranks_on_device : 1;
+  const int32_t share = topology.device_sms / static_cast<int32_t>(ranks);
+  plan.sms = work.num_sms != 0 ? work.num_sms : share < 1 ? 1 : share < kDefaultSms ? share : kDefaultSms;
+  plan.warps = kMaxWarps;
+  const bool push = work.op == DEEPEP_OP_DISPATCH;
+  // With little shared memory fewer warps, each with room for what it cannot do without.
+  const uint32_t bytes = topology.shared_bytes > kReservedShared ? topology.shared_bytes - kReservedShared : 0;
+  const uint32_t least = push ? kPushStages * push_stage_bytes(1024, work.hops) : kPullBatch * pull_stage_bytes();
+  while (plan.warps > 4 && bytes / plan.warps < least) plan.warps /= 2;
+  plan.tma = topology.compute_capability >= 90 && bytes / plan.warps >= least;
+  if (plan.tma == 0) {
+    plan.warps = kMaxWarps;
+    plan.stages = 1;
+    plan.chunk_bytes = push ? 2048 : 1024;
+    return plan;
+  }
+  if (push) return cut_for_push(plan, work.row_bytes, work.hops, bytes);
+  plan.chunk_bytes = kPullPieceBytes;
+  plan.stages = bytes / plan.warps / pull_stage_bytes();
+  if (plan.stages > kMaxBarriers / plan.warps) plan.stages = kMaxBarriers / plan.warps;
+  plan.block_bytes = plan.warps * plan.stages * pull_stage_bytes();
+  return plan;
+}
 
 }  // namespace deepep
