@@ -28,7 +28,8 @@ DEEPEP_HOST_DEVICE constexpr bool in_view(uint64_t view, uint32_t rank) { return
 DEEPEP_HOST_DEVICE inline uint32_t tokens_before(const CountMatrix& m, uint32_t end, uint32_t dst) {
   uint32_t sum = 0;
   for (uint32_t s = 0; s < end; ++s) {
-    if (in_view(m.view, s)) sum += m.tokens[s * m.num_ranks + dst];
+    const uint32_t tokens = m.tokens[s * m.num_ranks + dst];  // loaded in any case, so that a GPU has all loads under way
+    sum += in_view(m.view, s) ? tokens : 0;
   }
   return sum;
 }
@@ -37,7 +38,8 @@ DEEPEP_HOST_DEVICE inline uint32_t tokens_before(const CountMatrix& m, uint32_t 
 DEEPEP_HOST_DEVICE inline uint32_t entries_before(const CountMatrix& m, uint32_t end, uint32_t expert) {
   uint32_t sum = 0;
   for (uint32_t s = 0; s < end; ++s) {
-    if (in_view(m.view, s)) sum += m.entries[s * m.num_experts + expert];
+    const uint32_t entries = m.entries[s * m.num_experts + expert];
+    sum += in_view(m.view, s) ? entries : 0;
   }
   return sum;
 }

@@ -327,9 +327,6 @@ struct Leader {
     }
     if (!check_messages(view, agreed)) return false;
     if (pushes && p.mask_on_timeout != 0 && !agree_on_view(view)) return false;
-    for (uint32_t rank = lane; rank < p.options.num_ranks; rank += kWarpLanes) {
-      p.state->peer_slots[rank] = in_view(view, rank) ? message_of(rank)->slot : 0;
-    }
     if (lane == 0) {
       s.view = view;
       p.state->view = view;
@@ -445,52 +442,75 @@ struct Leader {
     give_up(to_blame != 0 ? to_blame : pending, DEEPEP_ERROR_TIMEOUT, awaited, waited_ns, word);
   }
 
-  // What every rank finds alike in the messages: a refusal, or a disagreement. This rank's own message says what it wants.
+  // A peer's message, without its counts. The fields are loaded side by side: one after another they would cost as many trips
+  // to memory.
+  struct Heard {
+    uint64_t epoch;
+    uint32_t agreed[kNumAgreed];
+    uint32_t slot;
+    int32_t code;
+
+    // The first value in which it differs from this rank's, kNumAgreed when there is none.
+    __device__ uint32_t difference(const uint32_t (&ours)[kNumAgreed]) const {
+      uint32_t first = kNumAgreed;
+#pragma unroll
+      for (uint32_t i = kNumAgreed; i-- > 0;) {
+        const bool no_opinion = i == kAgreedTopkWeights && (ours[i] == kNoOpinion || agreed[i] == kNoOpinion);
+        if (ours[i] != agreed[i] && !no_opinion) first = i;
+      }
+      return first;
+    }
+  };
+
+  __device__ Heard hear(uint32_t rank) const {
+    const MessageHeader* message = message_of(rank);
+    Heard heard;
+    heard.epoch = message->epoch;
+#pragma unroll
+    for (uint32_t i = 0; i < kNumAgreed; ++i) heard.agreed[i] = message->agreed[i];
+    heard.slot = message->slot;
+    heard.code = message->code;
+    return heard;
+  }
+
+  // What every rank finds alike in the messages: a refusal, or a disagreement. Keeps the slots of the ranks in the view.
   __device__ bool check_messages(uint64_t view, const uint32_t (&agreed)[kNumAgreed]) {
-    const uint64_t refusing = ranks_where([&](uint32_t peer) { return in_view(view, peer) && message_of(peer)->code != 0; });
+    uint64_t refusing = 0, differing = 0;
+    for (uint32_t rank = lane; rank < p.options.num_ranks; rank += kWarpLanes) {
+      const Heard heard = hear(rank);
+      const bool counts = in_view(view, rank);
+      p.state->peer_slots[rank] = counts ? heard.slot : 0;
+      if (!counts || rank == p.rank) continue;
+      if (heard.code != 0) refusing |= rank_bit(rank);
+      if (heard.epoch != s.epoch || heard.difference(agreed) != kNumAgreed) differing |= rank_bit(rank);
+    }
+    refusing = warp_or(refusing);
+    differing = warp_or(differing);
+    if (refusing == 0 && differing == 0) return true;
     Finding finding;
+    const auto peer = static_cast<uint32_t>(__ffsll(static_cast<long long>(refusing != 0 ? refusing : differing)) - 1);
+    const Heard heard = hear(peer);
+    finding.peer = static_cast<int32_t>(peer);
     if (refusing != 0) {
-      const auto peer = static_cast<uint32_t>(__ffsll(static_cast<long long>(refusing)) - 1);
-      finding.peer = static_cast<int32_t>(peer);
-      finding.a = message_of(peer)->code;
+      finding.a = heard.code;
       refuse(DEEPEP_ERROR_ABORTED, Reason::refused, finding);
       return false;
     }
-    const uint64_t differing = ranks_where([&](uint32_t peer) {
-      if (!in_view(view, peer)) return false;
-      return load_acquire_sys(&message_of(peer)->epoch) != s.epoch || difference(peer, agreed) != kNumAgreed;
-    });
-    if (differing == 0) return true;
-    const auto peer = static_cast<uint32_t>(__ffsll(static_cast<long long>(differing)) - 1);
-    const MessageHeader& theirs = *message_of(peer);
-    const uint32_t i = difference(peer, agreed);
-    finding.peer = static_cast<int32_t>(peer);
-    if (theirs.epoch != s.epoch) {
+    const uint32_t i = heard.difference(agreed);
+    if (heard.epoch != s.epoch) {
       finding.expected = static_cast<int64_t>(s.epoch);
-      finding.seen = static_cast<int64_t>(theirs.epoch);
+      finding.seen = static_cast<int64_t>(heard.epoch);
       refuse(DEEPEP_ERROR_MISMATCH, Reason::other_call, finding);
-    } else if (i == kAgreedOp) {
-      finding.expected = p.op;
-      finding.seen = theirs.agreed[i];
-      refuse(DEEPEP_ERROR_MISMATCH, Reason::elsewhere, finding);
-    } else {
-      finding.a = static_cast<int32_t>(i);
-      finding.expected = agreed[i];
-      finding.seen = theirs.agreed[i];
-      refuse(DEEPEP_ERROR_MISMATCH, Reason::disagreement, finding);
+      return false;
     }
+    for (uint32_t at = 0; at < kNumAgreed; ++at) {
+      if (at != i) continue;
+      finding.a = static_cast<int32_t>(at);
+      finding.expected = at == kAgreedOp ? static_cast<uint32_t>(p.op) : agreed[at];
+      finding.seen = heard.agreed[at];
+    }
+    refuse(DEEPEP_ERROR_MISMATCH, i == kAgreedOp ? Reason::elsewhere : Reason::disagreement, finding);
     return false;
-  }
-
-  // The first value in which a peer differs, kNumAgreed when there is none.
-  __device__ uint32_t difference(uint32_t peer, const uint32_t (&ours)[kNumAgreed]) const {
-    const uint32_t* theirs = message_of(peer)->agreed;
-    for (uint32_t i = 0; i < kNumAgreed; ++i) {
-      if (ours[i] == theirs[i]) continue;
-      if (i == kAgreedTopkWeights && (ours[i] == kNoOpinion || theirs[i] == kNoOpinion)) continue;
-      return i;
-    }
-    return kNumAgreed;
   }
 
   // MASK_ON_TIMEOUT: those take part whose messages everyone has.
@@ -571,10 +591,6 @@ __device__ inline void call_end(const CallParams& p, CallShared& s, bool collect
   state.num_blocks = s.meeting;
   for (uint64_t& arrivals : state.arrivals) arrivals = s.meeting;
   if (collective) state.epoch = s.epoch;
-  const uint32_t kind = p.op == DEEPEP_OP_DISPATCH ? 0 : 1;
-  for (uint32_t rank = 0; rank < p.options.num_ranks; ++rank) {
-    if (needs_peers) host.wait_ns[kind * p.options.num_ranks + rank] = state.wait_ns[kind][rank];
-  }
   host.epoch = state.epoch;
   host.masked = state.masked;
   host.num_dispatches = state.num_dispatches;

@@ -45,7 +45,6 @@ struct CountTables {
   uint32_t sections;
 };
 
-constexpr uint32_t kMaxWarps = kMaxBlockThreads / kWarpLanes;
 // What a kernel that counts, or works out row bases, needs at least.
 constexpr uint64_t kCountBytes = kMaxWarps * DEEPEP_MAX_RANKS * 4 + uint64_t{2} * DEEPEP_MAX_EXPERTS * 4;
 

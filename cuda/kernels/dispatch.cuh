@@ -75,6 +75,9 @@ __device__ inline void store_unit(uint8_t* address, const uint4& v, uint32_t byt
   *address = static_cast<uint8_t>(v.x);
 }
 
+// Warps of a dispatch's block beside those that push: the leader's block gives the counts to the host while rows move.
+constexpr uint32_t kClerks = 1;
+
 // The slots of all ranks, as a block pushes to them.
 struct DispatchShared {
   CallShared call;
@@ -267,27 +270,33 @@ struct Dispatch {
     reinterpret_cast<int32_t*>(params.args.host_counts)[i] = value;
   }
 
-  // Leader's block: the counts, on the device and on the host, which is told at once.
+  // The clerk, a warp of the leader's block that pushes no rows: the counts, on the device and on the host, which is told at
+  // once.
   __device__ void fill_counts() {
     const CountMatrix matrix = matrix_of(p(), params.routing, s.call.view);
+    const uint32_t lane = threadIdx.x % kWarpLanes;
     const uint32_t ranks = p().options.num_ranks;
     auto* stats = reinterpret_cast<int32_t*>(params.args.expert_stats);
-    for (uint32_t e = threadIdx.x; e < p().num_local_experts; e += blockDim.x) {
+    for (uint32_t e = lane; e < p().num_local_experts; e += kWarpLanes) {
       const uint32_t entries = entries_before(matrix, ranks, p().first_expert + e);
       store_count(2 + e, static_cast<int32_t>(align_up(entries, params.routing.expert_alignment)));
       if (stats != nullptr) stats[e] += static_cast<int32_t>(entries);
     }
-    for (uint32_t src = threadIdx.x; src < ranks; src += blockDim.x) {
+    for (uint32_t src = lane; src < ranks; src += kWarpLanes) {
       const uint32_t tokens = in_view(s.call.view, src) ? matrix.tokens[src * ranks + p().rank] : 0;
       store_count(2 + p().num_local_experts + src, static_cast<int32_t>(tokens));
     }
-    if (threadIdx.x == 0) {
+    if (lane == 0) {
       store_count(0, static_cast<int32_t>(tokens_before(matrix, ranks, p().rank)));
       store_count(1, static_cast<int32_t>(p().state->num_rows));
     }
-    __syncthreads();
+    __syncwarp();
     // Pairs with the host's poll, which reads host_counts afterwards.
-    if (threadIdx.x == 0 && p().seq != 0) store_release_sys(&p().host->counts_seq, p().seq);
+    if (lane == 0 && p().seq != 0) store_release_sys(&p().host->counts_seq, p().seq);
+    const uint64_t sent = rows_sent();
+    if (lane != 0) return;
+    p().state->rows_sent += sent;
+    p().state->bytes_sent += sent * (params.args.row_bytes + uint64_t{params.args.num_scales} * params.args.scale_elem_bytes);
   }
 
   // Nothing came: whoever works by the counts, without asking how the call ended, finds no rows of an earlier one.
@@ -428,7 +437,10 @@ struct Dispatch {
   template <bool kTma>
   __device__ void send(uint64_t* barriers) {
     const TokenRange tokens = block_tokens(params.routing.num_tokens);
-    if (threadIdx.x / kWarpLanes >= params.plan.warps) return;
+    if (threadIdx.x / kWarpLanes >= params.plan.warps) {
+      if (is_leader()) fill_counts();
+      return;
+    }
     const PushRows rows = {.x = reinterpret_cast<const uint8_t*>(params.args.x),
                            .x_stride = params.args.x_stride,
                            .row_bytes = params.args.row_bytes,
@@ -552,12 +564,6 @@ struct Dispatch {
       __syncwarp();
       if (!leader.is_left_out()) {
         announce_pushed(leader);
-        const uint64_t sent = rows_sent();
-        if (leader.lane == 0) {
-          p().state->rows_sent += sent;
-          p().state->bytes_sent +=
-              sent * (params.args.row_bytes + uint64_t{params.args.num_scales} * params.args.scale_elem_bytes);
-        }
         wait_pushed(leader);
       }
     }
@@ -570,15 +576,16 @@ struct Dispatch {
       }
     }
     __syncthreads();
-    if (threadIdx.x != 0) return;
-    if (s.call.code == 0 && !s.call.skipped) params.routing.header->valid = 1;
+    if (threadIdx.x >= kWarpLanes) return;
+    if (threadIdx.x == 0 && s.call.code == 0 && !s.call.skipped) params.routing.header->valid = 1;
     call_end(p(), s.call, true, true);
   }
 };
 
 // Dispatch of one rank. Collective; graph-safe. Block 0 leads.
 template <bool kTma>
-__global__ void __launch_bounds__(kMaxBlockThreads, 1) dispatch_kernel(const __grid_constant__ DispatchParams params) {
+__global__ void __launch_bounds__(kMaxBlockThreads + kClerks * kWarpLanes, 1)
+    dispatch_kernel(const __grid_constant__ DispatchParams params) {
   extern __shared__ __align__(128) uint8_t dynamic_shared[];
   __shared__ DispatchShared s;
   __shared__ uint64_t barriers[kMaxBarriers];
@@ -587,7 +594,6 @@ __global__ void __launch_bounds__(kMaxBlockThreads, 1) dispatch_kernel(const __g
   const bool goes = dispatch.notify();
   if (goes) {
     dispatch.find_slots();
-    if (is_leader()) dispatch.fill_counts();
     dispatch.clear_padding();
     dispatch.template send<kTma>(barriers);
   }

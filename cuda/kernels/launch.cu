@@ -27,10 +27,6 @@ const void* const kKernels[] = {
 };
 constexpr size_t kNumWithDynamicShared = 6;  // the first of them
 
-// How rows are copied into the slot, with the warps and the memory of the reduction that follows.
-constexpr uint32_t kCopyChunkBytes = 4096;
-constexpr uint32_t kCopyStages = 4;
-
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), const Params& params, uint32_t blocks, uint32_t threads, uint64_t shared,
                    cudaStream_t stream) {
@@ -66,14 +62,14 @@ cudaError_t launch_dispatch(const DispatchParams& given, cudaStream_t stream) {
   DispatchParams params = given;
   params.plan = with_room(params.plan);
   const auto kernel = params.plan.tma != 0 ? dispatch_kernel<true> : dispatch_kernel<false>;
-  return launch(kernel, params, static_cast<uint32_t>(params.plan.sms), params.plan.warps * kWarpLanes, params.plan.block_bytes,
-                stream);
+  return launch(kernel, params, static_cast<uint32_t>(params.plan.sms), (params.plan.warps + kClerks) * kWarpLanes,
+                params.plan.block_bytes, stream);
 }
 
 cudaError_t launch_combine(const CombineParams& given, cudaStream_t stream) {
   CombineParams params = given;
   params.plan = with_room(params.plan);
-  params.copy = push_plan(params.plan, params.args.hidden * 2, 1, kCopyChunkBytes, kCopyStages);
+  params.copy = copy_plan(params.plan, params.args.hidden * 2);
   const bool weighted = params.args.weights != 0;
   const auto kernel = params.plan.tma != 0 ? (weighted ? combine_kernel<true, true> : combine_kernel<true, false>)
                                            : (weighted ? combine_kernel<false, true> : combine_kernel<false, false>);
