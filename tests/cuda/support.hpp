@@ -60,6 +60,11 @@ inline void open_library() {
   // Before CUDA starts in this process: kernels that load while others spin are a deadlock, and each stream needs a queue.
   setenv("CUDA_MODULE_LOADING", "EAGER", 0);
   setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+    std::puts("there is no GPU here");
+    std::exit(77);
+  }
   const char* path = std::getenv("DEEPEP_LIBRARY_CUDA");
   if (!path || !*path) path = "lib/native/linux-x64/libdeepep_cuda.so";
   void* library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
@@ -75,11 +80,6 @@ inline void open_library() {
   FUNCTIONS(FIND)
 #undef FIND
   expect("the ABI version", deepep_abi_version_(), DEEPEP_ABI_VERSION);
-  int devices = 0;
-  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
-    std::puts("skipped: there is no GPU here");
-    std::exit(77);
-  }
 }
 
 // A rank: its buffer, its queue, and a stream, since ranks of one process need a stream each.
