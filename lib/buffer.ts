@@ -70,7 +70,7 @@ export class EpBuffer implements AsyncDisposable {
    * Creates a rank's buffer and connects it with every other rank's. Collective over the group.
    *
    * @throws {RangeError} when an option is out of range
-   * @throws {EpError} `mismatch` when ranks give different options, `aborted` when another rank failed, `timeout` when one is missing
+   * @throws {EpError} `mismatch` when ranks give different options, `aborted` when another rank failed, `timeout` when one is missing,
    *   `system` without a driver that is new enough or a GPU, `unsupported` on a GPU that the library has no code for;
    *   `scripts/doctor.ts` says the same of a machine, and what to do
    * @throws {LibraryError} when the backend's library cannot be found, loaded or trusted
