@@ -5,7 +5,10 @@
 
 #include "queue.hpp"
 
+#include <sys/prctl.h>
+
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <deque>
 #include <memory>
@@ -41,7 +44,15 @@ struct Cell {
   uint64_t generation = 0;
   std::deque<deepep_completion> entries;
   std::shared_ptr<Notifier> notifier;
+
+  std::atomic<uint32_t> num_sources{0};  // stored under sources_mutex, which is locked before any other
+  std::mutex sources_mutex;
+  std::vector<std::shared_ptr<Source>> sources;
 };
+
+// How long the armed notifier sleeps between two polls of the sources: while something is pending, and otherwise.
+constexpr std::chrono::microseconds kPollPause{50};
+constexpr std::chrono::microseconds kIdlePause{500};
 
 // Cells come in chunks that stay where they are, so that a handle leads to its cell without a lock.
 constexpr uint64_t kChunk = 64;
@@ -89,11 +100,40 @@ Cell& living_cell(uint64_t queue) {
   reject(DEEPEP_ERROR_CLOSED, "queue 0x%llx was destroyed", shown);
 }
 
-void notifier_run(const std::shared_ptr<Notifier>& self) {
+// Polls what pushes into the cell's queue. True when a completion may come without another call.
+bool poll_sources(Cell& cell) {
+  const std::lock_guard lock(cell.sources_mutex);
+  bool pending = false;
+  for (const auto& source : cell.sources) {
+    source->poll();
+    pending |= source->is_pending();
+  }
+  return pending;
+}
+
+bool has_sources(const Cell& cell) { return cell.num_sources.load(std::memory_order_relaxed) != 0; }
+
+// Sleeps until there is something to call back for. `lock` holds the notifier's mutex, which is released meanwhile.
+void notifier_wait(Notifier& self, Cell& cell, std::unique_lock<std::mutex>& lock) {
+  const auto has_work = [&] { return self.stop || (self.armed && self.ready); };
+  while (!has_work()) {
+    // Pairs with queue_push (ready), ARM (armed), STOP and queue_destroy (stop).
+    if (!self.armed || !has_sources(cell)) {
+      self.wake.wait(lock, [&] { return has_work() || (self.armed && has_sources(cell)); });
+      continue;
+    }
+    lock.unlock();
+    const bool pending = poll_sources(cell);
+    lock.lock();
+    self.wake.wait_for(lock, pending ? kPollPause : kIdlePause, has_work);
+  }
+}
+
+void notifier_run(const std::shared_ptr<Notifier>& self, Cell& cell) {
+  prctl(PR_SET_TIMERSLACK, 1000UL);  // The kernel may draw a pause out by so many nanoseconds; by default by 50 µs.
   std::unique_lock lock(self->mutex);
   for (;;) {
-    // Pairs with queue_push (ready), ARM (armed), STOP and queue_destroy (stop).
-    self->wake.wait(lock, [&] { return self->stop || (self->armed && self->ready); });
+    notifier_wait(*self, cell, lock);
     const bool last = self->stop;
     self->armed = false;
     if (!(last && self->silent)) {
@@ -113,17 +153,17 @@ void start_notifier(Cell& cell, uint64_t callback) {
   auto notifier = std::make_shared<Notifier>();
   notifier->callback = reinterpret_cast<Callback>(callback);
   notifier->ready = !cell.entries.empty();
-  start_thread("ep-notify", [notifier] { notifier_run(notifier); });
+  start_thread("ep-notify", [notifier, &cell] { notifier_run(notifier, cell); });
   cell.notifier = std::move(notifier);
 }
 
-// Sets one of the notifier's conditions, and wakes it if it has something to do.
-void tell(const std::shared_ptr<Notifier>& notifier, bool Notifier::*what) {
+// Sets one of the notifier's conditions, and wakes it if it has something to do, which includes to poll sources.
+void tell(const std::shared_ptr<Notifier>& notifier, bool Notifier::*what, bool polls = false) {
   bool wake;
   {
     const std::lock_guard lock(notifier->mutex);
     notifier.get()->*what = true;
-    wake = notifier->stop || (notifier->armed && notifier->ready);
+    wake = notifier->stop || (notifier->armed && (notifier->ready || polls));
   }
   if (wake) notifier->wake.notify_one();
 }
@@ -176,6 +216,7 @@ int32_t queue_drain(uint64_t queue, deepep_completion* out, uint32_t capacity) n
   Cell* const cell = cell_of(queue);
   if (!cell) return -DEEPEP_ERROR_INVALID_ARGUMENT;
   if (cell->handle.load(std::memory_order_relaxed) != queue) return -DEEPEP_ERROR_CLOSED;
+  if (has_sources(*cell)) poll_sources(*cell);
   if (cell->num_ready.load(std::memory_order_relaxed) == 0) return 0;
   if (!out) return -DEEPEP_ERROR_INVALID_ARGUMENT;
   // The mutex pairs with queue_push: what was done before the push is seen by the caller.
@@ -204,12 +245,30 @@ void queue_push(uint64_t queue, uint64_t id, int32_t status) {
   if (cell->notifier) tell(cell->notifier, &Notifier::ready);
 }
 
+void queue_add_source(uint64_t queue, std::shared_ptr<Source> source) {
+  Cell& cell = living_cell(queue);
+  const std::lock_guard sources_lock(cell.sources_mutex);
+  const std::lock_guard lock(cell.mutex);
+  if (cell.handle.load(std::memory_order_relaxed) != queue) reject(DEEPEP_ERROR_CLOSED, "the queue was destroyed meanwhile");
+  cell.sources.push_back(std::move(source));
+  cell.num_sources.store(static_cast<uint32_t>(cell.sources.size()), std::memory_order_relaxed);
+}
+
+void queue_remove_source(uint64_t queue, const Source* source) {
+  Cell* const cell = cell_of(queue);
+  if (!cell) return;
+  // Of whatever queue lives in the cell now: the source is in none, or in the one it was added to.
+  const std::lock_guard lock(cell->sources_mutex);
+  std::erase_if(cell->sources, [&](const auto& kept) { return kept.get() == source; });
+  cell->num_sources.store(static_cast<uint32_t>(cell->sources.size()), std::memory_order_relaxed);
+}
+
 void queue_wake(uint64_t queue, uint32_t action, uint64_t callback) {
   Cell& cell = living_cell(queue);
   std::unique_lock lock(cell.mutex);
   switch (action) {
     case DEEPEP_WAKE_START: return start_notifier(cell, callback);
-    case DEEPEP_WAKE_ARM: return tell(notifier_of(cell), &Notifier::armed);
+    case DEEPEP_WAKE_ARM: return tell(notifier_of(cell), &Notifier::armed, has_sources(cell));
     case DEEPEP_WAKE_STOP: return tell(notifier_of(cell), &Notifier::stop);
     case DEEPEP_WAKE_JOIN: {
       const auto notifier = notifier_of(cell);
@@ -223,13 +282,17 @@ void queue_wake(uint64_t queue, uint32_t action, uint64_t callback) {
 void queue_destroy(uint64_t queue) {
   Cell& cell = living_cell(queue);
   std::shared_ptr<Notifier> notifier;
+  std::vector<std::shared_ptr<Source>> sources;  // dropped with no lock held
   {
+    const std::lock_guard sources_lock(cell.sources_mutex);
     const std::lock_guard lock(cell.mutex);
     uint64_t expected = queue;
     if (!cell.handle.compare_exchange_strong(expected, 0)) reject(DEEPEP_ERROR_CLOSED, "the queue was destroyed meanwhile");
     cell.entries.clear();
     cell.num_ready.store(0, std::memory_order_relaxed);
     notifier.swap(cell.notifier);
+    sources.swap(cell.sources);
+    cell.num_sources.store(0, std::memory_order_relaxed);
   }
   if (notifier) {
     tell(notifier, &Notifier::silent);

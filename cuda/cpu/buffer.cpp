@@ -33,9 +33,7 @@ std::shared_ptr<Buffer> Buffer::create(uint64_t device, deepep_buffer_create_arg
   buffer->slots.resize(options.num_slots);
   buffer->peers_.resize(options.num_ranks);
   buffer->peers_[args.rank] = SharedMemory::create(buffer->regions.symmetric_bytes);
-  // Owned by the pool, but not by the caller: deepep_free must not take it.
-  void* const wait_ns = buffer->memory.allocate(local_bytes(options));
-  buffer->memory.disown(reinterpret_cast<uint64_t>(wait_ns));
+  void* const wait_ns = buffer->memory.allocate_own(local_bytes(options));
   memset(wait_ns, 0, local_bytes(options));
   buffer->wait_ns_ = static_cast<int64_t*>(wait_ns);
   fill_sizes(args, options);

@@ -150,7 +150,7 @@ class Buffer : public std::enable_shared_from_this<Buffer> {
   // What every call on a connected buffer begins with. The caller holds `mutex`.
   void enter() const { check_usable(); }
 
-  MemoryPool memory;
+  MemoryPool memory{host_memory()};
 
  private:
   Buffer() = default;

@@ -1,27 +1,21 @@
-// The pool behind deepep_alloc: see memory.hpp.
+// Host memory for the pool: see memory.hpp.
 
 #include "memory.hpp"
 
 #include <sys/mman.h>
 
 #include <cstdlib>
-#include <new>
-
-#include "../abi/deepep.h"
-#include "../common/failure.hpp"
 
 namespace deepep {
 namespace {
 
 constexpr uint64_t kPage = 4096;
 constexpr uint64_t kHugePage = uint64_t{2} << 20;
-constexpr uint64_t kMaxBytes = uint64_t{1} << 46;
-constexpr uint64_t kMaxCachedBytes = uint64_t{1} << 30;  // most of it; enough for the outputs of a large prefill call
 
 // Small blocks come from the C library, larger ones from mmap: whole pages, whole huge pages from 1 MiB on.
 bool is_mapped(uint64_t bytes) { return bytes >= kPage * 4; }
 
-uint64_t block_bytes(uint64_t bytes) {
+uint64_t rounded(uint64_t bytes) {
   const uint64_t unit = bytes >= kHugePage / 2 ? kHugePage : is_mapped(bytes) ? kPage : 256;
   return (bytes + unit - 1) / unit * unit;
 }
@@ -51,55 +45,15 @@ void give_block(void* block, uint64_t bytes) {
   }
 }
 
+class HostSource : public BlockSource {
+ public:
+  uint64_t block_bytes(uint64_t bytes) const override { return rounded(bytes); }
+  void* take(uint64_t bytes) override { return take_block(bytes); }
+  void give(void* block, uint64_t bytes) noexcept override { give_block(block, bytes); }
+};
+
 }  // namespace
 
-MemoryPool::~MemoryPool() {
-  for (const auto& [address, block] : blocks_) give_block(reinterpret_cast<void*>(address), block.bytes);
-  for (const auto& [bytes, block] : cache_) give_block(block, bytes);
-}
-
-void* MemoryPool::allocate(uint64_t bytes) {
-  if (bytes == 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "bytes is 0, at least 1");
-  if (bytes > kMaxBytes) {
-    reject(DEEPEP_ERROR_OUT_OF_MEMORY, "bytes is %llu, at most %llu", static_cast<unsigned long long>(bytes),
-           static_cast<unsigned long long>(kMaxBytes));
-  }
-  const uint64_t size = block_bytes(bytes);
-  const std::lock_guard lock(mutex_);
-  void* block = nullptr;
-  if (const auto found = cache_.find(size); found != cache_.end()) {
-    block = found->second;
-    cache_.erase(found);
-    cached_bytes_ -= size;
-  } else {
-    block = take_block(size);
-  }
-  if (!block) {
-    reject(DEEPEP_ERROR_OUT_OF_MEMORY, "%llu bytes could not be allocated", static_cast<unsigned long long>(bytes));
-  }
-  blocks_[reinterpret_cast<uint64_t>(block)] = {size, true};
-  return block;
-}
-
-void MemoryPool::disown(uint64_t address) {
-  const std::lock_guard lock(mutex_);
-  const auto found = blocks_.find(address);
-  if (found == blocks_.end() || !found->second.owned) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "address 0x%llx was not allocated from this buffer, or was freed before",
-           static_cast<unsigned long long>(address));
-  }
-  found->second.owned = false;
-}
-
-void MemoryPool::recycle(uint64_t address) {
-  const std::lock_guard lock(mutex_);
-  const auto found = blocks_.find(address);
-  if (found == blocks_.end()) return;
-  const uint64_t bytes = found->second.bytes;
-  blocks_.erase(found);
-  if (cached_bytes_ + bytes > kMaxCachedBytes) return give_block(reinterpret_cast<void*>(address), bytes);
-  cache_.emplace(bytes, reinterpret_cast<void*>(address));
-  cached_bytes_ += bytes;
-}
+std::unique_ptr<BlockSource> host_memory() { return std::make_unique<HostSource>(); }
 
 }  // namespace deepep

@@ -1,0 +1,297 @@
+// The life cycle of a buffer and its failures: see buffer.hpp. How operations run is in run.cpp, how they end in reap.cpp.
+
+#include "buffer.hpp"
+
+#include <cstring>
+#include <new>
+#include <utility>
+
+#include "../api/checks.hpp"
+#include "../api/options.hpp"
+#include "../api/registry.hpp"
+#include "../common/partition.hpp"
+#include "../kernels/launch.hpp"
+#include "graph.hpp"
+#include "handle.hpp"
+#include "watchdog.hpp"
+
+namespace deepep {
+namespace {
+
+// What peers do not see, in one block: the state, scratch memory of the kernels, the routing of dispatches without a handle.
+struct Local {
+  uint64_t scratch = 0, routing = 0, bytes = 0;
+
+  explicit Local(const Options& options) {
+    scratch = align_up(sizeof(DeviceState), kRegionAlignment);
+    const uint64_t row = uint64_t{options.num_ranks} + options.num_experts;
+    routing = align_up(scratch + (kScratchRows + kMostBlocks) * row * sizeof(uint32_t), kRegionAlignment);
+    uint64_t routing_bytes = 0;
+    cut_routing(nullptr, options, options.max_tokens_per_rank, options.num_topk, routing_bytes);
+    bytes = routing + routing_bytes;
+  }
+};
+
+}  // namespace
+
+uint64_t local_bytes(const Options& options) { return Local(options).bytes; }
+
+std::shared_ptr<Buffer> Buffer::create(uint64_t device, deepep_buffer_create_args& args) {
+  const Options options = checked_options(device, args);
+  if (args.queue) queue_check(args.queue);
+  std::shared_ptr<Buffer> buffer(new Buffer);
+  buffer->options = options;
+  buffer->regions = make_regions(options);
+  buffer->rank = args.rank;
+  const ExpertRange experts = local_experts(options.num_experts, options.num_ranks, args.rank);
+  buffer->first_expert = experts.first;
+  buffer->num_local_experts = experts.count;
+  buffer->mask_on_timeout_ = (args.flags & DEEPEP_BUFFER_MASK_ON_TIMEOUT) != 0;
+  buffer->queue_ = args.queue;
+  buffer->slots.resize(options.num_slots);
+  buffer->wanted_sms = args.num_sms;
+  buffer->device = &prepare_device(device_of(device, args));
+  if (args.num_sms > buffer->device->num_sms) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "num_sms is %d, %s has %d multiprocessors", args.num_sms,
+           device_name(*buffer->device).c_str(), buffer->device->num_sms);
+  }
+  fill_sizes(args, options);
+  buffer->timeout_ns = uint64_t{args.timeout_ms} * 1'000'000;
+  buffer->allocate(args);
+  watchdog_add(buffer);
+  if (args.queue) queue_add_source(args.queue, buffer);
+  return buffer;
+}
+
+// Everything that the buffer will ever need, but for handles and what the user allocates.
+void Buffer::allocate(const deepep_buffer_create_args& args) {
+  const Relaxed relaxed;
+  const int index = device->index;
+  live_ = std::make_unique<LiveBuffer>();
+  reserve_pinned();
+  device_pool = std::make_unique<MemoryPool>(device_memory(index));
+  pinned_pool = std::make_unique<MemoryPool>(pinned_memory());
+  auto symmetric_block = DeviceBlock::allocate(index, args.symmetric_bytes, "symmetric memory");
+  const Local layout(options);
+  local_ = DeviceBlock::allocate(index, layout.bytes, "local memory");
+  state_ = reinterpret_cast<DeviceState*>(local_->data());
+  uint64_t routing_bytes = 0;
+  own_routing_ = cut_routing(local_->data() + layout.routing, options, options.max_tokens_per_rank, options.num_topk, routing_bytes);
+  call_.scratch = reinterpret_cast<uint32_t*>(local_->data() + layout.scratch);
+  host_ = new (pinned_pool->allocate_own(sizeof(HostState))) HostState{};
+  const uint64_t counts_bytes = options.num_slots * num_counts() * sizeof(int32_t);
+  host_counts_ = static_cast<int32_t*>(pinned_pool->allocate_own(counts_bytes));
+  std::memset(host_counts_, 0, counts_bytes);
+  comm_ = make_comm_stream(weak_from_this());
+  streams_.push_back(comm_);
+  order_event_ = make_order_event();
+  // Flags are epochs, from 0; the rest must not show what was there before.
+  DEEPEP_CUDA("clear memory", cudaMemsetAsync(symmetric_block->data(), 0, args.symmetric_bytes, comm_));
+  DEEPEP_CUDA("clear memory", cudaMemsetAsync(local_->data(), 0, layout.bytes, comm_));
+  // Pairs with the two fills only: nothing else was enqueued. Peers may write as soon as they have imported.
+  DEEPEP_CUDA("clear memory", cudaStreamSynchronize(comm_));
+  peers_ = std::make_unique<Peers>(options.num_ranks, rank, *device);
+  peers_->publish_own(std::move(symmetric_block), regions.symmetric_bytes, wanted_sms);
+}
+
+Buffer::~Buffer() {
+  // Matters only when creation failed half-way: destroy() has done it otherwise.
+  for (const cudaStream_t stream : streams_) drop_stream(stream);
+  if (order_event_ && cudaEventDestroy(order_event_) != cudaSuccess) cudaGetLastError();
+}
+
+void Buffer::export_handle(deepep_peer_handle& handle) {
+  const std::lock_guard lock(mutex);
+  check_open();
+  handle.rank = rank;
+  fill_options(handle, options);
+  peers_->export_to(handle.bytes);
+}
+
+void Buffer::import_peer(const deepep_peer_handle& handle) {
+  const std::lock_guard lock(mutex);
+  check_open();
+  compare_options(handle, options, rank);
+  if (handle.rank >= options.num_ranks) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the handle's rank is %u, num_ranks %u", handle.rank, options.num_ranks);
+  }
+  peers_->import(handle.bytes, handle.rank);
+}
+
+void Buffer::connect() {
+  const std::lock_guard lock(mutex);
+  check_open();
+  peers_->check_complete();
+  topology = device->topology(peers_->ranks_on_device());
+  const uint32_t hops = options.num_topk < options.num_ranks ? options.num_topk : options.num_ranks;
+  default_sms = plan(DEEPEP_OP_DISPATCH, options.max_row_bytes, hops, 0).sms;
+  fill_call();
+  connected_ = true;
+}
+
+void Buffer::fill_call() {
+  call_.state = state_;
+  call_.host = host_;  // Pinned memory has one address for host and device.
+  for (uint32_t r = 0; r < options.num_ranks; ++r) call_.symmetric[r] = peers_->symmetric(r);
+  call_.regions = regions;
+  call_.options = options;
+  call_.rank = rank;
+  call_.first_expert = first_expert;
+  call_.num_local_experts = num_local_experts;
+  call_.mask_on_timeout = mask_on_timeout_ ? 1 : 0;
+}
+
+// Ends what was made from this buffer, queues what is still to be queued, then says to the peers that it is gone, then lets go
+// of their memory.
+void Buffer::destroy() {
+  std::vector<cudaStream_t> streams;
+  std::unordered_set<uint64_t> events;
+  {
+    const std::lock_guard lock(mutex);
+    if (closed_.exchange(true)) return;
+    streams.swap(streams_);
+    events.swap(events_);
+    if (capturing) abandon_capture(*std::exchange(capturing, nullptr));
+  }
+  for (const uint64_t event : events) retire_if_present(Kind::event, event);
+  use_device(device->index);
+  for (const cudaStream_t stream : streams) {
+    const Relaxed relaxed;
+    // Operations have deadlines, and what they wait for was enqueued before.
+    if (cudaStreamSynchronize(stream) != cudaSuccess) cudaGetLastError();
+  }
+  if (queue_) queue_remove_source(queue_, this);
+  const std::lock_guard lock(mutex);
+  reap();
+  for (Watched& watched : std::exchange(watched_, {})) {
+    // Of streams that are not this buffer's: they may go on, but nobody will look after it any more.
+    if (watched.done) watched.done();
+    complete(watched.id, DEEPEP_OK);
+  }
+  note_pending();
+  for (const cudaStream_t stream : streams) drop_stream(stream);
+  for (Slot& slot : slots) slot = {};
+  kept_for_good_.clear();
+  updated_ = nullptr;
+  peers_->leave();
+  local_ = nullptr;
+  pinned_pool->recycle(reinterpret_cast<uint64_t>(host_));
+  pinned_pool->recycle(reinterpret_cast<uint64_t>(host_counts_));
+  live_ = nullptr;
+}
+
+void Buffer::info(deepep_buffer_info& out) {
+  const std::lock_guard lock(mutex);
+  check_open();
+  reap();
+  out.rank = rank;
+  out.num_ranks = options.num_ranks;
+  out.num_local_experts = num_local_experts;
+  out.first_local_expert = first_expert;
+  out.failed = failed_ ? 1 : 0;
+  out.free_slots = slots.free_bits();
+  out.max_recv_tokens = options.max_recv_tokens;
+  out.masked_ranks = shown_masked();
+  out.epoch = shown_epoch();
+  out.num_sms = default_sms;
+  out.ranks_on_device = topology.ranks_on_device;
+  out.comm_stream = reinterpret_cast<uint64_t>(comm_);
+  out.wait_ns = reinterpret_cast<uint64_t>(host_->wait_ns);
+  out.num_dispatches = host_->num_dispatches;
+  out.num_combines = host_->num_combines;
+  out.rows_sent = host_->rows_sent;
+  out.bytes_sent = host_->bytes_sent;
+  out.rows_pulled = host_->rows_pulled;
+  out.num_failures = host_->num_failures;
+}
+
+void Buffer::recover(const deepep_buffer_recover_args& args) {
+  const std::lock_guard lock(mutex);
+  enter();
+  check_recovery(*this, args, shown_epoch(), num_under_way());
+  update({.state = nullptr, .host = nullptr, .mask = args.masked_ranks, .unmask = 0, .epoch = args.epoch, .recover = 1,
+          .clear_failed = 1});
+  epoch_ = args.epoch;
+  masked_ = args.masked_ranks;
+  failed_peer_ = -1;
+  failed_ = false;
+}
+
+void Buffer::mask(const deepep_mask_args& args) {
+  const std::lock_guard lock(mutex);
+  enter();
+  check_mask(*this, args);
+  const uint64_t bit = uint64_t{1} << args.rank;
+  const bool mask_it = args.masked != 0;
+  // What was enqueued before still ends with NEEDS_RECOVERY: the update comes after it.
+  const bool forgives = mask_it && failed_ && failed_peer_ == static_cast<int32_t>(args.rank);
+  const uint64_t before = shown_masked();
+  update({.state = nullptr, .host = nullptr, .mask = mask_it ? bit : 0, .unmask = mask_it ? 0 : bit, .epoch = 0, .recover = 0,
+          .clear_failed = forgives ? 1u : 0u});
+  masked_ = mask_it ? before | bit : before & ~bit;
+  if (!forgives) return;
+  failed_peer_ = -1;
+  failed_ = false;
+}
+
+void Buffer::enter() {
+  check_usable();
+  use_device(device->index);
+  reap();
+  if (is_lost_) reject(DEEPEP_ERROR_SYSTEM, "%s", first_failure_.message);
+}
+
+void Buffer::check_open() const {
+  if (closed_) reject(DEEPEP_ERROR_CLOSED, "the buffer was destroyed");
+}
+
+void Buffer::check_usable() const {
+  check_open();
+  if (!connected_) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the buffer is not connected");
+}
+
+void Buffer::check_good() const {
+  if (!failed_) return;
+  Rejected rejected{needs_recovery(first_failure_, rank)};
+  throw rejected;
+}
+
+void Buffer::check_id(uint64_t id, const char* name) const {
+  if (id == 0 || queue_ != 0) return;
+  reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s is %llu, but the buffer has no completion queue", name,
+         static_cast<unsigned long long>(id));
+}
+
+uint64_t Buffer::create_stream() {
+  const std::lock_guard lock(mutex);
+  check_open();
+  use_device(device->index);
+  streams_.reserve(streams_.size() + 1);
+  const cudaStream_t stream = make_stream(weak_from_this());
+  streams_.push_back(stream);
+  return reinterpret_cast<uint64_t>(stream);
+}
+
+void Buffer::forget_stream(uint64_t stream) {
+  const std::lock_guard lock(mutex);
+  std::erase(streams_, reinterpret_cast<cudaStream_t>(stream));
+}
+
+uint64_t Buffer::create_event() {
+  const std::lock_guard lock(mutex);
+  check_open();
+  auto event = std::make_shared<Event>();
+  event->owner = weak_from_this();
+  event->device = device->index;
+  const uint64_t id = publish(Kind::event, event);
+  event->id = id;
+  events_.insert(id);
+  return id;
+}
+
+void Buffer::forget_event(uint64_t id) {
+  const std::lock_guard lock(mutex);
+  events_.erase(id);
+}
+
+}  // namespace deepep

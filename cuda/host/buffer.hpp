@@ -1,0 +1,237 @@
+// A rank's buffer: its symmetric memory and its peers', its communication stream, its slots, and what went wrong.
+//
+// In: options, peers' handles, operations. Out: every operation is one kernel on one serial communication stream, between the
+// caller's stream and event, and ends in a completion and a status. The operations themselves are declared in
+// ../api/operations.hpp; this file knows nothing of rows. Life: create, import every peer, connect, operate, destroy.
+//
+// How the host learns of ends. The device writes to pinned memory (HostState): the number of the latest operation whose counts
+// are known, of the latest that has ended, and what went wrong. reap() compares them with the operations that are pending, in
+// their order, keeps failures, and queues ids. It runs at the start of every call on the buffer, when the buffer's queue is
+// drained, on the notifier's thread while it is armed, and now and then on the watchdog's. It never waits.
+//
+// Locking. The API layer holds Buffer::mutex during every function of operations.hpp. What only the device changes needs none.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <atomic>
+#include <cstdint>
+#include <deque>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <unordered_set>
+#include <vector>
+
+#include "../abi/deepep.h"
+#include "../api/fields.hpp"
+#include "../api/injections.hpp"
+#include "../api/queue.hpp"
+#include "../api/slots.hpp"
+#include "../api/statuses.hpp"
+#include "../common/describe.hpp"
+#include "../common/failure.hpp"
+#include "device.hpp"
+#include "memory.hpp"
+#include "params.hpp"
+#include "peers.hpp"
+#include "stream.hpp"
+
+namespace deepep {
+
+struct Graph;
+
+constexpr uint32_t kMostBlocks = 256;  // of an operation: what its scratch memory is made for
+
+// What an operation is, for enqueue().
+struct Enqueued {
+  int32_t op = 0;
+  bool collective = false;        // it takes the next epoch
+  uint64_t counts_id = 0;         // queued when the host counts are filled, or at the end
+  int32_t borrowed_slot = -1;     // given back when the operation has ended
+  std::shared_ptr<void> needs = nullptr;  // must live until then, and as long as a graph that has captured it
+};
+
+// Launches an operation's kernel with the params that concern every operation.
+using Launch = std::function<cudaError_t(const CallParams&, cudaStream_t)>;
+
+class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
+ public:
+  // Life cycle; called by the API layer.
+  static std::shared_ptr<Buffer> create(uint64_t device, deepep_buffer_create_args& args);
+  void export_handle(deepep_peer_handle& handle);
+  void import_peer(const deepep_peer_handle& handle);
+  void connect();
+  void destroy();
+  void info(deepep_buffer_info& out);
+  void recover(const deepep_buffer_recover_args& args);
+  void mask(const deepep_mask_args& args);
+  ~Buffer() override;
+
+  // Facts. They do not change; the last three are known once connected.
+  Options options;
+  Regions regions;
+  uint32_t rank = 0;
+  uint32_t first_expert = 0;
+  uint32_t num_local_experts = 0;
+  uint64_t timeout_ns = 0;
+  const Device* device = nullptr;
+  Topology topology;
+  int32_t wanted_sms = 0;   // deepep_buffer_create_args.num_sms
+  int32_t default_sms = 0;  // of an operation that says nothing
+
+  // Rank r's symmetric memory as this device sees it: regions' offsets count from it.
+  uint8_t* symmetric(uint32_t r) const { return peers_->symmetric(r); }
+
+  std::mutex mutex;
+  Slots slots;  // under mutex
+  Statuses statuses;
+  Injections injections;
+  std::unique_ptr<MemoryPool> device_pool;
+  std::unique_ptr<MemoryPool> pinned_pool;
+
+  // Enqueues an operation on the communication stream: first makes it wait for previous_event, or for the present work of
+  // `stream`, and for the earlier readers of slots that this call took; then launches; then marks the record that `event` names,
+  // and unless ASYNC_FINISH makes `stream` wait for all that. The ids are queued by reap(). On a stream that is captured all
+  // this is recorded. Returns the operation's epoch as far as the host knows. Rejects with NEEDS_RECOVERY, CLOSED or
+  // INVALID_ARGUMENT, and has then enqueued nothing. The caller holds `mutex`.
+  uint64_t enqueue(const StreamFields& fields, Enqueued what, const Launch& launch);
+  // Multiprocessors for an operation that asked for `asked`, or 0; rejects what does not fit beside the other ranks.
+  Plan plan(int32_t op, uint32_t row_bytes, uint32_t hops, int32_t asked) const;
+  // The same for a kernel that has no plan.
+  int32_t sms(int32_t asked) const;
+  // Rejects more multiprocessors than all ranks of the device can have at once, with the arithmetic.
+  void check_sms(int32_t wanted) const;
+
+  // What every call on a connected buffer begins with: selects the device, takes note of what has ended, and rejects a buffer
+  // that is not usable. The caller holds `mutex`.
+  void enter();
+  // Reject with CLOSED; check_usable also before connect(). Hold `mutex` where the answer must last.
+  void check_open() const;
+  void check_usable() const;
+  // Rejects an id other than 0 when the buffer has no completion queue.
+  void check_id(uint64_t id, const char* name) const;
+
+  // Takes note of what has ended. The caller holds `mutex`.
+  void reap();
+  // Source: the same from outside, and cheap when there is nothing new.
+  void poll() noexcept override;
+  bool is_pending() const noexcept override { return num_pending_.load(std::memory_order_relaxed) != 0; }
+  // For the watchdog: tells the device which peers are gone, ends the process if an injection says so, and finds out when CUDA
+  // itself has failed. True when it must look again soon.
+  bool watch() noexcept;
+
+  // Queues a completion now; id 0 is none.
+  void complete(uint64_t id, int32_t code) const;
+  // Queues `id` when the record is done, with its status, and keeps `needs` until then; an id of 0 does only that. The caller
+  // holds `mutex`.
+  void complete_when_done(std::shared_ptr<Record> record, uint64_t id, std::shared_ptr<void> needs = nullptr);
+  // Calls `done` when the record is done, or the buffer destroyed. The caller holds `mutex`.
+  void call_when_done(std::shared_ptr<Record> record, std::function<void()> done);
+  // The failure with this id, or the latest for 0; nullptr when there is none.
+  std::shared_ptr<const Status> status(uint64_t id);
+
+  // Streams and events made from this buffer.
+  uint64_t create_stream();
+  void forget_stream(uint64_t stream);
+  uint64_t create_event();
+  void forget_event(uint64_t id);
+  cudaStream_t comm() const { return comm_; }
+
+  // The capture that the communication stream takes part in, or 0. The caller holds `mutex`.
+  CaptureId present_capture();
+  // Keeps what a capture needs as long as its graph, or for good when the graph is another library's.
+  void keep_for_capture(std::shared_ptr<void> needs);
+  // The capture begun by deepep_graph_begin and not ended; under mutex.
+  std::shared_ptr<Graph> capturing;
+  // Makes `after` wait for the present work of `before`; both may be captured.
+  void order(cudaStream_t before, cudaStream_t after);
+  // A replay of a graph is enqueued: `ended` marks its end. Failures of captured operations are then its failures.
+  void note_replay(std::shared_ptr<Record> ended, uint64_t done_id, std::shared_ptr<void> graph);
+  // Rejects when the buffer needs a recovery. The caller holds `mutex`.
+  void check_good() const;
+
+  // Memory of a dispatch that has no handle, and how the device's part of a slot's counts reach the host.
+  RoutingParams own_routing() const { return own_routing_; }
+  int32_t* host_counts(uint32_t slot) const { return host_counts_ + size_t{slot} * num_counts(); }
+  size_t num_counts() const { return 2 + num_local_experts + options.num_ranks; }
+
+ private:
+  struct Pending {
+    uint64_t seq = 0;
+    int32_t op = 0;
+    bool collective = false;
+    int32_t borrowed_slot = -1;
+    uint64_t done_id = 0;
+    uint64_t counts_id = 0;          // not yet queued; 0 afterwards
+    std::shared_ptr<Record> record = nullptr;  // of the event that the call was given
+    std::shared_ptr<void> needs = nullptr;
+  };
+  // Something that ends when a record is done.
+  struct Watched {
+    std::shared_ptr<Record> record = nullptr;
+    uint64_t id = 0;
+    std::shared_ptr<void> needs = nullptr;
+    std::function<void()> done = nullptr;
+    bool is_replay = false;
+    std::shared_ptr<const Status> failure = nullptr;  // of a replay
+  };
+
+  Buffer() = default;
+  void allocate(const deepep_buffer_create_args& args);
+  void fill_call();
+  CaptureId check_capture(const StreamFields& fields, const Enqueued& what, cudaStream_t stream);
+  CallParams call_params(const StreamFields& fields, const Enqueued& what, CaptureId capture);
+  bool has_news() const;
+  void reap_ended(uint64_t ended_seq);
+  std::shared_ptr<const Status> keep_finding(const Finding& finding, int32_t op, uint64_t id_0, uint64_t id_1);
+  void finish(Pending& op, const Finding* finding);
+  void finish(Pending& op, std::shared_ptr<const Status> status, int32_t counts_code);
+  void poll_watched();
+  void fail_everything(cudaError_t error);
+  void note_pending();
+  uint64_t shown_epoch();
+  uint64_t shown_masked();
+  uint64_t num_under_way() const;
+  void update(UpdateParams params);
+
+  uint64_t queue_ = 0;
+  bool mask_on_timeout_ = false;
+  std::unique_ptr<Peers> peers_;
+  std::shared_ptr<DeviceBlock> local_;    // what peers do not see: state, scratch, own routing
+  HostState* host_ = nullptr;             // pinned, from pinned_pool, as is the next
+  int32_t* host_counts_ = nullptr;        // [num_slots, num_counts()]
+  DeviceState* state_ = nullptr;
+  RoutingParams own_routing_ = {};
+  CallParams call_ = {};                  // what does not change from call to call
+  cudaStream_t comm_ = nullptr;
+  cudaEvent_t order_event_ = nullptr;     // recorded again and again: a wait takes what it has recorded then
+  std::atomic<bool> connected_{false};
+  std::atomic<bool> closed_{false};
+  std::unique_ptr<LiveBuffer> live_;
+
+  // Under mutex.
+  uint64_t seq_ = 0;                      // operations enqueued so far
+  std::deque<Pending> pending_;
+  std::vector<Watched> watched_;
+  uint64_t findings_seen_ = 0;
+  uint64_t epoch_ = 0;                    // collective calls enqueued so far, without those that replays make
+  uint64_t masked_ = 0;                   // what deepep_mask and recoveries come to, while an update is under way
+  std::shared_ptr<Record> updated_;       // the end of the last update
+  CaptureId capture_ = 0;                 // that the communication stream has joined last
+  std::vector<std::shared_ptr<void>> kept_for_good_;
+  bool failed_ = false;
+  int32_t failed_peer_ = -1;
+  Failure first_failure_;                 // what made the buffer fail; of use while `failed_`
+  bool is_lost_ = false;                  // CUDA itself has failed
+  std::vector<cudaStream_t> streams_;
+  std::unordered_set<uint64_t> events_;
+
+  // Looked at without it.
+  std::atomic<uint32_t> num_pending_{0};  // pending_ and watched_
+  std::atomic<uint32_t> num_watched_{0};
+  std::atomic<uint64_t> reaped_counts_{0}, reaped_ended_{0}, reaped_failures_{0};
+  std::atomic<bool> is_captured_{false};  // replays may run at any time, without this library's doing
+};
+
+}  // namespace deepep

@@ -1,0 +1,78 @@
+// The operations of the CUDA backend but for dispatch and combine: each is checked, made into params, and launched.
+//
+// In: args structs of the ABI; Buffer::mutex is held. Out: one kernel each. Low-latency mode is refused: this backend has none
+// yet, and says so in its capabilities.
+
+#include "../api/operations.hpp"
+
+#include "../api/checks.hpp"
+#include "../kernels/launch.hpp"
+#include "buffer.hpp"
+
+namespace deepep {
+
+void get_dispatch_layout(Buffer& buffer, const deepep_dispatch_layout_args& args) {
+  check_layout(buffer, args);
+  const int32_t sms = buffer.sms(args.num_sms);
+  buffer.enqueue(stream_fields(args), {.op = DEEPEP_OP_LAYOUT}, [&](const CallParams& call, cudaStream_t stream) {
+    return launch_layout({.call = call, .args = args}, sms, stream);
+  });
+}
+
+void barrier(Buffer& buffer, const deepep_barrier_args& args) {
+  buffer.sms(args.num_sms);  // One block whatever is asked for; what could not be had is refused as elsewhere.
+  buffer.enqueue(stream_fields(args), {.op = DEEPEP_OP_BARRIER, .collective = true},
+                 [](const CallParams& call, cudaStream_t stream) {
+                   return launch_message({.call = call, .refusal = 0, .reserved = 0}, stream);
+                 });
+}
+
+void refuse_call(Buffer& buffer, const deepep_refuse_args& args) {
+  check_refusal(args);
+  buffer.enqueue({}, {.op = args.op, .collective = true}, [&](const CallParams& call, cudaStream_t stream) {
+    return launch_message({.call = call, .refusal = args.code, .reserved = 0}, stream);
+  });
+}
+
+void expert_output(Buffer& buffer, deepep_expert_output_args& args) {
+  buffer.slots.held(args.slot);
+  const auto slot = static_cast<uint32_t>(args.slot);
+  buffer.enqueue(stream_fields(args), {.op = DEEPEP_OP_EXPERT_OUTPUT}, [&](const CallParams& call, cudaStream_t stream) {
+    ReadersParams params = {.call = call};
+    params.call.slot = slot;
+    return launch_readers(params, stream);
+  });
+  args.address = reinterpret_cast<uint64_t>(buffer.symmetric(buffer.rank)) + slot_offset(buffer.regions, slot) +
+                 buffer.regions.expert_output;
+  args.bytes = buffer.regions.expert_output_bytes;
+}
+
+void release_slot(Buffer& buffer, const deepep_slot_release_args& args) {
+  buffer.slots.held(args.slot);
+  std::shared_ptr<Record> readers;
+  if (args.stream != 0) {
+    const cudaStream_t stream = stream_of(args.stream, "stream");
+    if (capture_of(stream) != 0) {
+      reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the stream is being captured: a captured slot is released when its graph is replayed "
+                                            "no more");
+    }
+    readers = std::make_shared<Record>(buffer.device->index);
+    readers->mark(stream, 0);
+  }
+  buffer.slots.give(args.slot, std::move(readers));
+}
+
+namespace {
+
+[[noreturn]] void reject_low_latency() {
+  reject(DEEPEP_ERROR_UNSUPPORTED, "the cuda backend of this version has no low-latency mode");
+}
+
+}  // namespace
+
+void low_latency_dispatch(Buffer&, deepep_low_latency_dispatch_args&) { reject_low_latency(); }
+void low_latency_dispatch_receive(Buffer&, const deepep_receive_args&) { reject_low_latency(); }
+void low_latency_combine(Buffer&, const deepep_low_latency_combine_args&) { reject_low_latency(); }
+void low_latency_combine_receive(Buffer&, const deepep_receive_args&) { reject_low_latency(); }
+
+}  // namespace deepep

@@ -1,0 +1,272 @@
+// How a buffer learns that operations have ended: Buffer::reap. See buffer.hpp.
+//
+// In: what the device has written to pinned memory. Out, for each operation in order: its failure is kept, the buffer marked, a
+// borrowed slot given back, the record of its event completed, and its ids queued. So whoever sees a completion finds
+// everything else done. Words of HostState are read with acquire: each pairs with the release in call_end of the kernels, or
+// in what a dispatch does when its counts are known.
+
+#include <signal.h>
+#include <unistd.h>
+
+#include <utility>
+
+#include "buffer.hpp"
+#include "graph.hpp"
+#include "watchdog.hpp"
+
+namespace deepep {
+namespace {
+
+uint64_t load(const uint64_t& word) {
+  return std::atomic_ref<uint64_t>(const_cast<uint64_t&>(word)).load(std::memory_order_acquire);
+}
+
+bool needs_peers(int32_t op) { return op != DEEPEP_OP_LAYOUT; }
+
+// deepep_inject EXIT: as kill -9 would.
+void heed_exit(HostState& host) {
+  if (std::atomic_ref<uint32_t>(host.exit_requested).load(std::memory_order_acquire) == 0) return;
+  kill(getpid(), SIGKILL);
+  for (;;) pause();
+}
+
+}  // namespace
+
+void Buffer::note_pending() {
+  num_watched_.store(static_cast<uint32_t>(watched_.size()), std::memory_order_relaxed);
+  num_pending_.store(static_cast<uint32_t>(pending_.size() + watched_.size()), std::memory_order_relaxed);
+}
+
+bool Buffer::has_news() const {
+  return load(host_->ended_seq) != reaped_ended_.load(std::memory_order_relaxed) ||
+         load(host_->counts_seq) != reaped_counts_.load(std::memory_order_relaxed) ||
+         load(host_->num_failures) != reaped_failures_.load(std::memory_order_relaxed) ||
+         num_watched_.load(std::memory_order_relaxed) != 0;
+}
+
+void Buffer::poll() noexcept {
+  if (closed_.load(std::memory_order_relaxed) || !has_news()) return;
+  const std::lock_guard lock(mutex);
+  if (closed_) return;
+  try {
+    reap();
+  } catch (...) {
+    // What could not be noted now is noted at the next look.
+  }
+}
+
+void Buffer::reap() {
+  heed_exit(*host_);
+  const uint64_t counts = load(host_->counts_seq);
+  const uint64_t ended = load(host_->ended_seq);
+  reap_ended(ended);
+  // Operations run one after another: only the first that has not ended can have news of its counts.
+  if (!pending_.empty() && pending_.front().counts_id != 0 && pending_.front().seq == counts) {
+    complete(std::exchange(pending_.front().counts_id, 0), DEEPEP_OK);
+  }
+  reaped_counts_.store(counts, std::memory_order_relaxed);
+  reaped_ended_.store(ended, std::memory_order_relaxed);
+  if (!watched_.empty()) poll_watched();
+  note_pending();
+}
+
+// Ends the operations up to `ended`, each with its finding if it has one. Findings are in the order of the operations; those of
+// captured ones, which have no number, lie between.
+void Buffer::reap_ended(uint64_t ended) {
+  const uint64_t num_findings = load(host_->num_failures);  // after ended_seq: what has ended has left its finding
+  uint64_t at = findings_seen_;
+  uint64_t num_lost = 0;
+  if (num_findings - at > kNumFailuresKept) {
+    num_lost = num_findings - kNumFailuresKept - at;
+    at = num_findings - kNumFailuresKept;
+  }
+  const auto finding_at = [&](uint64_t i) -> const Finding& { return host_->findings[i % kNumFailuresKept]; };
+  // The device has overwritten what nobody has looked at in time. Those that failed before what is left had failed for the same
+  // reason, one after another: the last `num_lost` of the operations before it.
+  uint64_t num_before = 0;
+  if (num_lost != 0) {
+    for (const Pending& op : pending_) num_before += op.seq <= ended && op.seq < finding_at(at).seq ? 1 : 0;
+  }
+  while (!pending_.empty() && pending_.front().seq <= ended) {
+    Pending op = std::move(pending_.front());
+    pending_.pop_front();
+    while (at < num_findings && finding_at(at).seq < op.seq) {
+      if (finding_at(at).seq == 0) keep_finding(finding_at(at), finding_at(at).op, 0, 0);
+      at += 1;
+    }
+    const bool found = at < num_findings && finding_at(at).seq == op.seq;
+    Finding lost;
+    lost.seq = op.seq;
+    lost.code = DEEPEP_ERROR_NEEDS_RECOVERY;
+    lost.reason = Reason::needs_recovery;
+    const bool is_lost = num_before != 0 && num_before-- <= num_lost;
+    finish(op, found ? &finding_at(at) : is_lost ? &lost : nullptr);
+    if (found) at += 1;
+  }
+  for (; at < num_findings && finding_at(at).seq == 0; ++at) keep_finding(finding_at(at), finding_at(at).op, 0, 0);
+  findings_seen_ = at;
+  reaped_failures_.store(at, std::memory_order_relaxed);
+}
+
+// Keeps a failure, and marks the buffer when something was left half-way.
+std::shared_ptr<const Status> Buffer::keep_finding(const Finding& finding, int32_t op, uint64_t id_0, uint64_t id_1) {
+  Failure failure =
+      finding.reason == Reason::needs_recovery && failed_ ? needs_recovery(first_failure_, rank) : describe(finding, rank);
+  failure.op = op;
+  auto status = std::make_shared<Status>(Status{failure, finding.epoch});
+  statuses.keep(id_0, id_1, status);
+  if (needs_peers(op) && finding.agreed == 0 && !is_harmless(finding.code)) {
+    failed_ = true;
+    failed_peer_ = finding.peer;
+    first_failure_ = failure;
+  }
+  if (finding.seq == 0) {
+    // Of the oldest replay under way, as far as one knows.
+    for (Watched& watched : watched_) {
+      if (!watched.is_replay || watched.failure) continue;
+      watched.failure = status;
+      break;
+    }
+  }
+  return status;
+}
+
+void Buffer::finish(Pending& op, const Finding* finding) {
+  if (!finding) return finish(op, nullptr, DEEPEP_OK);
+  // A dispatch that has failed after its counts were known has filled them.
+  const bool counted = op.op == DEEPEP_OP_DISPATCH && finding->phase > DEEPEP_PHASE_NOTIFY;
+  finish(op, keep_finding(*finding, op.op, op.done_id, op.counts_id), counted ? DEEPEP_OK : finding->code);
+}
+
+void Buffer::finish(Pending& op, std::shared_ptr<const Status> status, int32_t counts_code) {
+  const int32_t code = status ? status->failure.code : DEEPEP_OK;
+  op.needs = nullptr;  // It goes before anybody is told that the operation has ended.
+  if (op.borrowed_slot >= 0) slots.give(op.borrowed_slot);
+  if (op.record) op.record->complete(std::move(status));
+  complete(op.counts_id, counts_code);
+  complete(op.done_id, code);
+}
+
+void Buffer::poll_watched() {
+  std::vector<Watched> ended;
+  for (size_t i = 0; i < watched_.size();) {
+    bool done = true;
+    try {
+      done = watched_[i].record->done();
+    } catch (const Rejected&) {
+      // CUDA has failed: nothing will come any more.
+    }
+    if (!done) {
+      ++i;
+      continue;
+    }
+    ended.push_back(std::move(watched_[i]));
+    watched_.erase(watched_.begin() + static_cast<std::ptrdiff_t>(i));
+  }
+  for (Watched& watched : ended) {
+    const auto failure = watched.is_replay ? watched.failure : watched.record->failure();
+    if (failure && watched.id != 0) statuses.keep(watched.id, 0, failure);
+    watched.needs = nullptr;
+    if (watched.done) watched.done();
+    complete(watched.id, failure ? failure->failure.code : DEEPEP_OK);
+  }
+}
+
+void Buffer::complete(uint64_t id, int32_t code) const {
+  if (id != 0 && queue_ != 0) queue_push(queue_, id, code);
+}
+
+void Buffer::complete_when_done(std::shared_ptr<Record> record, uint64_t id, std::shared_ptr<void> needs) {
+  watched_.push_back({.record = std::move(record), .id = id, .needs = std::move(needs)});
+  note_pending();
+  watchdog_wake();
+}
+
+void Buffer::call_when_done(std::shared_ptr<Record> record, std::function<void()> done) {
+  watched_.push_back({.record = std::move(record), .done = std::move(done)});
+  note_pending();
+  watchdog_wake();
+}
+
+void Buffer::note_replay(std::shared_ptr<Record> ended, uint64_t done_id, std::shared_ptr<void> graph) {
+  watched_.push_back({.record = std::move(ended), .id = done_id, .needs = std::move(graph), .is_replay = true});
+  note_pending();
+  watchdog_wake();
+}
+
+std::shared_ptr<const Status> Buffer::status(uint64_t id) {
+  const std::lock_guard lock(mutex);
+  if (!closed_) reap();
+  return statuses.find(id);
+}
+
+uint64_t Buffer::num_under_way() const {
+  uint64_t replays = 0;
+  for (const Watched& watched : watched_) replays += watched.is_replay ? 1 : 0;
+  return pending_.size() + replays;
+}
+
+// Where replays make calls too, only the device knows how many; those that are pending come on top.
+uint64_t Buffer::shown_epoch() {
+  if (!is_captured_) return epoch_;
+  uint64_t epoch = load(host_->epoch);
+  for (const Pending& op : pending_) epoch += op.collective ? 1 : 0;
+  return epoch > epoch_ ? epoch : epoch_;
+}
+
+// The device knows best, but for what is still under way to it.
+uint64_t Buffer::shown_masked() {
+  if (updated_ && updated_->done()) updated_ = nullptr;
+  return updated_ ? masked_ : load(host_->masked);
+}
+
+bool Buffer::watch() noexcept {
+  const std::lock_guard lock(mutex);
+  if (closed_ || !connected_) return false;
+  try {
+    uint64_t lost = host_->lost;
+    for (uint32_t peer = 0; peer < options.num_ranks; ++peer) {
+      if (peer != rank && (lost >> peer & 1) == 0 && !peers_->alive(peer)) lost |= uint64_t{1} << peer;
+    }
+    // Pairs with the look of a kernel that waits: who sees a rank gone looks once more for what it has left.
+    std::atomic_ref<uint64_t>(host_->lost).store(lost, std::memory_order_release);
+    reap();
+    if (!pending_.empty() && present_capture() == 0) {
+      const cudaError_t error = cudaStreamQuery(comm_);
+      if (error == cudaErrorNotReady) cudaGetLastError();
+      else if (error != cudaSuccess) fail_everything(error);
+    }
+  } catch (...) {
+    // The next look may have more luck.
+  }
+  return num_pending_ != 0 || is_captured_;
+}
+
+// CUDA itself has failed, by an illegal access or a machine's fault: no kernel of this process ends any more, or begins.
+void Buffer::fail_everything(cudaError_t error) {
+  cudaGetLastError();
+  Failure failure;
+  failure.code = DEEPEP_ERROR_SYSTEM;
+  set_message(failure, "CUDA has failed in this process, which must be started anew: %s (%s)", cudaGetErrorString(error),
+              cudaGetErrorName(error));
+  is_lost_ = failed_ = true;
+  failed_peer_ = static_cast<int32_t>(rank);
+  first_failure_ = failure;
+  while (!pending_.empty()) {
+    Pending op = std::move(pending_.front());
+    pending_.pop_front();
+    failure.op = op.op;
+    auto status = std::make_shared<Status>(Status{failure, 0});
+    statuses.keep(op.done_id, op.counts_id, status);
+    finish(op, std::move(status), DEEPEP_ERROR_SYSTEM);
+  }
+  for (Watched& watched : watched_) {
+    auto status = std::make_shared<Status>(Status{failure, 0});
+    watched.record->complete(status);
+    watched.is_replay = false;
+  }
+  poll_watched();
+  note_pending();
+}
+
+}  // namespace deepep

@@ -1,0 +1,172 @@
+// How a buffer runs operations: Buffer::enqueue, and in a capture what stands for it. How their ends are noted is in reap.cpp.
+//
+// In: an API call that was checked. Out: waits, one kernel, and what waits for it, on streams of CUDA; about five microseconds
+// of the caller's time. Nothing is allocated on the device, and nothing waited for.
+
+#include "../api/registry.hpp"
+#include "../kernels/launch.hpp"
+#include "buffer.hpp"
+#include "graph.hpp"
+#include "watchdog.hpp"
+
+namespace deepep {
+namespace {
+
+// Counting a routing touches no peer, so it goes on when the buffer has failed.
+bool needs_peers(int32_t op) { return op != DEEPEP_OP_LAYOUT; }
+
+}  // namespace
+
+CaptureId Buffer::present_capture() {
+  if (capture_ != 0) capture_ = capture_of(comm_);
+  return capture_;
+}
+
+void Buffer::keep_for_capture(std::shared_ptr<void> needs) {
+  if (!needs) return;
+  if (capturing) capturing->needs.push_back(std::move(needs));
+  else kept_for_good_.push_back(std::move(needs));
+}
+
+void Buffer::order(cudaStream_t before, cudaStream_t after) {
+  DEEPEP_CUDA("order streams", cudaEventRecord(order_event_, before));
+  DEEPEP_CUDA("order streams", cudaStreamWaitEvent(after, order_event_, 0));
+}
+
+// The capture that the operation becomes part of, or 0; rejects what cannot be captured.
+CaptureId Buffer::check_capture(const StreamFields& fields, const Enqueued& what, cudaStream_t stream) {
+  const CaptureId own = present_capture();
+  const CaptureId theirs = stream ? capture_of(stream) : own;
+  if (own != 0 && own != theirs) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the buffer's calls are being captured, but stream 0x%llx takes no part in it",
+           static_cast<unsigned long long>(fields.stream));
+  }
+  if (theirs == 0) return 0;
+  if (fields.done_id != 0 || what.counts_id != 0) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "a captured call has no %s: a replay completes none",
+           fields.done_id != 0 ? "done_id" : "counts_id");
+  }
+  if (what.op == DEEPEP_OP_DISPATCH && (fields.flags & DEEPEP_FLAG_NO_CPU_SYNC) == 0) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "a captured dispatch needs NO_CPU_SYNC: a replay gives the host no counts");
+  }
+  if (what.borrowed_slot >= 0) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "a captured call must name its slot, which must stay held while the graph is replayed");
+  }
+  return theirs;
+}
+
+CallParams Buffer::call_params(const StreamFields& fields, const Enqueued& what, CaptureId capture) {
+  CallParams call = call_;
+  call.op = what.op;
+  call.seq = capture == 0 ? seq_ + 1 : 0;
+  call.timeout_ns = fields.timeout_ms ? uint64_t{fields.timeout_ms} * 1'000'000 : timeout_ns;
+  for (int32_t phase = DEEPEP_PHASE_NOTIFY; phase <= DEEPEP_PHASE_REDUCE; ++phase) {
+    deepep_inject_args injection;
+    if (!injections.take(what.op, phase, injection)) continue;
+    Injection& wanted = call.inject[phase];
+    wanted.wanted = 1 + injection.action;
+    if (injection.action == DEEPEP_INJECT_DELAY) wanted.ns = uint64_t{injection.delay_us} * 1000;
+    // Half as long again as the deadline, so that the peers' own deadlines, which began later, have passed too.
+    if (injection.action == DEEPEP_INJECT_STALL) wanted.ns = call.timeout_ns + call.timeout_ns / 2;
+  }
+  return call;
+}
+
+uint64_t Buffer::enqueue(const StreamFields& fields, Enqueued what, const Launch& launch) {
+  if (needs_peers(what.op)) check_good();
+  check_id(fields.done_id, "done_id");
+  check_id(what.counts_id, "counts_id");
+  std::shared_ptr<Event> event;
+  if (fields.event) event = find<Event>(Kind::event, fields.event, "event");
+  std::shared_ptr<Record> previous;
+  if (fields.previous_event) previous = find<Event>(Kind::event, fields.previous_event, "previous_event")->latest();
+  cudaStream_t stream = stream_of(fields.stream, "stream");
+  if (stream == comm_) stream = nullptr;  // It is in order with itself.
+  const CaptureId capture = check_capture(fields, what, stream);
+  std::shared_ptr<Record> record;
+  if (event) record = std::make_shared<Record>(device->index);
+
+  // A capture is joined by a wait for its stream, whatever else is waited for.
+  if (stream && (!fields.previous_event || capture != capture_)) order(stream, comm_);
+  if (capture != 0) capture_ = capture, is_captured_ = true;
+  if (previous) previous->make_wait(comm_, capture);
+  for (const int32_t slot : slots.taken()) {
+    const auto& reusable = slots[static_cast<size_t>(slot)].reusable;
+    if (reusable) reusable->make_wait(comm_, capture);
+  }
+
+  const bool collective = what.collective;
+  const int32_t op = what.op, borrowed = what.borrowed_slot;
+  const CallParams call = call_params(fields, what, capture);
+  if (capture == 0) {
+    // Before the launch, since it may fail for want of memory, and an operation that runs must be known.
+    pending_.push_back({.seq = call.seq,
+                        .op = op,
+                        .collective = collective,
+                        .borrowed_slot = borrowed,
+                        .done_id = fields.done_id,
+                        .counts_id = what.counts_id,
+                        .record = record,
+                        .needs = std::move(what.needs)});
+  } else {
+    keep_for_capture(std::move(what.needs));
+    keep_for_capture(record);
+  }
+  if (const cudaError_t error = launch(call, comm_); error != cudaSuccess) {
+    if (capture == 0) pending_.pop_back();
+    reject_cuda(error, "launch the kernel");
+  }
+  if (capture == 0) {
+    seq_ = call.seq;
+    if (collective) epoch_ += 1;
+    note_pending();
+  }
+  const uint64_t epoch = shown_epoch();
+  slots.hold_taken(op, epoch, borrowed);
+  if (record) {
+    record->belong_to_operation();
+    record->mark(comm_, capture);
+    event->set(record);
+  }
+  if (stream && !(fields.flags & DEEPEP_FLAG_ASYNC_FINISH)) {
+    if (record) record->make_wait(stream, capture);
+    else order(comm_, stream);
+  }
+  watchdog_wake();
+  return epoch;
+}
+
+void Buffer::update(UpdateParams params) {
+  if (present_capture() != 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the buffer's calls are being captured");
+  params.state = state_;
+  params.host = host_;
+  auto record = std::make_shared<Record>(device->index);
+  if (const cudaError_t error = launch_update(params, comm_); error != cudaSuccess) reject_cuda(error, "launch the kernel");
+  record->mark(comm_, 0);
+  updated_ = std::move(record);
+}
+
+Plan Buffer::plan(int32_t op, uint32_t row_bytes, uint32_t hops, int32_t asked) const {
+  if (asked < 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "num_sms is %d, at least 0", asked);
+  const Plan plan = make_plan({op, row_bytes, hops, asked > 0 ? asked : wanted_sms}, topology);
+  check_sms(plan.sms);
+  return plan;
+}
+
+int32_t Buffer::sms(int32_t asked) const {
+  if (asked < 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "num_sms is %d, at least 0", asked);
+  const int32_t wanted = asked > 0 ? asked : default_sms;
+  check_sms(wanted);
+  return wanted;
+}
+
+// Blocks of an operation wait for each other and for other ranks' blocks: all must run at once.
+void Buffer::check_sms(int32_t wanted) const {
+  const auto all = static_cast<long long>(wanted) * topology.ranks_on_device;
+  if (wanted <= static_cast<int32_t>(kMostBlocks) && all <= topology.device_sms) return;
+  reject(DEEPEP_ERROR_INVALID_ARGUMENT,
+         "%u ranks on the device * %d multiprocessors = %lld, but %s has %d: their kernels could not run at once", topology.ranks_on_device,
+         wanted, all, device_name(*device).c_str(), topology.device_sms);
+}
+
+}  // namespace deepep

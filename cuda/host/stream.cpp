@@ -1,0 +1,241 @@
+// Streams and events: see stream.hpp.
+
+#include "stream.hpp"
+
+#include <map>
+#include <unordered_map>
+#include <unordered_set>
+#include <utility>
+#include <vector>
+
+#include "../abi/deepep.h"
+#include "device.hpp"
+
+namespace deepep {
+namespace {
+
+// cudaEvent_t are reused: to make one costs more than all that is done with it.
+struct Events {
+  std::mutex mutex;
+  std::map<int, std::vector<cudaEvent_t>> free;  // by device
+};
+
+Events& events() {
+  static Events* const leaked = new Events;
+  return *leaked;
+}
+
+cudaEvent_t take_event(int device) {
+  Events& all = events();
+  {
+    const std::lock_guard lock(all.mutex);
+    auto& free = all.free[device];
+    if (!free.empty()) {
+      const cudaEvent_t event = free.back();
+      free.pop_back();
+      return event;
+    }
+    free.reserve(free.capacity() + 1);
+  }
+  use_device(device);
+  cudaEvent_t event = nullptr;
+  DEEPEP_CUDA("make an event", cudaEventCreateWithFlags(&event, cudaEventDefault));  // with times, for deepep_event_elapsed
+  return event;
+}
+
+void give_event(int device, cudaEvent_t event) noexcept {
+  if (!event) return;
+  Events& all = events();
+  const std::lock_guard lock(all.mutex);
+  try {
+    all.free[device].push_back(event);
+  } catch (...) {
+    // Lost until the process ends.
+  }
+}
+
+// Our own streams, dead or alive, so that a wrong number is an error where that can be told.
+struct Made {
+  std::weak_ptr<void> owner;
+  bool is_comm = false;
+};
+struct Streams {
+  std::mutex mutex;
+  std::unordered_map<uint64_t, Made> alive;
+  std::unordered_set<uint64_t> dead;  // CUDA may give the number again
+};
+
+Streams& streams() {
+  static Streams* const leaked = new Streams;
+  return *leaked;
+}
+
+uint64_t number_of(cudaStream_t stream) { return reinterpret_cast<uint64_t>(stream); }
+
+cudaStream_t keep_stream(cudaStream_t stream, std::weak_ptr<void> owner, bool is_comm) {
+  Streams& all = streams();
+  const std::lock_guard lock(all.mutex);
+  all.alive[number_of(stream)] = {std::move(owner), is_comm};
+  all.dead.erase(number_of(stream));
+  return stream;
+}
+
+}  // namespace
+
+Record::Record(int device) : device_(device), event_(take_event(device)) {}
+
+Record::~Record() {
+  // Work that waits for it keeps what it needs, even when the event is recorded anew.
+  give_event(device_, event_);
+  give_event(device_, inner_);
+}
+
+void Record::mark(cudaStream_t stream, CaptureId capture) {
+  capture_ = capture;
+  if (capture == 0) {
+    DEEPEP_CUDA("record an event", cudaEventRecord(event_, stream));
+    return;
+  }
+  if (!inner_) inner_ = take_event(device_);
+  DEEPEP_CUDA("capture an event", cudaEventRecord(inner_, stream));
+  DEEPEP_CUDA("capture an event", cudaEventRecordWithFlags(event_, stream, cudaEventRecordExternal));
+}
+
+void Record::make_wait(cudaStream_t stream, CaptureId capture) {
+  if (capture != 0 && capture == capture_) {
+    DEEPEP_CUDA("order a capture", cudaStreamWaitEvent(stream, inner_, 0));
+    return;
+  }
+  // To ask CUDA costs more than a wait for nothing, but a graph would wait for it in every replay.
+  if (!is_captured() && (capture != 0 ? done() : done_.load(std::memory_order_acquire))) return;
+  const unsigned flags = capture != 0 ? cudaEventWaitExternal : cudaEventWaitDefault;
+  DEEPEP_CUDA("make a stream wait", cudaStreamWaitEvent(stream, event_, flags));
+}
+
+bool Record::done() {
+  if (done_.load(std::memory_order_acquire)) return true;
+  if (is_operation_ && !is_captured()) return false;
+  const Relaxed relaxed;
+  const cudaError_t error = cudaEventQuery(event_);
+  if (error == cudaErrorNotReady) {
+    cudaGetLastError();
+    return false;
+  }
+  if (error != cudaSuccess) reject_cuda(error, "query an event");
+  if (!is_captured()) done_.store(true, std::memory_order_release);  // A replay records it again.
+  return true;
+}
+
+void Record::complete(std::shared_ptr<const Status> failure) {
+  {
+    const std::lock_guard lock(mutex_);
+    failure_ = std::move(failure);
+  }
+  done_.store(true, std::memory_order_release);
+}
+
+std::shared_ptr<const Status> Record::failure() const {
+  const std::lock_guard lock(mutex_);
+  return failure_;
+}
+
+int32_t Record::status() const {
+  const auto known = failure();
+  return known ? known->failure.code : 0;
+}
+
+std::shared_ptr<Record> Event::latest() {
+  const std::lock_guard lock(mutex_);
+  return latest_;
+}
+
+void Event::set(std::shared_ptr<Record> record) {
+  const std::lock_guard lock(mutex_);
+  latest_.swap(record);
+}
+
+cudaStream_t stream_of(uint64_t stream, const char* name) {
+  const auto shown = static_cast<unsigned long long>(stream);
+  if (stream <= number_of(cudaStreamPerThread)) return reinterpret_cast<cudaStream_t>(stream);
+  // A stream is the address of something in this process: that rules out handles of other kinds and small numbers.
+  if (stream >> 48 != 0 || stream < 4096) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s 0x%llx is no CUDA stream", name, shown);
+  Streams& all = streams();
+  const std::lock_guard lock(all.mutex);
+  if (all.dead.contains(stream)) reject(DEEPEP_ERROR_CLOSED, "%s 0x%llx was destroyed", name, shown);
+  return reinterpret_cast<cudaStream_t>(stream);
+}
+
+CaptureId capture_of(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  CaptureId id = 0;
+  const cudaError_t error = cudaStreamGetCaptureInfo(stream, &status, &id, nullptr, nullptr, nullptr, nullptr);
+  if (error == cudaErrorStreamCaptureImplicit) {
+    cudaGetLastError();
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the legacy default stream cannot be used while another stream is captured");
+  }
+  DEEPEP_CUDA("look at a stream", error);
+  if (status == cudaStreamCaptureStatusInvalidated) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the capture on the stream has failed before: end it");
+  }
+  return status == cudaStreamCaptureStatusActive ? id : 0;
+}
+
+cudaStream_t make_stream(std::weak_ptr<void> owner) {
+  cudaStream_t stream = nullptr;
+  DEEPEP_CUDA("make a stream", cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+  return keep_stream(stream, std::move(owner), false);
+}
+
+cudaStream_t make_comm_stream(std::weak_ptr<void> owner) {
+  int least = 0, greatest = 0;
+  DEEPEP_CUDA("make a stream", cudaDeviceGetStreamPriorityRange(&least, &greatest));
+  cudaStream_t stream = nullptr;
+  DEEPEP_CUDA("make a stream", cudaStreamCreateWithPriority(&stream, cudaStreamNonBlocking, greatest));
+  return keep_stream(stream, std::move(owner), true);
+}
+
+std::weak_ptr<void> stream_owner(uint64_t stream) {
+  Streams& all = streams();
+  const std::lock_guard lock(all.mutex);
+  const auto found = all.alive.find(stream);
+  return found == all.alive.end() ? std::weak_ptr<void>() : found->second.owner;
+}
+
+void destroy_stream(uint64_t stream) {
+  stream_of(stream, "stream");
+  Streams& all = streams();
+  {
+    const std::lock_guard lock(all.mutex);
+    const auto found = all.alive.find(stream);
+    if (found == all.alive.end()) {
+      reject(DEEPEP_ERROR_INVALID_ARGUMENT, "stream 0x%llx was not made by this library", static_cast<unsigned long long>(stream));
+    }
+    if (found->second.is_comm) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "it is the buffer's communication stream");
+    all.alive.erase(found);
+    all.dead.insert(stream);
+  }
+  // Returns at once; the stream goes when its work has ended.
+  DEEPEP_CUDA("destroy a stream", cudaStreamDestroy(reinterpret_cast<cudaStream_t>(stream)));
+}
+
+void drop_stream(cudaStream_t stream) noexcept {
+  Streams& all = streams();
+  {
+    const std::lock_guard lock(all.mutex);
+    if (all.alive.erase(number_of(stream)) == 0) return;
+    try {
+      all.dead.insert(number_of(stream));
+    } catch (...) {
+      // Then a use of it is CUDA's to find out.
+    }
+  }
+  if (cudaStreamDestroy(stream) != cudaSuccess) cudaGetLastError();
+}
+
+cudaEvent_t make_order_event() {
+  cudaEvent_t event = nullptr;
+  DEEPEP_CUDA("make an event", cudaEventCreateWithFlags(&event, cudaEventDisableTiming));
+  return event;
+}
+
+}  // namespace deepep

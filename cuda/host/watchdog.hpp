@@ -1,0 +1,18 @@
+// The watchdog: one thread of the process that looks after all its buffers while something is under way.
+//
+// In: buffers. Out: Buffer::watch() every few milliseconds, as long as one of them has something pending: it tells the device
+// which peers have gone, and takes note of ends that nobody asks for. It sleeps otherwise. Callers: creation, enqueue.
+#pragma once
+
+#include <memory>
+
+namespace deepep {
+
+class Buffer;
+
+// From now on the buffer is looked after, until it is gone.
+void watchdog_add(std::weak_ptr<Buffer> buffer);
+// Something is pending. A load when the watchdog is awake.
+void watchdog_wake() noexcept;
+
+}  // namespace deepep
