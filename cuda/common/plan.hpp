@@ -46,15 +46,16 @@ constexpr uint32_t kPushPieceBytes = 4096;       // larger pieces gain nothing, 
 constexpr uint32_t kPushStages = 3;
 constexpr uint32_t kPushHeaderBytes = 16;   // of a stage of a push, before its destinations
 constexpr uint32_t kPullPieceBytes = 2048;  // a warp sums that much of its rows in registers
-constexpr uint32_t kPullBatch = 4;          // pieces that a warp waits for at once: the fewest stages of a pull
+constexpr uint32_t kLeastPullStages = 4;
+constexpr uint32_t kPullBatch = 6;  // pieces that a warp waits for at once, at most
 
 // What a stage of a push takes: a piece of a row, and the addresses it goes to.
 DEEPEP_HOST_DEVICE constexpr uint32_t push_stage_bytes(uint32_t chunk_bytes, uint32_t hops) {
   return static_cast<uint32_t>(align_up(chunk_bytes, 128) + kPushHeaderBytes + 8 * align_up(hops, 2));
 }
 
-// What a stage of a pull takes: a piece, its weight, the size of a batch.
-DEEPEP_HOST_DEVICE constexpr uint32_t pull_stage_bytes() { return kPullPieceBytes + 8; }
+// What a stage of a pull takes: a piece, its weight, and what is known of a batch.
+DEEPEP_HOST_DEVICE constexpr uint32_t pull_stage_bytes() { return kPullPieceBytes + 20; }
 
 // Rows are cut into pieces of equal size, whole cache lines where possible, none above `most_bytes`.
 DEEPEP_HOST_DEVICE constexpr uint32_t piece_bytes(uint32_t row_bytes, uint32_t most_bytes) {
@@ -88,7 +89,7 @@ constexpr Plan make_plan(const Work& work, const Topology& topology) {
   const bool push = work.op == DEEPEP_OP_DISPATCH;
   // With little shared memory fewer warps, each with room for what it cannot do without.
   const uint32_t bytes = topology.shared_bytes > kReservedShared ? topology.shared_bytes - kReservedShared : 0;
-  const uint32_t least = push ? kPushStages * push_stage_bytes(1024, work.hops) : kPullBatch * pull_stage_bytes();
+  const uint32_t least = push ? kPushStages * push_stage_bytes(1024, work.hops) : kLeastPullStages * pull_stage_bytes();
   while (plan.warps > 4 && bytes / plan.warps < least) plan.warps /= 2;
   plan.tma = topology.compute_capability >= 90 && bytes / plan.warps >= least;
   if (plan.tma == 0) {

@@ -1,4 +1,4 @@
-// Rows pulled: a block reads the rows that its tokens have become and writes their sum, once.
+// Rows pulled: the rows that a token has become are read once, and their sum is written once.
 //
 // In: a function that tells where the rows of a token are (peers' memory) and what they weigh. Out: bf16 [tokens, hidden]. A
 // warp owns a ring of pieces of rows in shared memory, filled by TMA in the order of their use, so that absent rows take no
@@ -7,19 +7,22 @@
 // Callers: combine.
 #pragma once
 
-#include "rows_push.cuh"
+#include "pieces.cuh"
 
 namespace deepep {
 
 struct PullRows {
   uint32_t hidden;  // channels, a multiple of 8
   uint32_t hops;    // rows a token can have: at most 64
-  uint32_t begin;   // tokens of this block
+  uint32_t begin;   // tokens of this block, or of all blocks if they share them
   uint32_t end;
-  const uint16_t* bias_0;  // bf16 [end, hidden] or nullptr
+  const uint16_t* bias_0;  // bf16 [tokens, hidden] or nullptr
   const uint16_t* bias_1;  // likewise
-  uint16_t* out;           // bf16 [end, hidden]
+  uint16_t* out;           // bf16 [tokens, hidden]
   Plan plan;
+  uint32_t* claims = nullptr;  // see TokenShare
+
+  __device__ TokenShare share() const { return {begin, end, claims}; }
 };
 
 // Two neighbouring channels of a bf16 row, the first one in the lower half.
@@ -102,48 +105,29 @@ struct PieceSum {
   }
 };
 
-// The rows of a token, spread over the lanes of a warp as Destinations are.
-struct Sources {
-  static constexpr uint32_t kPasses = 2;
-  const uint8_t* from[kPasses];
-  float weight[kPasses];
-  uint32_t present[kPasses];
-  uint32_t place[kPasses];  // this lane's among those present
-
-  template <class Src>
-  __device__ void find(uint32_t token, uint32_t hops, Src& src) {
-    const uint32_t lane = lane_id();
-#pragma unroll
-    for (uint32_t pass = 0; pass < kPasses; ++pass) {
-      const uint32_t hop = pass * kWarpLanes + lane;
-      from[pass] = nullptr;
-      weight[pass] = 0;
-      if (pass * kWarpLanes < hops) {
-        const uint16_t* address = src(token, hop, weight[pass]);
-        if (hop < hops) from[pass] = reinterpret_cast<const uint8_t*>(address);
-      }
-      present[pass] = __ballot_sync(kAllLanes, from[pass] != nullptr);
-      place[pass] = __popc(present[pass] & ((1u << lane) - 1)) + (pass == 0 ? 0 : __popc(present[0]));
-    }
-  }
-
-  __device__ uint32_t count() const { return __popc(present[0]) + __popc(present[1]); }
+// What a warp must know of the pieces that arrive together.
+struct alignas(16) PullBatch {
+  uint32_t token;
+  uint32_t piece;
+  uint32_t count;    // pieces: one of each row, or 0
+  uint32_t is_last;  // of its token's piece
 };
+static_assert(sizeof(PullBatch) + 4 == pull_stage_bytes() - kPullPieceBytes);
 
-// A warp's ring of pieces. Batches of up to kBatch pieces of one token arrive together and share a barrier.
+// A warp's ring of pieces. Batches of up to kBatch of them arrive together and share a barrier.
 template <bool kWeighted, uint32_t kVectors, uint32_t kBatch>
 struct PullRing {
   static constexpr uint32_t kPieceBytes = PieceSum<kVectors>::kBytes;
-  static constexpr uint32_t kLastOfToken = 1u << 31;
+  static constexpr uint32_t kAtOnce = kBatch < 16 / kVectors ? kBatch : 16 / kVectors;  // pieces in registers
 
-  uint32_t slots;  // pieces, and batches: a batch has one piece at least, or none
+  uint32_t slots;  // of pieces, and of batches
   uint8_t* pieces;
-  float* weights;      // by slot
-  uint32_t* batches;   // by batch: pieces | kLastOfToken
+  float* weights;  // by slot
+  PullBatch* batches;
   uint64_t* barriers;  // by batch
   uint32_t free;
   uint32_t free_batches;
-  uint32_t tail = 0;  // slot and batch to fill next
+  uint32_t tail = 0;  // to fill next
   uint32_t tail_batch = 0;
   uint32_t head = 0;  // to use next
   uint32_t head_batch = 0;
@@ -154,8 +138,8 @@ struct PullRing {
     slots = p.plan.stages;
     const uint32_t all = p.plan.warps * slots;
     pieces = shared + warp * slots * kPieceBytes;
-    weights = reinterpret_cast<float*>(shared + all * kPieceBytes) + warp * slots;
-    batches = reinterpret_cast<uint32_t*>(shared + all * (kPieceBytes + 4)) + warp * slots;
+    batches = reinterpret_cast<PullBatch*>(shared + all * kPieceBytes) + warp * slots;
+    weights = reinterpret_cast<float*>(shared + all * (kPieceBytes + sizeof(PullBatch))) + warp * slots;
     barriers = all_barriers + warp * slots;
     free = slots;
     free_batches = slots;
@@ -168,34 +152,36 @@ struct PullRing {
     __syncwarp();
   }
 
+  __device__ bool empty() const { return free_batches == slots; }
+  __device__ const PullBatch& next() const { return batches[head_batch]; }
   __device__ uint32_t wrap(uint32_t slot) const { return slot < slots ? slot : slot - slots; }
 
-  // Loads rows [row, row + count) of a token; there must be room.
-  __device__ __forceinline__ void fill(const Sources& s, uint32_t row, uint32_t count, uint32_t offset, uint32_t bytes,
-                                       bool last) {
+  // Loads from rows [first, first + batch.count) of a token; there must be room.
+  __device__ __forceinline__ void fill(const LaneHops<const uint8_t>& rows, uint32_t first, const PullBatch& batch,
+                                       uint32_t offset, uint32_t bytes) {
     uint64_t* barrier = barriers + tail_batch;
     if (lane_id() == 0) {
-      batches[tail_batch] = count | (last ? kLastOfToken : 0);
-      barrier_arrive_expect(barrier, count * bytes);
+      batches[tail_batch] = batch;
+      barrier_arrive_expect(barrier, batch.count * bytes);
     }
 #pragma unroll
-    for (uint32_t pass = 0; pass < Sources::kPasses; ++pass) {
-      const uint32_t nth = s.place[pass] - row;
-      if (s.from[pass] != nullptr && nth < count) {
+    for (uint32_t pass = 0; pass < LaneHops<const uint8_t>::kPasses; ++pass) {
+      const uint32_t nth = rows.place[pass] - first;
+      if (rows.row[pass] != nullptr && nth < batch.count) {
         const uint32_t slot = wrap(tail + nth);
-        if constexpr (kWeighted) weights[slot] = s.weight[pass];
-        bulk_load(pieces + slot * kPieceBytes, s.from[pass] + offset, bytes, barrier);
+        if constexpr (kWeighted) weights[slot] = rows.weight[pass];
+        bulk_load(pieces + slot * kPieceBytes, rows.row[pass] + offset, bytes, barrier);
       }
     }
     __syncwarp();
-    tail = wrap(tail + count);
+    tail = wrap(tail + batch.count);
     tail_batch = wrap(tail_batch + 1);
-    free -= count;
+    free -= batch.count;
     --free_batches;
   }
 
   template <uint32_t kCount>
-  __device__ __forceinline__ void add(PieceSum<kVectors>& sum) const {
+  __device__ __forceinline__ void add(PieceSum<kVectors>& sum) {
     uint4 rows[kCount][kVectors];
     float weight[kCount];
 #pragma unroll
@@ -212,32 +198,34 @@ struct PullRing {
 #pragma unroll
       for (uint32_t v = 0; v < kVectors; ++v) sum.sums[v].template add<kWeighted>(rows[i][v], weight[i]);
     }
+    head = wrap(head + kCount);
   }
 
-  // Adds the next batch and frees it. True when it was its token's last.
+  // Adds the next `left` <= kMost pieces; the count is a constant where they are added.
+  template <uint32_t kMost>
+  __device__ __forceinline__ void add_rest(PieceSum<kVectors>& sum, uint32_t left) {
+    if (left == kMost)
+      add<kMost>(sum);
+    else if constexpr (kMost > 1)
+      add_rest<kMost - 1>(sum, left);
+  }
+
+  // Adds the next batch and frees it. True when it was the last of its piece.
   __device__ __forceinline__ bool use(PieceSum<kVectors>& sum) {
-    const uint32_t batch = batches[head_batch];
-    const uint32_t count = batch & ~kLastOfToken;
+    const uint32_t count = next().count;
+    const bool is_last = next().is_last != 0;
     barrier_wait(barriers + head_batch, parity);
-    if constexpr (kBatch >= 8) {
-      if (count == 8) add<8>(sum);
-      if (count == 7) add<7>(sum);
-      if (count == 6) add<6>(sum);
-      if (count == 5) add<5>(sum);
-    }
-    if (count == 4) add<4>(sum);
-    if (count == 3) add<3>(sum);
-    if (count == 2) add<2>(sum);
-    if (count == 1) add<1>(sum);
+    uint32_t left = count;
+    for (; left > kAtOnce; left -= kAtOnce) add<kAtOnce>(sum);
+    add_rest<kAtOnce>(sum, left);
     // The pieces are read before TMA writes the slots again.
     fence_proxy_async_shared();
     __syncwarp();
-    head = wrap(head + count);
     head_batch = wrap(head_batch + 1);
     if (head_batch == 0) parity ^= 1;
     free += count;
     ++free_batches;
-    return (batch & kLastOfToken) != 0;
+    return is_last;
   }
 
   __device__ void end() {
@@ -252,47 +240,47 @@ template <bool kWeighted, uint32_t kVectors, uint32_t kBatch, class Src>
 __device__ void pull_rows_bulk(const PullRows& p, uint8_t* shared, uint64_t* barriers, Src& src) {
   using Ring = PullRing<kWeighted, kVectors, kBatch>;
   const uint32_t row_bytes = p.hidden * 2;
-  PieceRun load(p.begin, p.end, row_bytes, Ring::kPieceBytes, p.plan.warps);
-  PieceRun sum = load;
-  if (load.remaining == 0) return;
+  PieceCursor cursor(p.share(), p.plan, row_bytes, Ring::kPieceBytes);
+  if (cursor.left == 0) return;
   Ring ring(p, shared, barriers);
 
-  Sources sources;
+  LaneHops<const uint8_t> rows;
   uint32_t num_rows = 0;
   uint32_t next_row = 0;
-  uint32_t known = load.token - 1;
+  uint32_t known = cursor.token - 1;
+  const uint32_t most = min(kBatch, ring.slots);
   // Loads as much as there is room for.
   auto fill = [&] {
-    while (load.remaining != 0 && ring.free_batches != 0) {
-      if (known != load.token) {
-        known = load.token;
-        sources.find(known, p.hops, src);
-        num_rows = sources.count();
+    while (cursor.left != 0 && ring.free_batches != 0) {
+      if (known != cursor.token) {
+        known = cursor.token;
+        rows.look_up(p.hops,
+                     [&](uint32_t hop, float& weight) { return reinterpret_cast<const uint8_t*>(src(known, hop, weight)); });
+        num_rows = rows.count();
       }
       const uint32_t left = num_rows - next_row;
       // Equal batches: 5 are 3 and 2, not 4 and 1.
-      const uint32_t count = left <= kBatch ? left : left <= 2 * kBatch ? (left + 1) / 2 : kBatch;
+      const uint32_t count = left <= most ? left : left <= 2 * most ? (left + 1) / 2 : most;
       if (count > ring.free) break;
-      const uint32_t offset = load.piece * load.bytes;
-      ring.fill(sources, next_row, count, offset, min(load.bytes, row_bytes - offset), count == left);
+      const uint32_t offset = cursor.piece * cursor.bytes;
+      ring.fill(rows, next_row, {known, cursor.piece, count, count == left}, offset, min(cursor.bytes, row_bytes - offset));
       next_row += count;
       if (count == left) {
         next_row = 0;
-        load.advance();
+        cursor.advance();
       }
     }
-    __syncwarp();
   };
 
   fill();
-  for (; sum.remaining != 0; sum.advance()) {
-    const uint32_t within = sum.piece * sum.bytes;
-    const uint32_t bytes = min(sum.bytes, row_bytes - within);
-    const uint64_t offset = uint64_t{sum.token} * row_bytes + within;
-    PieceSum<kVectors> piece;
-    piece.begin(p, offset, bytes);
-    for (bool last = false; !last; fill()) last = ring.use(piece);
-    piece.end(p, offset, bytes);
+  while (!ring.empty()) {
+    const uint32_t within = ring.next().piece * Ring::kPieceBytes;
+    const uint32_t bytes = min(Ring::kPieceBytes, row_bytes - within);
+    const uint64_t offset = uint64_t{ring.next().token} * row_bytes + within;
+    PieceSum<kVectors> sum;
+    sum.begin(p, offset, bytes);
+    for (bool is_last = false; !is_last; fill()) is_last = ring.use(sum);
+    sum.end(p, offset, bytes);
   }
   ring.end();
 }
@@ -303,23 +291,24 @@ __device__ void pull_rows_plain(const PullRows& p, Src& src) {
   constexpr uint32_t kBatch = 4;
   using Piece = PieceSum<kVectors>;
   const uint32_t row_bytes = p.hidden * 2;
-  PieceRun run(p.begin, p.end, row_bytes, Piece::kBytes, p.plan.warps);
-  Sources sources;
-  uint32_t known = run.token - 1;
-  for (; run.remaining != 0; run.advance()) {
-    if (known != run.token) {
-      known = run.token;
-      sources.find(known, p.hops, src);
+  PieceCursor cursor(p.share(), p.plan, row_bytes, Piece::kBytes);
+  LaneHops<const uint8_t> rows;
+  uint32_t known = cursor.token - 1;
+  for (; cursor.left != 0; cursor.advance()) {
+    if (known != cursor.token) {
+      known = cursor.token;
+      rows.look_up(p.hops,
+                   [&](uint32_t hop, float& weight) { return reinterpret_cast<const uint8_t*>(src(known, hop, weight)); });
     }
-    const uint32_t within = run.piece * run.bytes;
-    const uint32_t bytes = min(run.bytes, row_bytes - within);
-    const uint64_t offset = uint64_t{run.token} * row_bytes + within;
-    Piece piece;
-    piece.begin(p, offset, bytes);
+    const uint32_t within = cursor.piece * cursor.bytes;
+    const uint32_t bytes = min(cursor.bytes, row_bytes - within);
+    const uint64_t offset = uint64_t{known} * row_bytes + within;
+    Piece sum;
+    sum.begin(p, offset, bytes);
 #pragma unroll
-    for (uint32_t pass = 0; pass < Sources::kPasses; ++pass) {
-      for (uint32_t left = sources.present[pass]; left != 0;) {
-        uint4 rows[kBatch][kVectors];
+    for (uint32_t pass = 0; pass < LaneHops<const uint8_t>::kPasses; ++pass) {
+      for (uint32_t left = rows.present[pass]; left != 0;) {
+        uint4 values[kBatch][kVectors];
         float weights[kBatch];
         uint32_t count = 0;
 #pragma unroll
@@ -327,15 +316,11 @@ __device__ void pull_rows_plain(const PullRows& p, Src& src) {
           if (left == 0) continue;
           const int32_t lane = __ffs(left) - 1;
           left &= left - 1;
-          const uint64_t address = __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(sources.from[pass]), lane);
-          if constexpr (kWeighted)
-            weights[i] = __shfl_sync(kAllLanes, sources.weight[pass], lane);
-          else
-            weights[i] = 0;
+          const uint64_t row = __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(rows.row[pass]), lane);
+          weights[i] = kWeighted ? __shfl_sync(kAllLanes, rows.weight[pass], lane) : 0;
 #pragma unroll
           for (uint32_t v = 0; v < kVectors; ++v) {
-            if (Piece::at(v) < bytes)
-              rows[i][v] = load_stream(reinterpret_cast<const uint8_t*>(address) + within + Piece::at(v));
+            if (Piece::at(v) < bytes) values[i][v] = load_stream(reinterpret_cast<const uint8_t*>(row) + within + Piece::at(v));
           }
           count = i + 1;
         }
@@ -343,27 +328,28 @@ __device__ void pull_rows_plain(const PullRows& p, Src& src) {
         for (uint32_t i = 0; i < kBatch; ++i) {
           if (i >= count) continue;
 #pragma unroll
-          for (uint32_t v = 0; v < kVectors; ++v) piece.sums[v].template add<kWeighted>(rows[i][v], weights[i]);
+          for (uint32_t v = 0; v < kVectors; ++v) sum.sums[v].template add<kWeighted>(values[i][v], weights[i]);
         }
       }
     }
-    piece.end(p, offset, bytes);
+    sum.end(p, offset, bytes);
   }
 }
 
-// Pulls and sums the rows of a block's tokens; all its threads call. `src(token, hop, weight)` is called by whole converged
-// warps: the row of this lane's hop, bf16 [hidden], 16-byte aligned, nullptr = none, and its weight; hops past p.hops may be
-// asked for and are ignored. It must be pure: several warps can share a token. What it names must have been acquired by this
-// thread (a barrier after the acquire will do). Tokens without rows become their bias, or zeros.
+// Pulls and sums the rows of tokens; all threads of all blocks that share them call. `src(token, hop, weight)` is called by
+// whole converged warps: the row of this lane's hop, bf16 [hidden], 16-byte aligned, nullptr = none, and its weight; hops past
+// p.hops may be asked for and are ignored. It must be pure: several warps can share a token. What it names must have been
+// acquired by this thread (a barrier after the acquire will do). Tokens without rows become their bias, or zeros.
 //
-// `shared` and `barriers` as for push_rows. Every piece of `out` is written by plain stores of this block.
+// `shared` and `barriers` as for push_rows. Every piece of `out` is written by plain stores of one of the blocks.
 template <bool kTma, bool kWeighted, class Src>
 __device__ __forceinline__ void pull_rows(const PullRows& p, uint8_t* shared, uint64_t* barriers, Src src) {
   if constexpr (kTma && kHasTma) {
-    pull_rows_bulk<kWeighted, kPullPieceBytes / (kWarpLanes * 16), kPullBatch>(p, shared, barriers, src);
-  } else {
-    pull_rows_plain<kWeighted>(p, src);
+    if (!is_little(p.share(), p.plan, p.hidden * 2)) {
+      return pull_rows_bulk<kWeighted, kPullPieceBytes / (kWarpLanes * 16), kPullBatch>(p, shared, barriers, src);
+    }
   }
+  pull_rows_plain<kWeighted>(p, src);
 }
 
 }  // namespace deepep
