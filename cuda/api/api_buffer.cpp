@@ -27,15 +27,12 @@ int32_t deepep_buffer_create(uint64_t device, deepep_buffer_create_args* args, d
 }
 
 int32_t deepep_buffer_export(uint64_t handle, deepep_peer_handle* args, deepep_error* error) {
-  return cross("export a buffer", DEEPEP_OP_CREATE, error, [&](Call& call) {
-    find_buffer(call, handle)->export_handle(check(args));
-  });
+  return cross("export a buffer", DEEPEP_OP_CREATE, error,
+               [&](Call& call) { find_buffer(call, handle)->export_handle(check(args)); });
 }
 
 int32_t deepep_buffer_import(uint64_t handle, deepep_peer_handle* args, deepep_error* error) {
-  return cross("connect", DEEPEP_OP_CREATE, error, [&](Call& call) {
-    find_buffer(call, handle)->import_peer(check(args));
-  });
+  return cross("connect", DEEPEP_OP_CREATE, error, [&](Call& call) { find_buffer(call, handle)->import_peer(check(args)); });
 }
 
 int32_t deepep_buffer_connect(uint64_t handle, deepep_error* error) {
@@ -43,9 +40,8 @@ int32_t deepep_buffer_connect(uint64_t handle, deepep_error* error) {
 }
 
 int32_t deepep_buffer_get_info(uint64_t handle, deepep_buffer_info* args, deepep_error* error) {
-  return cross("read a buffer's facts", DEEPEP_OP_NONE, error, [&](Call& call) {
-    find_buffer(call, handle)->info(check(args));
-  });
+  return cross("read a buffer's facts", DEEPEP_OP_NONE, error,
+               [&](Call& call) { find_buffer(call, handle)->info(check(args)); });
 }
 
 int32_t deepep_buffer_recover(uint64_t handle, const deepep_buffer_recover_args* args, deepep_error* error) {

@@ -41,8 +41,9 @@ RoutingPlan plan_cached(const deepep_dispatch_args& args, const HandleFacts* han
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "a cached dispatch needs a handle that an earlier dispatch filled");
   }
   if (args.topk_idx != 0 || args.is_token_in_rank != 0) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "a cached dispatch takes its routing from the handle, not from topk_idx or "
-                                          "is_token_in_rank");
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT,
+           "a cached dispatch takes its routing from the handle, not from topk_idx or "
+           "is_token_in_rank");
   }
   RoutingPlan plan = handle->plan;
   if (static_cast<uint32_t>(args.num_tokens) != plan.num_tokens) {
@@ -146,8 +147,9 @@ void check_expert_rows(const Buffer& buffer, uint32_t slot, uint64_t x, uint64_t
 }
 
 void check_layout(const Buffer& buffer, const deepep_dispatch_layout_args& args) {
-  check_routing(buffer, args, static_cast<uint32_t>(larger(buffer.options.max_tokens_per_rank,
-                                                           buffer.options.max_low_latency_tokens_per_rank)));
+  check_routing(
+      buffer, args,
+      static_cast<uint32_t>(larger(buffer.options.max_tokens_per_rank, buffer.options.max_low_latency_tokens_per_rank)));
   if (args.topk_idx == 0 && args.num_tokens > 0 && args.num_topk > 0) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "topk_idx is missing");
   }
@@ -177,10 +179,12 @@ void check_recovery(const Buffer& buffer, const deepep_buffer_recover_args& args
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "masked_ranks is 0x%llx, there are %u ranks", shown(args.masked_ranks), num_ranks);
   }
   if (args.masked_ranks >> buffer.rank & 1) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "masked_ranks is 0x%llx, it names this rank, %u", shown(args.masked_ranks), buffer.rank);
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "masked_ranks is 0x%llx, it names this rank, %u", shown(args.masked_ranks),
+           buffer.rank);
   }
   if (args.epoch < epoch) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "epoch is %llu, this rank has enqueued %llu already", shown(args.epoch), shown(epoch));
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "epoch is %llu, this rank has enqueued %llu already", shown(args.epoch),
+           shown(epoch));
   }
   if (args.epoch > kMaxBaseEpoch) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "epoch is %llu, at most %llu", shown(args.epoch), shown(kMaxBaseEpoch));

@@ -34,7 +34,8 @@ class MemoryPool {
 
   // Rejects with INVALID_ARGUMENT (0 bytes) or OUT_OF_MEMORY.
   void* allocate(uint64_t bytes);
-  // The same for the library's own use: owned by the pool, but not by the caller of the ABI, so that deepep_free cannot take it.
+  // The same for the library's own use: owned by the pool, but not by the caller of the ABI, so that deepep_free cannot take
+  // it.
   void* allocate_own(uint64_t bytes);
   // Whether the address is one of this pool's that disown() would take.
   bool owns(uint64_t address);
@@ -53,8 +54,8 @@ class MemoryPool {
 
   std::unique_ptr<BlockSource> source_;
   std::mutex mutex_;
-  std::unordered_map<uint64_t, Block> blocks_;      // every block that was handed out and not recycled
-  std::multimap<uint64_t, void*> cache_;            // recycled blocks by size
+  std::unordered_map<uint64_t, Block> blocks_;  // every block that was handed out and not recycled
+  std::multimap<uint64_t, void*> cache_;        // recycled blocks by size
   uint64_t cached_bytes_ = 0;
 };
 

@@ -11,15 +11,15 @@ namespace {
 // One line an option, where it is in the three structs that carry it, and what it may be (0 where it stands for a default).
 struct Field {
   const char* name;
-  uint32_t Options::*resolved;
-  uint32_t deepep_buffer_create_args::*given;
-  uint32_t deepep_peer_handle::*peer;
+  uint32_t Options::* resolved;
+  uint32_t deepep_buffer_create_args::* given;
+  uint32_t deepep_peer_handle::* peer;
   uint32_t least;
   uint32_t most;
 };
 
 #define DEEPEP_OPTION(name, least, most) \
-  { #name, &Options::name, &deepep_buffer_create_args::name, &deepep_peer_handle::name, least, most }
+  {#name, &Options::name, &deepep_buffer_create_args::name, &deepep_peer_handle::name, least, most}
 constexpr Field kFields[] = {
     DEEPEP_OPTION(num_ranks, 1, DEEPEP_MAX_RANKS),
     DEEPEP_OPTION(hidden, 8, DEEPEP_MAX_HIDDEN),
@@ -39,7 +39,8 @@ void check_flags_and_rank(uint64_t device, const deepep_buffer_create_args& args
   // The index comes twice: as the call's self and, for those who fill the struct only, as a field. They may differ only when
   // one of them is left 0.
   if (device != 0 && args.device != 0 && static_cast<int64_t>(device) != args.device) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "device is %llu, the args say %d", static_cast<unsigned long long>(device), args.device);
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "device is %llu, the args say %d", static_cast<unsigned long long>(device),
+           args.device);
   }
   check_device(device_of(device, args));
   if (args.flags & ~static_cast<uint32_t>(DEEPEP_BUFFER_MASK_ON_TIMEOUT)) {

@@ -158,7 +158,7 @@ void start_notifier(Cell& cell, uint64_t callback) {
 }
 
 // Sets one of the notifier's conditions, and wakes it if it has something to do, which includes to poll sources.
-void tell(const std::shared_ptr<Notifier>& notifier, bool Notifier::*what, bool polls = false) {
+void tell(const std::shared_ptr<Notifier>& notifier, bool Notifier::* what, bool polls = false) {
   bool wake;
   {
     const std::lock_guard lock(notifier->mutex);

@@ -22,9 +22,9 @@ struct RoutingPlan {
   RowSpace space = RowSpace::rank;
   uint32_t expert_alignment = 1;
   uint32_t num_tokens = 0;
-  uint32_t num_topk = 0;        // 0 = routed by is_token_in_rank
+  uint32_t num_topk = 0;  // 0 = routed by is_token_in_rank
   uint32_t topk_idx_bytes = 4;
-  uint64_t epoch = 0;           // of the dispatch that makes the routing; 0 = not enqueued yet
+  uint64_t epoch = 0;  // of the dispatch that makes the routing; 0 = not enqueued yet
   // Hops of a token: rank layout ascending by rank, at most one a rank; otherwise one for each k.
   uint32_t width(uint32_t num_ranks) const {
     return space != RowSpace::rank ? num_topk : num_topk != 0 && num_topk < num_ranks ? num_topk : num_ranks;

@@ -31,8 +31,8 @@ namespace deepep {
 struct SharedMemory::Header {
   uint64_t magic;
   uint64_t nonce[2];
-  uint64_t bytes;                 // of data
-  std::atomic<uint32_t> alive;    // 1 until retire(); written by the owner, read by all
+  uint64_t bytes;               // of data
+  std::atomic<uint32_t> alive;  // 1 until retire(); written by the owner, read by all
 };
 
 namespace {
@@ -84,9 +84,8 @@ bool process_stat(int32_t pid, char* state, uint64_t* start_time) {
   const char* after = strrchr(text, ')');
   unsigned long long start = 0;
   // The state is field 3, the start time field 22.
-  if (!after || sscanf(after + 1,
-                       " %c %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %llu",
-                       state, &start) != 2) {
+  if (!after || sscanf(after + 1, " %c %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %*s %llu", state,
+                       &start) != 2) {
     return false;
   }
   *start_time = start;
@@ -169,7 +168,8 @@ std::shared_ptr<SharedMemory> SharedMemory::import(const char (&bytes_of_handle)
   Handle handle;
   memcpy(&handle, bytes_of_handle, sizeof handle);
   if (handle.magic != kMagic) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the handle of rank %u was not made by this backend, or by another version of it", rank);
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the handle of rank %u was not made by this backend, or by another version of it",
+           rank);
   }
   if (handle.bytes != bytes) {
     reject(DEEPEP_ERROR_MISMATCH, "rank %u has %llu bytes of symmetric memory, this rank %llu", rank,
@@ -207,8 +207,8 @@ std::shared_ptr<SharedMemory> SharedMemory::import(const char (&bytes_of_handle)
            rank, handle.pid, strerror(errno));
   }
   struct stat stat = {};
-  const bool fits = fstat(fd, &stat) == 0 && S_ISREG(stat.st_mode) &&
-                    static_cast<uint64_t>(stat.st_size) == kHeaderBytes + bytes;
+  const bool fits =
+      fstat(fd, &stat) == 0 && S_ISREG(stat.st_mode) && static_cast<uint64_t>(stat.st_size) == kHeaderBytes + bytes;
   // Without the seal the file could be cut off under this mapping: a read would then end the process. Ours always has it.
   const int seals = fits ? fcntl(fd, F_GET_SEALS) : 0;
   try {

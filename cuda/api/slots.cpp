@@ -46,11 +46,14 @@ void Slots::reject_none_free(int32_t wanted) const {
   std::string holders;
   for (size_t i = 0; i < slots_.size(); ++i) {
     if (wanted >= 0 && i != static_cast<size_t>(wanted)) continue;
-    holders += (holders.empty() ? "" : ", ") + std::string("slot ") + std::to_string(i) + " by " + op_name(slots_[i].holder_op) +
-               " of epoch " + std::to_string(slots_[i].holder_epoch);
+    holders += (holders.empty() ? "" : ", ") + std::string("slot ") + std::to_string(i) + " by " +
+               op_name(slots_[i].holder_op) + " of epoch " + std::to_string(slots_[i].holder_epoch);
   }
   reject(DEEPEP_ERROR_NO_FREE_SLOT, "%s held by results that were not released (%s)",
-         wanted >= 0 ? "the slot is" : slots_.size() == 1 ? "the only slot is" : "all slots are", holders.c_str());
+         wanted >= 0          ? "the slot is"
+         : slots_.size() == 1 ? "the only slot is"
+                              : "all slots are",
+         holders.c_str());
 }
 
 Slot& Slots::held(int32_t slot) {

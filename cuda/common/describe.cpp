@@ -75,9 +75,7 @@ Failure describe(const Finding& f, uint32_t rank) {
   const auto call = static_cast<unsigned long long>(f.epoch);
   const uint32_t peer = number(f.peer);
   switch (f.reason) {
-    case Reason::none:
-      set_message(failure, "Cannot finish %s: code %d", op_name(f.op), f.code);
-      break;
+    case Reason::none: set_message(failure, "Cannot finish %s: code %d", op_name(f.op), f.code); break;
     case Reason::bad_entry:
       set_message(failure, "Cannot %s: entry %d of token %d is expert %lld, there are %u experts", what, f.b, f.a,
                   static_cast<long long>(f.seen), number(f.expected));
@@ -90,22 +88,19 @@ Failure describe(const Finding& f, uint32_t rank) {
       set_message(failure, "Cannot %s: rank %u would receive %llu rows, a buffer holds %u", what, peer, shown(f.seen),
                   number(f.expected));
       break;
-    case Reason::no_routing:
-      set_message(failure, "Cannot %s: the handle holds no routing: its dispatch failed", what);
-      break;
+    case Reason::no_routing: set_message(failure, "Cannot %s: the handle holds no routing: its dispatch failed", what); break;
     case Reason::no_rows_given:
       set_message(failure, "Cannot %s: neither x nor a slot is given, but there are %llu rows", what, shown(f.seen));
       break;
-    case Reason::own_refusal:
-      set_message(failure, "Cannot %s: this rank refused the call", what);
-      break;
+    case Reason::own_refusal: set_message(failure, "Cannot %s: this rank refused the call", what); break;
     case Reason::late_message:
     case Reason::late_rows:
     case Reason::late_view:
     case Reason::late_reader:
     case Reason::late_output:
       if (f.code == DEEPEP_ERROR_PEER_LOST) {
-        set_message(failure, "Cannot %s: rank %u has ended; waited for %s it in call %llu", what, peer, awaited(f.reason), call);
+        set_message(failure, "Cannot %s: rank %u has ended; waited for %s it in call %llu", what, peer, awaited(f.reason),
+                    call);
       } else {
         set_message(failure, "Cannot %s: waited %.3f ms for %s rank %u in call %llu", what,
                     static_cast<double>(f.waited_ns) / 1e6, awaited(f.reason), peer, call);
@@ -116,15 +111,16 @@ Failure describe(const Finding& f, uint32_t rank) {
                   why_gone(f.b));
       break;
     case Reason::elsewhere:
-      set_message(failure, "Cannot %s: rank %u wants to %s in call %llu", what, peer, doing(static_cast<int32_t>(f.seen)), call);
+      set_message(failure, "Cannot %s: rank %u wants to %s in call %llu", what, peer, doing(static_cast<int32_t>(f.seen)),
+                  call);
       break;
     case Reason::refused:
       set_message(failure, "Cannot %s: rank %u refused call %llu because of its own arguments (its error has code %d)", what,
                   peer, call, f.a);
       break;
     case Reason::left_out:
-      set_message(failure, "Cannot %s: rank %d goes on without this rank, %u, which came too late in call %llu", what, f.a, rank,
-                  call);
+      set_message(failure, "Cannot %s: rank %d goes on without this rank, %u, which came too late in call %llu", what, f.a,
+                  rank, call);
       break;
     case Reason::other_call:
       set_message(failure, "Cannot %s: this is call %lld of this rank, but rank %u is at call %lld", what,
@@ -139,8 +135,9 @@ Failure describe(const Finding& f, uint32_t rank) {
       set_message(failure, "Cannot %s: rank %u takes part for rank %d, but not for rank %d", what, peer, f.a, f.b);
       break;
     case Reason::no_room:
-      set_message(failure, "Cannot %s: only %lld of its %lld blocks were running after %.3f ms: other work fills the device", what,
-                  static_cast<long long>(f.seen), static_cast<long long>(f.expected), static_cast<double>(f.waited_ns) / 1e6);
+      set_message(failure, "Cannot %s: only %lld of its %lld blocks were running after %.3f ms: other work fills the device",
+                  what, static_cast<long long>(f.seen), static_cast<long long>(f.expected),
+                  static_cast<double>(f.waited_ns) / 1e6);
       break;
     case Reason::needs_recovery:
       set_message(failure, "Cannot %s: an earlier call failed half-way; recover the buffer", what);

@@ -1,7 +1,8 @@
 // Words for what went wrong, and for what was being done: written once for all backends.
 //
 // In: a Finding, which is numbers. Out: a Failure with a whole sentence ("Cannot dispatch: waited 30000.000 ms for the rows of
-// rank 3 in call 7"). Host code only. Callers: the CPU backend where an operation fails, the CUDA backend where it learns of it.
+// rank 3 in call 7"). Host code only. Callers: the CPU backend where an operation fails, the CUDA backend where it learns of
+// it.
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
 // The C ABI, part 3, over CUDA: streams, events, memory, copies.
 //
-// In: calls of any thread. Out: see deepep.h, where every function is documented. A stream is a cudaStream_t as a number, and may
-// be anybody's.
+// In: calls of any thread. Out: see deepep.h, where every function is documented. A stream is a cudaStream_t as a number, and
+// may be anybody's.
 
 #include <chrono>
 #include <thread>
@@ -92,8 +92,8 @@ int32_t deepep_copy(uint64_t handle, const deepep_copy_args* args, deepep_error*
     }
     if (args->bytes != 0) {
       // Both addresses are pinned or the device's, so the copy does not wait; unified addresses tell the direction.
-      DEEPEP_CUDA("copy", cudaMemcpyAsync(reinterpret_cast<void*>(args->dst), reinterpret_cast<const void*>(args->src), args->bytes,
-                                          cudaMemcpyDefault, stream));
+      DEEPEP_CUDA("copy", cudaMemcpyAsync(reinterpret_cast<void*>(args->dst), reinterpret_cast<const void*>(args->src),
+                                          args->bytes, cudaMemcpyDefault, stream));
     }
     if (args->done_id == 0) return;
     auto record = std::make_shared<Record>(buffer->device->index);
@@ -134,6 +134,7 @@ int32_t deepep_stream_synchronize(uint64_t handle, const deepep_stream_sync_args
       call.rank = static_cast<int32_t>(owner->rank);
       use_device(owner->device->index);
     }
+    const Relaxed relaxed;
     const auto begin = std::chrono::steady_clock::now();
     const auto limit = std::chrono::milliseconds(args->timeout_ms);
     // Pairs with the end of the stream's work. Asked again and again, and not slept upon, since ends must be noted meanwhile.
@@ -220,8 +221,10 @@ int32_t deepep_event_notify(uint64_t handle, deepep_event_args* args, deepep_err
     const auto record = event->latest();
     const std::lock_guard lock(buffer->mutex);
     buffer->check_open();
-    if (record) buffer->complete_when_done(record, args->done_id);
-    else buffer->complete(args->done_id, DEEPEP_OK);
+    if (record)
+      buffer->complete_when_done(record, args->done_id);
+    else
+      buffer->complete(args->done_id, DEEPEP_OK);
   });
 }
 

@@ -76,7 +76,8 @@ void Buffer::allocate(const deepep_buffer_create_args& args) {
   local_ = DeviceBlock::allocate(index, layout.bytes, "local memory");
   state_ = reinterpret_cast<DeviceState*>(local_->data());
   uint64_t routing_bytes = 0;
-  own_routing_ = cut_routing(local_->data() + layout.routing, options, options.max_tokens_per_rank, options.num_topk, routing_bytes);
+  own_routing_ =
+      cut_routing(local_->data() + layout.routing, options, options.max_tokens_per_rank, options.num_topk, routing_bytes);
   call_.scratch = reinterpret_cast<uint32_t*>(local_->data() + layout.scratch);
   host_ = new (pinned_pool->allocate_own(sizeof(HostState))) HostState{};
   const uint64_t counts_bytes = options.num_slots * num_counts() * sizeof(int32_t);
@@ -209,7 +210,12 @@ void Buffer::recover(const deepep_buffer_recover_args& args) {
   const std::lock_guard lock(mutex);
   enter();
   check_recovery(*this, args, shown_epoch(), num_under_way());
-  update({.state = nullptr, .host = nullptr, .mask = args.masked_ranks, .unmask = 0, .epoch = args.epoch, .recover = 1,
+  update({.state = nullptr,
+          .host = nullptr,
+          .mask = args.masked_ranks,
+          .unmask = 0,
+          .epoch = args.epoch,
+          .recover = 1,
           .clear_failed = 1});
   epoch_ = args.epoch;
   masked_ = args.masked_ranks;
@@ -226,7 +232,12 @@ void Buffer::mask(const deepep_mask_args& args) {
   // What was enqueued before still ends with NEEDS_RECOVERY: the update comes after it.
   const bool forgives = mask_it && failed_ && failed_peer_ == static_cast<int32_t>(args.rank);
   const uint64_t before = shown_masked();
-  update({.state = nullptr, .host = nullptr, .mask = mask_it ? bit : 0, .unmask = mask_it ? 0 : bit, .epoch = 0, .recover = 0,
+  update({.state = nullptr,
+          .host = nullptr,
+          .mask = mask_it ? bit : 0,
+          .unmask = mask_it ? 0 : bit,
+          .epoch = 0,
+          .recover = 0,
           .clear_failed = forgives ? 1u : 0u});
   masked_ = mask_it ? before | bit : before & ~bit;
   if (!forgives) return;

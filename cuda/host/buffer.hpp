@@ -46,9 +46,9 @@ constexpr uint32_t kMostBlocks = 256;  // of an operation: what its scratch memo
 // What an operation is, for enqueue().
 struct Enqueued {
   int32_t op = 0;
-  bool collective = false;        // it takes the next epoch
-  uint64_t counts_id = 0;         // queued when the host counts are filled, or at the end
-  int32_t borrowed_slot = -1;     // given back when the operation has ended
+  bool collective = false;                // it takes the next epoch
+  uint64_t counts_id = 0;                 // queued when the host counts are filled, or at the end
+  int32_t borrowed_slot = -1;             // given back when the operation has ended
   std::shared_ptr<void> needs = nullptr;  // must live until then, and as long as a graph that has captured it
 };
 
@@ -91,9 +91,9 @@ class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
   std::unique_ptr<MemoryPool> pinned_pool;
 
   // Enqueues an operation on the communication stream: first makes it wait for previous_event, or for the present work of
-  // `stream`, and for the earlier readers of slots that this call took; then launches; then marks the record that `event` names,
-  // and unless ASYNC_FINISH makes `stream` wait for all that. The ids are queued by reap(). On a stream that is captured all
-  // this is recorded. Returns the operation's epoch as far as the host knows. Rejects with NEEDS_RECOVERY, CLOSED or
+  // `stream`, and for the earlier readers of slots that this call took; then launches; then marks the record that `event`
+  // names, and unless ASYNC_FINISH makes `stream` wait for all that. The ids are queued by reap(). On a stream that is captured
+  // all this is recorded. Returns the operation's epoch as far as the host knows. Rejects with NEEDS_RECOVERY, CLOSED or
   // INVALID_ARGUMENT, and has then enqueued nothing. The caller holds `mutex`.
   uint64_t enqueue(const StreamFields& fields, Enqueued what, const Launch& launch);
   // Multiprocessors for an operation that asked for `asked`, or 0; rejects what does not fit beside the other ranks.
@@ -163,7 +163,7 @@ class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
     bool collective = false;
     int32_t borrowed_slot = -1;
     uint64_t done_id = 0;
-    uint64_t counts_id = 0;          // not yet queued; 0 afterwards
+    uint64_t counts_id = 0;                    // not yet queued; 0 afterwards
     std::shared_ptr<Record> record = nullptr;  // of the event that the call was given
     std::shared_ptr<void> needs = nullptr;
   };
@@ -198,32 +198,32 @@ class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
   uint64_t queue_ = 0;
   bool mask_on_timeout_ = false;
   std::unique_ptr<Peers> peers_;
-  std::shared_ptr<DeviceBlock> local_;    // what peers do not see: state, scratch, own routing
-  HostState* host_ = nullptr;             // pinned, from pinned_pool, as is the next
-  int32_t* host_counts_ = nullptr;        // [num_slots, num_counts()]
+  std::shared_ptr<DeviceBlock> local_;  // what peers do not see: state, scratch, own routing
+  HostState* host_ = nullptr;           // pinned, from pinned_pool, as is the next
+  int32_t* host_counts_ = nullptr;      // [num_slots, num_counts()]
   DeviceState* state_ = nullptr;
   RoutingParams own_routing_ = {};
-  CallParams call_ = {};                  // what does not change from call to call
+  CallParams call_ = {};  // what does not change from call to call
   cudaStream_t comm_ = nullptr;
-  cudaEvent_t order_event_ = nullptr;     // recorded again and again: a wait takes what it has recorded then
+  cudaEvent_t order_event_ = nullptr;  // recorded again and again: a wait takes what it has recorded then
   std::atomic<bool> connected_{false};
   std::atomic<bool> closed_{false};
   std::unique_ptr<LiveBuffer> live_;
 
   // Under mutex.
-  uint64_t seq_ = 0;                      // operations enqueued so far
+  uint64_t seq_ = 0;  // operations enqueued so far
   std::deque<Pending> pending_;
   std::vector<Watched> watched_;
   uint64_t findings_seen_ = 0;
-  uint64_t epoch_ = 0;                    // collective calls enqueued so far, without those that replays make
-  uint64_t masked_ = 0;                   // what deepep_mask and recoveries come to, while an update is under way
-  std::shared_ptr<Record> updated_;       // the end of the last update
-  CaptureId capture_ = 0;                 // that the communication stream has joined last
+  uint64_t epoch_ = 0;               // collective calls enqueued so far, without those that replays make
+  uint64_t masked_ = 0;              // what deepep_mask and recoveries come to, while an update is under way
+  std::shared_ptr<Record> updated_;  // the end of the last update
+  CaptureId capture_ = 0;            // that the communication stream has joined last
   std::vector<std::shared_ptr<void>> kept_for_good_;
   bool failed_ = false;
   int32_t failed_peer_ = -1;
-  Failure first_failure_;                 // what made the buffer fail; of use while `failed_`
-  bool is_lost_ = false;                  // CUDA itself has failed
+  Failure first_failure_;  // what made the buffer fail; of use while `failed_`
+  bool is_lost_ = false;   // CUDA itself has failed
   std::vector<cudaStream_t> streams_;
   std::unordered_set<uint64_t> events_;
 

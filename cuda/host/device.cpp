@@ -22,7 +22,7 @@ struct Cuda {
   int driver = 0;
   int runtime = 0;
   std::vector<Device> devices;
-  std::mutex mutex;           // of what follows
+  std::mutex mutex;            // of what follows
   std::vector<bool> prepared;  // by device
 };
 
@@ -81,8 +81,10 @@ Cuda* start() {
 // What is wrong with this machine, and what to do.
 [[noreturn]] void reject_start(const Cuda& cuda) {
   if (cuda.driver == 0) {
-    reject(DEEPEP_ERROR_SYSTEM, "no NVIDIA driver was found (libcuda.so.1): install one for CUDA %d.%d or later, or take the cpu "
-                                "backend", cuda.runtime / 1000, cuda.runtime % 1000 / 10);
+    reject(DEEPEP_ERROR_SYSTEM,
+           "no NVIDIA driver was found (libcuda.so.1): install one for CUDA %d.%d or later, or take the cpu "
+           "backend",
+           cuda.runtime / 1000, cuda.runtime % 1000 / 10);
   }
   if (cuda.error == cudaErrorInsufficientDriver) {
     reject(DEEPEP_ERROR_SYSTEM, "the NVIDIA driver is for CUDA %d.%d, this library needs one for CUDA %d.%d or later",
@@ -104,7 +106,7 @@ Cuda& cuda() {
 
 void reject_cuda(cudaError_t error, const char* doing) {
   cudaGetLastError();
-  const int32_t code = error == cudaErrorMemoryAllocation        ? DEEPEP_ERROR_OUT_OF_MEMORY
+  const int32_t code = error == cudaErrorMemoryAllocation         ? DEEPEP_ERROR_OUT_OF_MEMORY
                        : error == cudaErrorNoKernelImageForDevice ? DEEPEP_ERROR_UNSUPPORTED
                                                                   : DEEPEP_ERROR_SYSTEM;
   reject(code, "CUDA could not %s: %s (%s)", doing, cudaGetErrorString(error), cudaGetErrorName(error));
@@ -129,9 +131,11 @@ const Device& prepare_device(uint64_t index) {
   use_device(device.index);
   if (all.prepared[index]) return device;
   const cudaError_t error = load_kernels();
-  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction || error == cudaErrorUnsupportedPtxVersion) {
+  if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
+      error == cudaErrorUnsupportedPtxVersion) {
     cudaGetLastError();
-    reject(DEEPEP_ERROR_UNSUPPORTED, "this library has no code for %s, whose compute capability is %d.%d: it needs 8.0 or later",
+    reject(DEEPEP_ERROR_UNSUPPORTED,
+           "this library has no code for %s, whose compute capability is %d.%d: it needs 8.0 or later",
            device_name(device).c_str(), device.compute_capability / 10, device.compute_capability % 10);
   }
   DEEPEP_CUDA("load the kernels", error);

@@ -18,11 +18,11 @@ namespace deepep {
 [[noreturn]] void reject_cuda(cudaError_t error, const char* doing);
 
 // The one macro: checks a CUDA call.
-#define DEEPEP_CUDA(doing, call)                                                                \
-  do {                                                                                          \
-    if (const cudaError_t deepep_error_ = (call); deepep_error_ != cudaSuccess) [[unlikely]] {  \
-      ::deepep::reject_cuda(deepep_error_, doing);                                              \
-    }                                                                                           \
+#define DEEPEP_CUDA(doing, call)                                                               \
+  do {                                                                                         \
+    if (const cudaError_t deepep_error_ = (call); deepep_error_ != cudaSuccess) [[unlikely]] { \
+      ::deepep::reject_cuda(deepep_error_, doing);                                             \
+    }                                                                                          \
   } while (0)
 
 // Lets the thread make calls that a capture on any stream would forbid it (queries, allocations): none of ours touches a

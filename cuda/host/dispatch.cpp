@@ -56,8 +56,7 @@ void combine(Buffer& buffer, const deepep_combine_args& args) {
   const Plan plan = buffer.plan(DEEPEP_OP_COMBINE, args.hidden * 2, routing.width(buffer.options.num_ranks), args.num_sms);
   const int32_t borrowed = has_slot ? -1 : buffer.slots.take(-1);
   const auto slot = static_cast<uint32_t>(has_slot ? args.slot : borrowed);
-  buffer.enqueue(stream_fields(args),
-                 {.op = DEEPEP_OP_COMBINE, .collective = true, .borrowed_slot = borrowed, .needs = handle},
+  buffer.enqueue(stream_fields(args), {.op = DEEPEP_OP_COMBINE, .collective = true, .borrowed_slot = borrowed, .needs = handle},
                  [&](const CallParams& call, cudaStream_t stream) {
                    CombineParams params = {.call = call,
                                            .args = args,

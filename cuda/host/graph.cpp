@@ -23,7 +23,8 @@ void abandon_capture(Graph& graph) noexcept {
 void graph_begin(Buffer& buffer, deepep_graph_args& args) {
   const cudaStream_t stream = stream_of(args.stream, "stream");
   if (args.stream == 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "stream is 0");
-  if (stream == buffer.comm()) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "it is the buffer's communication stream, which joins by itself");
+  if (stream == buffer.comm())
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "it is the buffer's communication stream, which joins by itself");
   if (stream == cudaStreamLegacy) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the legacy default stream cannot be captured");
   if (buffer.capturing) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "a graph of this buffer was begun and not ended");
   if (capture_of(stream) != 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the stream is being captured already");

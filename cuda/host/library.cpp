@@ -97,11 +97,9 @@ void measure_copy(uint64_t index, deepep_measure_copy_args& args) {
   DEEPEP_CUDA("make an event", cudaEventCreate(&bench.begin));
   DEEPEP_CUDA("make an event", cudaEventCreate(&bench.end));
   DEEPEP_CUDA("fill memory", cudaMemsetAsync(bench.src, 1, args.bytes, bench.stream));
-  args.kernel_ns =
-      bench.time(args.repeats, [&] { return launch_copy(bench.dst, bench.src, args.bytes, sms, bench.stream); });
-  args.memcpy_ns = bench.time(args.repeats, [&] {
-    return cudaMemcpyAsync(bench.dst, bench.src, args.bytes, cudaMemcpyDeviceToDevice, bench.stream);
-  });
+  args.kernel_ns = bench.time(args.repeats, [&] { return launch_copy(bench.dst, bench.src, args.bytes, sms, bench.stream); });
+  args.memcpy_ns = bench.time(
+      args.repeats, [&] { return cudaMemcpyAsync(bench.dst, bench.src, args.bytes, cudaMemcpyDeviceToDevice, bench.stream); });
 }
 
 void plan_operation(Buffer* buffer, deepep_plan_args& args) {
@@ -114,7 +112,8 @@ void plan_operation(Buffer* buffer, deepep_plan_args& args) {
                               : topology.compute_capability <= 0 ? "compute_capability"
                               : topology.shared_bytes == 0       ? "shared_bytes"
                                                                  : nullptr;
-  if (missing) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s is not given, and there is no connected buffer to take it from", missing);
+  if (missing)
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s is not given, and there is no connected buffer to take it from", missing);
   if (args.row_bytes == 0 || args.row_bytes % 16 != 0 || args.row_bytes > DEEPEP_MAX_ROW_BYTES) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "row_bytes is %u, it must be a multiple of 16 up to %u", args.row_bytes,
            DEEPEP_MAX_ROW_BYTES);

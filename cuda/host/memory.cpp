@@ -45,8 +45,10 @@ void empty(Store& all) {
   const bool restore = cudaGetDevice(&before) == cudaSuccess;
   for (const Kept& kept : all.kept) {
     if (cudaSetDevice(kept.device) != cudaSuccess) continue;
-    if (kept.is_mapping) cudaIpcCloseMemHandle(kept.data);
-    else cudaFree(kept.data);
+    if (kept.is_mapping)
+      cudaIpcCloseMemHandle(kept.data);
+    else
+      cudaFree(kept.data);
   }
   all.kept.clear();
   if (restore) cudaSetDevice(before);
@@ -197,7 +199,9 @@ bool add_chunk(Pinned& all, uint64_t bytes) {
 
 class PinnedSource : public BlockSource {
  public:
-  uint64_t block_bytes(uint64_t bytes) const override { return align_up(bytes, bytes >= kUnit / 2 ? kUnit : bytes > 4096 ? 4096 : 256); }
+  uint64_t block_bytes(uint64_t bytes) const override {
+    return align_up(bytes, bytes >= kUnit / 2 ? kUnit : bytes > 4096 ? 4096 : 256);
+  }
 
   void* take(uint64_t bytes) override {
     Pinned& all = pinned();
@@ -253,10 +257,11 @@ std::shared_ptr<IpcMapping> IpcMapping::open(int device, const cudaIpcMemHandle_
   const cudaError_t error = cudaIpcOpenMemHandle(&data, handle, cudaIpcMemLazyEnablePeerAccess);
   if (error != cudaSuccess) {
     cudaGetLastError();
-    reject(DEEPEP_ERROR_SYSTEM,
-           "the memory of rank %u could not be mapped on GPU %d: %s (%s). Ranks in separate processes need CUDA IPC: one machine "
-           "and one container, and GPUs that reach each other (deepep_get_peer_access)",
-           rank, device, cudaGetErrorString(error), cudaGetErrorName(error));
+    reject(
+        DEEPEP_ERROR_SYSTEM,
+        "the memory of rank %u could not be mapped on GPU %d: %s (%s). Ranks in separate processes need CUDA IPC: one machine "
+        "and one container, and GPUs that reach each other (deepep_get_peer_access)",
+        rank, device, cudaGetErrorString(error), cudaGetErrorName(error));
   }
   std::shared_ptr<IpcMapping> mapping(new IpcMapping(device, static_cast<uint8_t*>(data)));
   all.mappings[key] = mapping;
@@ -286,7 +291,8 @@ void reserve_pinned() {
   const std::lock_guard lock(all.mutex);
   if (all.at != nullptr) return;
   if (!add_chunk(all, kChunk)) {
-    reject(DEEPEP_ERROR_OUT_OF_MEMORY, "%llu bytes of pinned memory are not to be had", static_cast<unsigned long long>(kChunk));
+    reject(DEEPEP_ERROR_OUT_OF_MEMORY, "%llu bytes of pinned memory are not to be had",
+           static_cast<unsigned long long>(kChunk));
   }
 }
 

@@ -53,8 +53,9 @@ void release_slot(Buffer& buffer, const deepep_slot_release_args& args) {
   if (args.stream != 0) {
     const cudaStream_t stream = stream_of(args.stream, "stream");
     if (capture_of(stream) != 0) {
-      reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the stream is being captured: a captured slot is released when its graph is replayed "
-                                            "no more");
+      reject(DEEPEP_ERROR_INVALID_ARGUMENT,
+             "the stream is being captured: a captured slot is released when its graph is replayed "
+             "no more");
     }
     readers = std::make_shared<Record>(buffer.device->index);
     readers->mark(stream, 0);

@@ -86,8 +86,10 @@ void Peers::enable_access(int other) const {
   if (other == device_.index) return;
   use_device(device_.index);
   const cudaError_t error = cudaDeviceEnablePeerAccess(other, 0);
-  if (error == cudaErrorPeerAccessAlreadyEnabled) cudaGetLastError();
-  else DEEPEP_CUDA("enable peer access", error);
+  if (error == cudaErrorPeerAccessAlreadyEnabled)
+    cudaGetLastError();
+  else
+    DEEPEP_CUDA("enable peer access", error);
 }
 
 // What stands in the way of a peer's memory, before CUDA is asked for it and answers with less.
@@ -95,9 +97,11 @@ void Peers::check_reach(const PeerPage& page, uint32_t rank) const {
   const bool same_device = memcmp(page.uuid, device_.uuid, sizeof page.uuid) == 0;
   if (page.pid != getpid() && same_device && !device_.mps && !time_slicing_allowed()) {
     reject(DEEPEP_ERROR_UNSUPPORTED,
-           "rank %u in process %d shares %s with this process without CUDA MPS: their kernels would take turns of milliseconds and "
+           "rank %u in process %d shares %s with this process without CUDA MPS: their kernels would take turns of milliseconds "
+           "and "
            "wait for each other. Start MPS (nvidia-cuda-mps-control -d) before both, put the ranks into one process, or set "
-           "DEEPEP_ALLOW_TIME_SLICING=1", rank, page.pid, device_name(device_).c_str());
+           "DEEPEP_ALLOW_TIME_SLICING=1",
+           rank, page.pid, device_name(device_).c_str());
   }
   if (same_device) return;
   const int other = index_of(page.uuid);

@@ -20,15 +20,15 @@ namespace deepep {
 struct PeerPage {
   uint64_t magic;
   uint64_t symmetric_bytes;
-  uint64_t address;            // of its symmetric memory, in its process
+  uint64_t address;  // of its symmetric memory, in its process
   int32_t pid;
-  int32_t device;              // its index there
-  int32_t num_sms;             // of the device
-  int32_t wanted_sms;          // its buffer's num_sms; 0 = the plan's choice
+  int32_t device;      // its index there
+  int32_t num_sms;     // of the device
+  int32_t wanted_sms;  // its buffer's num_sms; 0 = the plan's choice
   int32_t compute_capability;
-  uint32_t mapped;             // set by who maps it from another process
-  char uuid[16];               // of the device
-  char ipc[64];                // cudaIpcMemHandle_t; all zeros where the driver has no IPC
+  uint32_t mapped;  // set by who maps it from another process
+  char uuid[16];    // of the device
+  char ipc[64];     // cudaIpcMemHandle_t; all zeros where the driver has no IPC
 };
 
 class Peers {

@@ -11,7 +11,6 @@
 #include <utility>
 
 #include "buffer.hpp"
-#include "graph.hpp"
 #include "watchdog.hpp"
 
 namespace deepep {
@@ -110,8 +109,8 @@ void Buffer::reap_ended(uint64_t ended) {
 
 // Keeps a failure, and marks the buffer when something was left half-way.
 std::shared_ptr<const Status> Buffer::keep_finding(const Finding& finding, int32_t op, uint64_t id_0, uint64_t id_1) {
-  Failure failure =
-      finding.reason == Reason::needs_recovery && failed_ ? needs_recovery(first_failure_, rank) : describe(finding, rank);
+  Failure failure = finding.reason == Reason::needs_recovery && first_failure_.code != 0 ? needs_recovery(first_failure_, rank)
+                                                                                         : describe(finding, rank);
   failure.op = op;
   auto status = std::make_shared<Status>(Status{failure, finding.epoch});
   statuses.keep(id_0, id_1, status);
@@ -233,8 +232,10 @@ bool Buffer::watch() noexcept {
     reap();
     if (!pending_.empty() && present_capture() == 0) {
       const cudaError_t error = cudaStreamQuery(comm_);
-      if (error == cudaErrorNotReady) cudaGetLastError();
-      else if (error != cudaSuccess) fail_everything(error);
+      if (error == cudaErrorNotReady)
+        cudaGetLastError();
+      else if (error != cudaSuccess)
+        fail_everything(error);
     }
   } catch (...) {
     // The next look may have more luck.

@@ -24,8 +24,10 @@ CaptureId Buffer::present_capture() {
 
 void Buffer::keep_for_capture(std::shared_ptr<void> needs) {
   if (!needs) return;
-  if (capturing) capturing->needs.push_back(std::move(needs));
-  else kept_for_good_.push_back(std::move(needs));
+  if (capturing)
+    capturing->needs.push_back(std::move(needs));
+  else
+    kept_for_good_.push_back(std::move(needs));
 }
 
 void Buffer::order(cudaStream_t before, cudaStream_t after) {
@@ -50,7 +52,8 @@ CaptureId Buffer::check_capture(const StreamFields& fields, const Enqueued& what
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "a captured dispatch needs NO_CPU_SYNC: a replay gives the host no counts");
   }
   if (what.borrowed_slot >= 0) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "a captured call must name its slot, which must stay held while the graph is replayed");
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT,
+           "a captured call must name its slot, which must stay held while the graph is replayed");
   }
   return theirs;
 }
@@ -129,8 +132,10 @@ uint64_t Buffer::enqueue(const StreamFields& fields, Enqueued what, const Launch
     event->set(record);
   }
   if (stream && !(fields.flags & DEEPEP_FLAG_ASYNC_FINISH)) {
-    if (record) record->make_wait(stream, capture);
-    else order(comm_, stream);
+    if (record)
+      record->make_wait(stream, capture);
+    else
+      order(comm_, stream);
   }
   watchdog_wake();
   return epoch;
@@ -165,8 +170,8 @@ void Buffer::check_sms(int32_t wanted) const {
   const auto all = static_cast<long long>(wanted) * topology.ranks_on_device;
   if (wanted <= static_cast<int32_t>(kMostBlocks) && all <= topology.device_sms) return;
   reject(DEEPEP_ERROR_INVALID_ARGUMENT,
-         "%u ranks on the device * %d multiprocessors = %lld, but %s has %d: their kernels could not run at once", topology.ranks_on_device,
-         wanted, all, device_name(*device).c_str(), topology.device_sms);
+         "%u ranks on the device * %d multiprocessors = %lld, but %s has %d: their kernels could not run at once",
+         topology.ranks_on_device, wanted, all, device_name(*device).c_str(), topology.device_sms);
 }
 
 }  // namespace deepep

@@ -38,6 +38,7 @@ cudaEvent_t take_event(int device) {
     free.reserve(free.capacity() + 1);
   }
   use_device(device);
+  const Relaxed relaxed;
   cudaEvent_t event = nullptr;
   DEEPEP_CUDA("make an event", cudaEventCreateWithFlags(&event, cudaEventDefault));  // with times, for deepep_event_elapsed
   return event;
@@ -181,6 +182,7 @@ CaptureId capture_of(cudaStream_t stream) {
 }
 
 cudaStream_t make_stream(std::weak_ptr<void> owner) {
+  const Relaxed relaxed;
   cudaStream_t stream = nullptr;
   DEEPEP_CUDA("make a stream", cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
   return keep_stream(stream, std::move(owner), false);
@@ -208,7 +210,8 @@ void destroy_stream(uint64_t stream) {
     const std::lock_guard lock(all.mutex);
     const auto found = all.alive.find(stream);
     if (found == all.alive.end()) {
-      reject(DEEPEP_ERROR_INVALID_ARGUMENT, "stream 0x%llx was not made by this library", static_cast<unsigned long long>(stream));
+      reject(DEEPEP_ERROR_INVALID_ARGUMENT, "stream 0x%llx was not made by this library",
+             static_cast<unsigned long long>(stream));
     }
     if (found->second.is_comm) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "it is the buffer's communication stream");
     all.alive.erase(found);

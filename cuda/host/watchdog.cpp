@@ -16,6 +16,7 @@ namespace {
 
 constexpr std::chrono::milliseconds kRound{10};   // how late the end of a peer is seen
 constexpr std::chrono::milliseconds kRest{1000};  // a safety net only: whoever enqueues wakes it
+constexpr int kLingering = 50;  // rounds with nothing to do before it sleeps: to be woken costs the caller microseconds
 
 struct Watchdog {
   std::mutex mutex;
@@ -48,16 +49,18 @@ bool look(Watchdog& self) {
 void run(Watchdog& self) {
   cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // for good: this thread captures nothing
   cudaThreadExchangeStreamCaptureMode(&mode);
-  for (;;) {
-    // Announced before the look: either the look finds what was enqueued, or watchdog_wake() finds the announcement.
-    self.asleep.store(true, std::memory_order_seq_cst);
-    const bool again = look(self);
+  for (int idle_rounds = 0;;) {
+    // Announced before the last look: either the look finds what was enqueued, or watchdog_wake() finds the announcement.
+    if (idle_rounds >= kLingering) self.asleep.store(true, std::memory_order_seq_cst);
+    idle_rounds = look(self) ? 0 : idle_rounds + 1;
     std::unique_lock lock(self.mutex);
-    if (again) {
+    if (idle_rounds <= kLingering) {
       self.asleep.store(false, std::memory_order_relaxed);
       self.wake.wait_for(lock, kRound);
     } else {
-      self.wake.wait_for(lock, kRest, [&] { return !self.asleep.load(std::memory_order_relaxed); });  // Pairs with watchdog_wake.
+      // Pairs with watchdog_wake.
+      const bool woken = self.wake.wait_for(lock, kRest, [&] { return !self.asleep.load(std::memory_order_relaxed); });
+      idle_rounds = woken ? 0 : kLingering;
     }
   }
 }
