@@ -1,12 +1,16 @@
 /**
  * scripts/bench.ts as users run it, at sizes that take no time: every op gives a well-formed JSON line, a wrong result is never
- * timed, and flags that make no sense are refused.
+ * timed, and flags that make no sense are refused. The bench of a GPU runs on the cpu backend, without what that lacks.
  */
 import { existsSync, mkdtempSync, readFileSync, rmSync } from "node:fs";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
 import { test } from "node:test";
 import { assert, assertAlmostEquals, assertEquals, assertMatch } from "@std/assert";
+import { bytesOf } from "../lib/dtype.ts";
+import { referenceDispatch } from "../lib/reference/mod.ts";
+import { makeRouting } from "../scripts/bench/gpu/routes.ts";
+import { fitted } from "../scripts/bench/gpu/sweeps.ts";
 import { OPS, parseOptions } from "../scripts/bench/options.ts";
 import { spreadOf } from "../scripts/bench/timing.ts";
 import { makeBenchWorld, sum } from "../scripts/bench/world.ts";
@@ -52,6 +56,14 @@ interface Line {
   boundUs: number;
   ratio: number;
   naiveUs: number | null;
+}
+
+/** A line of `--json` of a GPU's bench. */
+interface GpuLine extends Line {
+  phase: string;
+  form: string;
+  date: string;
+  message?: string;
 }
 
 async function bench(
@@ -103,7 +115,10 @@ test("bench: a wrong result is not timed", bounded, async () => {
 });
 
 test("bench: flags that make no sense are refused", () => {
-  for (const flags of [["--ranks", "0"], ["--ops", "fly"], ["--backend", "tpu"], ["--topk", "9", "--experts", "8"]]) {
+  const gpu = [["--only", "ceiling,floor"], ["--sms", "16,x"], ["--sweep-tokens", "0"]];
+  for (
+    const flags of [...gpu, ["--ranks", "0"], ["--ops", "fly"], ["--backend", "tpu"], ["--topk", "9", "--experts", "8"]]
+  ) {
     let message = "";
     try {
       parseOptions(flags);
@@ -120,4 +135,92 @@ test("bench: flags that make no sense are refused", () => {
 test("bench: medians", () => {
   assertEquals(spreadOf([3, 1, 2]), { median: 2, min: 1, max: 3 });
   assertEquals(spreadOf([4, 1, 2, 3]), { median: 2.5, min: 1, max: 4 });
+});
+
+test(
+  "GPU bench: every phase gives figures on whatever backend, and goes on without what it lacks",
+  bounded,
+  async () => {
+    const flags = ["--gpu-bench", "--sms", "4,2", "--sweep-tokens", "1,8", "--sweep-sms", "2", "--sweep-ranks", "1,2"];
+    const { code, stdout, stderr, lines } = await bench(...flags);
+    assertEquals(code, 0, stderr);
+    const all = lines as GpuLine[], figures = all.filter(({ phase }) => phase !== undefined);
+    const troubles = all.filter(({ op }) => op === "trouble").map(({ message }) => message);
+    assertEquals(troubles, new Array(2).fill("ceiling: Cannot measure copies: the cpu backend has no copy kernel"));
+    const opsOf = (
+      wanted: string,
+    ): string[] => [...new Set(figures.filter(({ phase }) => phase === wanted).map(({ op }) => op))];
+    const dispatches = ["dispatch_cached", "dispatch_full", "dispatch_awaited"];
+    assertEquals(opsOf("main"), [
+      ...dispatches,
+      "dispatch_own_stream",
+      ...["dispatch_full", "dispatch_cached"].flatMap((op) => [`${op}_until_promise`, `${op}_until_end`]),
+      ...["dispatch_fp8", "combine", "combine_copy", "dispatch_expert", "combine_expert"],
+    ]);
+    assertEquals(opsOf("tokens"), [...dispatches, "combine"]);
+    for (const phase of ["sms", "ranks"]) {
+      assertEquals(opsOf(phase), ["dispatch_cached", "dispatch_fp8", "dispatch_full", "combine"]);
+    }
+    const calls = ["dispatch", "dispatch_cached", "combine"];
+    assertEquals(opsOf("host"), [
+      ...calls.flatMap((op) => [`host_${op}_busy`, `host_${op}_idle`]),
+      ...calls.map((op) => `heap_${op}`),
+    ]);
+    assertEquals(opsOf("wake").filter((op) => op.startsWith("wake_observed")).length, 3);
+    for (const line of figures) {
+      assertMatch(line.runtime, /^(bun|deno) \d/);
+      assertMatch(line.date, /^\d{4}-\d\d-\d\dT/);
+      assert(line.usMin <= line.usMedian && line.usMedian <= line.usMax, line.op);
+      assertEquals([line.backend, line.hidden, line.topk, line.experts], ["cpu", 128, 2, 8]);
+    }
+    assertMatch(stdout, /^\S+ +dispatch BF16, cached, 4 SMs +>= 92 % of the bound/m);
+  },
+);
+
+test("GPU bench: a wrong result is not timed, and the others go on", bounded, async () => {
+  const { code, lines } = await bench("--gpu-bench", "--only", "main", "--sms", "4", "--corrupt");
+  const messages = (lines as GpuLine[]).map(({ message }) => message ?? "");
+  assertEquals([code, messages.length], [1, 6]);
+  for (const message of messages) assertMatch(message, /^main: .* differs from the reference: byte/);
+});
+
+test("GPU bench: rows go where the reference puts them", () => {
+  for (const ranks of [1, 3, 8]) {
+    const shape = { ranks, tokens: 7, topk: 3, experts: 10 };
+    const routing = makeRouting(shape, 5);
+    const inputs = routing.topkIdx.map((topkIdx, r) => ({
+      numTokens: 7,
+      x: bytesOf(new Uint16Array(7 * 8)),
+      rowBytes: 16,
+      topkIdx,
+      topkWeights: routing.topkWeights[r]!,
+    }));
+    for (const layout of ["rank", "expert"] as const) {
+      const route = routing[layout];
+      const want = referenceDispatch(inputs, {
+        numExperts: 10,
+        numTopk: 3,
+        maxTokensPerRank: 7,
+        maxRecvTokens: 1000,
+        layout,
+      });
+      want.ranks.forEach(({ srcIdx, numTokensPerExpert }, r) => {
+        assertEquals([...route.sources[r]!], [...srcIdx]);
+        assertEquals([...routing.perExpert[r]!], [...numTokensPerExpert]);
+      });
+      for (let s = 0; s < ranks; s++) {
+        route.rankOf[s]!.forEach((rank, hop) => {
+          if (rank < 0) return;
+          assertEquals(route.sources[rank]![route.rowOf[s]![hop]!], s * 7 + Math.floor(hop / route.width));
+        });
+      }
+    }
+  }
+});
+
+test("GPU bench: a line is fitted", () => {
+  const { fixed, perMb, worst } = fitted([1, 10, 100].map((mb) => ({ mb, us: 5 + 2 * mb })));
+  assertAlmostEquals(fixed, 5, 1e-9);
+  assertAlmostEquals(perMb, 2, 1e-9);
+  assertAlmostEquals(worst, 0, 1e-9);
 });

@@ -24,12 +24,12 @@ const LATE_MS = Array.from({ length: 11 }, (_, i) => 2 + i / 10);
 const FACTS = { tokens: 1, ranks: 1, dtype: "none", layout: "none", bytes: 0 } as const;
 
 /** What a call leaves behind. */
-interface Called {
+export interface Called {
   readonly event: EpEvent;
   [Symbol.dispose](): void;
 }
 /** A call that launches before it returns. */
-type Call = () => Called | Promise<Called>;
+export type Call = () => Called | Promise<Called>;
 
 /** Runs the ops about the host that were asked for. */
 export async function* benchHost(options: BenchOptions): AsyncGenerator<Figure> {
@@ -76,7 +76,7 @@ export async function* benchHost(options: BenchOptions): AsyncGenerator<Figure> 
 }
 
 /** How long after its delay an operation is heard of: by the event loop, and by asking without pause. */
-async function wake(
+export async function wake(
   o: BenchOptions,
   delaysMs: readonly number[],
   start: (delayMs: number) => EpEvent,
@@ -106,6 +106,18 @@ async function* callFigures(o: BenchOptions, ranks: Ranks, name: string, call: C
     formula: `${formula}: pack, FFI, launch; nothing is waited for. bound: the goal of ${GOAL_US} us`,
     ...(suffix === "" ? { goal: 1 } : {}),
   });
+  const { busy, idle } = await callCost(o, ranks, call);
+  if (busy) yield figure("", busy, "one call while the device is busy");
+  yield figure("_idle", idle, "one call that finds the device at rest");
+}
+
+/** What a call costs on a busy device, where it can be kept busy, and on one at rest. */
+export async function callCost(
+  o: BenchOptions,
+  ranks: Ranks,
+  call: Call,
+  calls: number = CALLS,
+): Promise<{ busy: Spread | undefined; idle: Spread }> {
   const idle = await batches(o, async () => {
     const begin = nowUs();
     const pending = call();
@@ -115,18 +127,15 @@ async function* callFigures(o: BenchOptions, ranks: Ranks, name: string, call: C
     called[Symbol.dispose]();
     return us;
   });
-  if (ranks.hasGate) {
-    yield figure("", await busyBatches(o, ranks, call), "one call while the device is busy");
-  }
-  yield figure("_idle", idle, "one call that finds the device at rest");
+  return { busy: ranks.hasGate ? await busyBatches(o, ranks, call, calls) : undefined, idle };
 }
 
 /** Calls behind a shut gate. */
-async function busyBatches(o: BenchOptions, ranks: Ranks, call: Call): Promise<Spread> {
+async function busyBatches(o: BenchOptions, ranks: Ranks, call: Call, calls: number): Promise<Spread> {
   const medians: number[] = [];
   for (let b = 0; b < o.repetitions; b++) {
     const opened = ranks.shut(ranks.lanes, BUSY_MS), samples: number[] = [];
-    for (let i = 0; i < CALLS; i++) {
+    for (let i = 0; i < calls; i++) {
       const begin = nowUs();
       const pending = call();
       samples.push(nowUs() - begin);

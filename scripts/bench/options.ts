@@ -24,6 +24,12 @@ export const OPS = [
 /** One of {@linkcode OPS}. */
 export type OpName = (typeof OPS)[number];
 
+/** Parts of the bench of a GPU, in their order. */
+export const GPU_PHASES = ["ceiling", "main", "host", "wake", "tokens", "sms", "ranks"] as const;
+
+/** One of {@linkcode GPU_PHASES}. */
+export type GpuPhase = (typeof GPU_PHASES)[number];
+
 /** What `--help` prints. */
 export const USAGE = `Usage: bench.ts [options]      (bun scripts/bench.ts, or deno run -A scripts/bench.ts)
 
@@ -33,12 +39,11 @@ each figure stand the bytes, the copy ceiling of the same run and the naive way 
   --backend auto|cpu|cuda   default: the best that works here
   --library FILE            library to use instead of the package's own
   --ranks N                 default 8
-  --tokens N                tokens a rank in normal mode, default 512
+  --tokens N                tokens a rank in normal mode, default 512; on a GPU 4096
   --ll-tokens N,N,...       tokens a rank in low-latency mode, default 1,8,32,128
   --hidden N                default 7168
   --topk N                  default 8
   --experts N               default 256
-  --sms N                   multiprocessors an operation may use, default: the plan's choice; nothing on cpu
   --ops OP,OP,...           default all: ${OPS.slice(0, 6).join(", ")},
                             ${OPS.slice(6).join(", ")}
   --iterations N            calls in a chain, default: as many as fill --chain-ms
@@ -46,9 +51,36 @@ each figure stand the bytes, the copy ceiling of the same run and the naive way 
   --repetitions N           chains of each kind, taken in turns, default 7
   --quick                   the same as --chain-ms 60 --repetitions 3
   --json FILE               append one JSON line per figure
+  --commit TEXT             what the figures are of, where git does not tell
+
+On a GPU the bench is another one: device events, launches against graphs, sweeps, the naive way with kernels of its own.
+  --only PHASE,...          default all: ${GPU_PHASES.join(", ")}
+  --sms N,N,...             multiprocessors a rank in phase main, default 16,8,4; sweeps take the first
+  --sweep-tokens N,N,...    default 1,2,4,...,8192; with --quick 1,8,64,512,4096
+  --sweep-sms N,N,...       default 2,4,8,12,16; with --quick 4,16
+  --sweep-ranks N,N,...     default 1,2,4,8; with --quick 1,4
+  --limit SECONDS           leave out what would begin later, default 180; with --quick 35
+  --naive-library FILE      scripts/bench/naive.cu, compiled already; default: build/bench, by nvcc if need be
+  --gpu-bench               the same on the cpu backend, without what it lacks (for its test)
   --corrupt                 flip a bit of what is verified: the bench must refuse and exit with 1 (for its test)
   --help                    this text
 `;
+
+/** Options of the bench of a GPU. */
+export interface GpuOptions {
+  readonly phases: ReadonlySet<GpuPhase>;
+  readonly tokens: number;
+  readonly numSms: readonly number[];
+  readonly sweepTokens: readonly number[];
+  readonly sweepSms: readonly number[];
+  readonly sweepRanks: readonly number[];
+  readonly repetitions: number;
+  readonly limitS: number;
+  readonly quick: boolean;
+  readonly naiveLibrary: string | undefined;
+  /** On the cpu backend, too. */
+  readonly anyBackend: boolean;
+}
 
 /** Options with every default filled in. */
 export interface BenchOptions {
@@ -68,7 +100,9 @@ export interface BenchOptions {
   readonly chainMs: number;
   readonly repetitions: number;
   readonly json: string | undefined;
+  readonly commit: string | undefined;
   readonly corrupt: boolean;
+  readonly gpu: GpuOptions;
 }
 
 function whole(name: string, text: string, least: number): number {
@@ -77,6 +111,19 @@ function whole(name: string, text: string, least: number): number {
     throw new RangeError(`Cannot bench: --${name} is ${text}, needs a whole number from ${least}`);
   }
   return value;
+}
+
+const wholes = (name: string, text: string, least: number): number[] =>
+  text.split(",").map((n) => whole(name, n, least));
+
+/** The words of a list, checked. */
+function words<T extends string>(what: string, text: string, known: readonly T[]): Set<T> {
+  const given = text.split(",");
+  const unknown = given.find((word) => !(known as readonly string[]).includes(word));
+  if (unknown !== undefined) {
+    throw new RangeError(`Cannot bench: there is no ${what} ${unknown}; ${what}s are ${known.join(", ")}`);
+  }
+  return new Set(given as T[]);
 }
 
 /** Whether a shape is that of the defaults, which goals are about. */
@@ -93,12 +140,20 @@ export function parseOptions(args: string[]): BenchOptions | undefined {
       backend: { ...text, default: "auto" },
       library: text,
       ranks: { ...text, default: "8" },
-      tokens: { ...text, default: "512" },
+      tokens: text,
       "ll-tokens": { ...text, default: "1,8,32,128" },
       hidden: { ...text, default: "7168" },
       topk: { ...text, default: "8" },
       experts: { ...text, default: "256" },
-      sms: { ...text, default: "0" },
+      sms: text,
+      only: { ...text, default: GPU_PHASES.join(",") },
+      "sweep-tokens": text,
+      "sweep-sms": text,
+      "sweep-ranks": text,
+      limit: text,
+      "naive-library": text,
+      "gpu-bench": flag,
+      commit: text,
       ops: { ...text, default: OPS.join(",") },
       iterations: text,
       "chain-ms": text,
@@ -113,26 +168,41 @@ export function parseOptions(args: string[]): BenchOptions | undefined {
   if (!["auto", "cpu", "cuda", "nvshmem"].includes(values.backend)) {
     throw new RangeError(`Cannot bench: --backend is ${values.backend}, needs auto, cpu, cuda or nvshmem`);
   }
-  const ops = values.ops.split(",");
-  const unknown = ops.find((op) => !(OPS as readonly string[]).includes(op));
-  if (unknown !== undefined) throw new RangeError(`Cannot bench: there is no op ${unknown}; ops are ${OPS.join(", ")}`);
+  const ops = words("op", values.ops, OPS), { quick } = values;
   const topk = whole("topk", values.topk, 1), experts = whole("experts", values.experts, 1);
   if (topk > experts) throw new RangeError(`Cannot bench: --topk is ${topk}, there are ${experts} experts`);
+  const ranks = whole("ranks", values.ranks, 1);
+  const swept = quick ? "1,8,64,512,4096" : Array.from({ length: 14 }, (_, i) => 2 ** i).join(",");
+  const gpu: GpuOptions = {
+    phases: words("phase", values.only, GPU_PHASES),
+    tokens: whole("tokens", values.tokens ?? "4096", 1),
+    numSms: wholes("sms", values.sms ?? "16,8,4", 1),
+    sweepTokens: wholes("sweep-tokens", values["sweep-tokens"] ?? swept, 1),
+    sweepSms: wholes("sweep-sms", values["sweep-sms"] ?? (quick ? "4,16" : "2,4,8,12,16"), 1),
+    sweepRanks: wholes("sweep-ranks", values["sweep-ranks"] ?? (quick ? "1,4" : "1,2,4,8"), 1),
+    repetitions: whole("repetitions", values.repetitions ?? (quick ? "5" : "9"), 1),
+    limitS: whole("limit", values.limit ?? (quick ? "35" : "180"), 1),
+    quick,
+    naiveLibrary: values["naive-library"],
+    anyBackend: values["gpu-bench"],
+  };
   return {
     backend: values.backend as Backend | "auto",
     library: values.library,
-    ranks: whole("ranks", values.ranks, 1),
-    tokens: whole("tokens", values.tokens, 1),
-    lowLatencyTokens: values["ll-tokens"].split(",").map((n) => whole("ll-tokens", n, 1)),
+    ranks,
+    tokens: whole("tokens", values.tokens ?? "512", 1),
+    lowLatencyTokens: wholes("ll-tokens", values["ll-tokens"], 1),
     hidden: whole("hidden", values.hidden, 16),
     topk,
     experts,
-    numSms: whole("sms", values.sms, 0),
-    ops: new Set(ops as OpName[]),
+    numSms: 0,
+    ops,
     iterations: values.iterations === undefined ? undefined : whole("iterations", values.iterations, 1),
-    chainMs: whole("chain-ms", values["chain-ms"] ?? (values.quick ? "60" : "200"), 1),
-    repetitions: whole("repetitions", values.repetitions ?? (values.quick ? "3" : "7"), 1),
+    chainMs: whole("chain-ms", values["chain-ms"] ?? (quick ? "60" : "200"), 1),
+    repetitions: whole("repetitions", values.repetitions ?? (quick ? "3" : "7"), 1),
     json: values.json,
+    commit: values.commit,
     corrupt: values.corrupt,
+    gpu,
   };
 }

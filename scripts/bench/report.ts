@@ -4,12 +4,11 @@
  * In: figures. Out: text. Called by scripts/bench.ts. `ratio` is bound / measured, so 1 is the bound and more is better.
  */
 import { execFileSync } from "node:child_process";
-import { appendFileSync } from "node:fs";
+import { appendFileSync, readFileSync } from "node:fs";
 import { cpus, release } from "node:os";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
 import type { EpBuffer } from "../../mod.ts";
-import { struct } from "../../lib/ffi/struct.ts";
 import type { BenchOptions } from "./options.ts";
 import type { Spread } from "./timing.ts";
 
@@ -44,21 +43,32 @@ export interface Machine {
   readonly driver: string;
   readonly commit: string;
   readonly runtime: string;
+  /** The day and time of the run. */
+  readonly date: string;
 }
 
 /** Looks the machine up. */
-export function machineOf(buffer: EpBuffer): Machine {
+export function machineOf(buffer: EpBuffer, options: BenchOptions): Machine {
   const { backend, capabilities } = buffer;
-  const native = struct("deepep_capabilities");
-  buffer.core.device.call("deepep_get_capabilities", 0n, native, "capabilities");
   const { bun, deno } = process.versions as Record<string, string | undefined>;
   return {
     backend,
     gpu: backend === "cpu" ? `${cpus()[0]?.model.trim() ?? "unknown"} x${cpus().length}` : capabilities.name,
-    driver: backend === "cpu" ? release() : String(native.get("driver_version")),
-    commit: commit(),
+    driver: backend === "cpu" ? release() : `${driverVersion()}CUDA ${capabilities.driverVersion}`,
+    commit: options.commit ?? commit(),
     runtime: bun ? `bun ${bun}` : deno ? `deno ${deno}` : `node ${process.versions.node}`,
+    date: new Date().toISOString().slice(0, 19) + "Z",
   };
+}
+
+/** The version of NVIDIA's kernel driver and a comma, or nothing where it does not tell. */
+function driverVersion(): string {
+  try {
+    const text = readFileSync("/proc/driver/nvidia/version", "utf8");
+    return `${/\b\d{3,}\.\d+(\.\d+)?\b/.exec(text)![0]}, `;
+  } catch {
+    return "";
+  }
 }
 
 function commit(): string {

@@ -1,0 +1,225 @@
+/**
+ * The bench of a GPU: ceilings, the calls at the main size, what they cost the host, and sweeps.
+ *
+ * In: options. Out: lines as they come, JSON beside them, and at the end goals against figures. Called by scripts/bench.ts. Each
+ * phase is on its own: when one fails the next goes on, on new buffers if those of the failed one are broken. Phases that would
+ * begin after the time limit are left out, and it is said.
+ */
+import type { BenchOptions, GpuPhase } from "../options.ts";
+import { nowUs, Ranks } from "../ranks.ts";
+import type { Machine } from "../report.ts";
+import { VerificationError, Verifier } from "../verify.ts";
+import { type Ceiling, measureCopies } from "./ceilings.ts";
+import { within } from "./clock.ts";
+import { hostPhase } from "./host_phase.ts";
+import { mainPhase, type PhaseContext } from "./main_phase.ts";
+import { type NaiveLibrary, naiveLibrary } from "./naive_library.ts";
+import { goalTable, Report } from "./report.ts";
+import { makeRouting, mostRows, type Routing } from "./routes.ts";
+import { Stage } from "./stage.ts";
+import { FORMS, shapeSweep, tokenSweep } from "./sweeps.ts";
+import { wakePhase } from "./wake.ts";
+
+/** Copies are at least so large. */
+const LEAST_COPY_BYTES = 2 ** 30;
+
+/** Stages, of which one lives at a time. */
+class Stages {
+  readonly #options: BenchOptions;
+  #stage: Stage | undefined;
+  #key = "";
+
+  constructor(options: BenchOptions) {
+    this.#options = options;
+  }
+
+  /** The stage of such ranks, new unless the present one is. */
+  async get(shape: { numRanks: number; tokens: number; rows: number }): Promise<Stage> {
+    const key = JSON.stringify(shape);
+    if (this.#stage && key === this.#key && this.#usable()) return this.#stage;
+    await this.close();
+    this.#stage = await within(60_000, "creating the buffers", Stage.create(this.#options, shape));
+    this.#key = key;
+    return this.#stage;
+  }
+
+  #usable(): boolean {
+    try {
+      this.#stage?.dropResults();
+      return this.#stage?.usable ?? false;
+    } catch {
+      return false;
+    }
+  }
+
+  /** Closes the stage; one that hangs is left behind. */
+  async close(): Promise<void> {
+    const stage = this.#stage;
+    this.#stage = undefined;
+    if (stage) await within(30_000, "closing the buffers", stage[Symbol.asyncDispose]());
+  }
+}
+
+/** What a run shares. */
+class Run {
+  readonly options: BenchOptions;
+  readonly report: Report;
+  readonly verifier: Verifier;
+  readonly stages: Stages;
+  readonly beginUs: number = nowUs();
+  /** Or why there is none. */
+  readonly naive: NaiveLibrary | string;
+  readonly #broken = new Set<string>();
+  wrong = 0;
+
+  constructor(options: BenchOptions, report: Report) {
+    const path = options.gpu.naiveLibrary;
+    this.naive = path === undefined && report.machine.backend === "cpu" ? "it needs a GPU" : naiveLibrary(path);
+    this.options = options;
+    this.report = report;
+    this.verifier = new Verifier(options.corrupt);
+    this.stages = new Stages(options);
+  }
+
+  get seconds(): number {
+    return (nowUs() - this.beginUs) / 1e6;
+  }
+  left(): boolean {
+    return this.seconds < this.options.gpu.limitS;
+  }
+
+  /** Runs a phase that was asked for, and goes on whatever comes of it. */
+  async phase(name: GpuPhase, title: string, run: () => Promise<void>): Promise<void> {
+    if (!this.options.gpu.phases.has(name)) return;
+    if (!this.left()) return this.report.trouble(`${name}: left out, ${this.options.gpu.limitS} s are over`);
+    this.report.say(`\n${name}: ${title}  [${this.seconds.toFixed(0)} s]`);
+    try {
+      await run();
+    } catch (error) {
+      this.failed(name, error);
+      await this.stages.close().catch((closing: Error) => this.report.trouble(`${name}: ${closing.message}`));
+    }
+  }
+
+  /** Notes a failure. */
+  failed(what: string, error: unknown): void {
+    if (error instanceof VerificationError) this.wrong++;
+    this.report.trouble(`${what}: ${(error as Error).message}`);
+    console.error((error as Error).stack ?? error);
+  }
+
+  /** What a phase on a stage works with. */
+  context(stage: Stage): PhaseContext {
+    return {
+      report: this.report,
+      verifier: this.verifier,
+      stage,
+      naive: this.naive,
+      repetitions: this.options.gpu.repetitions,
+      broken: this.#broken,
+      failed: (what, error) => this.failed(what, error),
+    };
+  }
+}
+
+/** Runs the bench; answers how many results were wrong. */
+export async function benchGpu(options: BenchOptions, machine: Machine): Promise<number> {
+  const report = new Report(options, machine), run = new Run(options, report);
+  const { gpu, ranks, topk, experts } = options;
+  const route = (numRanks: number, tokens: number): Routing =>
+    makeRouting({ ranks: numRanks, tokens, topk, experts }, 1 + tokens);
+  const main = route(ranks, gpu.tokens);
+  const swept = gpu.phases.has("tokens") ? gpu.sweepTokens.map((tokens) => route(ranks, tokens)) : [];
+  const every = [main, ...swept];
+  const shape = {
+    numRanks: ranks,
+    tokens: Math.max(...every.map(({ tokens }) => tokens)),
+    rows: Math.max(mostRows(main.expert), ...every.map(({ rank }) => mostRows(rank))),
+  };
+  const bytes = (main.rank.rows + ranks * gpu.tokens) * 2 * options.hidden;
+  report.say(
+    `${ranks} ranks, ${gpu.tokens} tokens each, ${(main.rank.rows / ranks / gpu.tokens).toFixed(2)} rows a token; ` +
+      `slots of ${shape.rows} rows. us a call of all ranks: median (min .. max) of ${gpu.repetitions}`,
+  );
+  for (const [form, words] of Object.entries(FORMS)) report.say(`  ${form}: ${words}`);
+  const { naive } = run;
+  if (typeof naive === "string") report.say(`  no naive way: ${naive}`);
+
+  await run.phase("ceiling", "what copies move, read and written", () => ceilings(run, bytes, "before"));
+  await run.phase("main", `the calls, ${gpu.numSms.join(", ")} SMs a rank`, async () => {
+    await mainPhase(async () => run.context(await run.stages.get(shape)), main, gpu.numSms);
+  });
+  await run.phase("host", "a call of one rank, not awaited", () => hostPhase(report, options));
+  await run.phase(
+    "wake",
+    "from counts in host memory, seen by a worker that reads them without pause, to the promise",
+    () => wakePhase(report, options, gpu.quick ? 200 : 1000),
+  );
+  await run.phase(
+    "tokens",
+    `1 … ${shape.tokens} tokens, ${gpu.numSms[0]} SMs a rank, the naive way beside`,
+    async () => {
+      const newContext = async () => run.context(await run.stages.get(shape));
+      await tokenSweep(newContext, swept, gpu.numSms[0]!, () => run.left());
+    },
+  );
+  await run.phase("sms", "multiprocessors a rank", async () => {
+    await shapeSweep(run.context(await run.stages.get(shape)), main, "sms", gpu.sweepSms);
+  });
+  await run.phase("ranks", `ranks, ${gpu.numSms[0]} SMs each`, async () => {
+    for (const numRanks of gpu.sweepRanks) {
+      if (!run.left()) return report.trouble(`ranks: no time for ${numRanks} and more`);
+      const routing = route(numRanks, gpu.tokens);
+      const stage = await run.stages.get({ numRanks, tokens: gpu.tokens, rows: mostRows(routing.rank) });
+      await shapeSweep(run.context(stage), routing, "ranks", [gpu.numSms[0]!]);
+    }
+  });
+  await run.stages.close().catch((error: Error) => report.trouble(error.message));
+  if (gpu.phases.has("ceiling") && !gpu.quick) {
+    await run.phase("ceiling", "again, to see whether the device has changed", () => ceilings(run, bytes, "after"));
+  }
+  report.say(`\n${goalTable(report)}`);
+  if (report.troubles.length > 0) report.say(`\n${report.troubles.length} troubles:\n${report.troubles.join("\n")}`);
+  report.say(`\n${report.figures.length} figures in ${run.seconds.toFixed(0)} s`);
+  return run.wrong;
+}
+
+/** Measures copies; bounds are made from those before the calls. */
+async function ceilings({ options, report, stages }: Run, bytes: number, when: "before" | "after"): Promise<void> {
+  await stages.close();
+  const { gpu, ranks: numRanks, hidden } = options;
+  await using ranks = await Ranks.create(1, { ...options, numSms: 0 }, {
+    hidden,
+    numExperts: 1,
+    numTopk: 1,
+    maxTokensPerRank: 1,
+  });
+  await ranks.rest();
+  const sms = when === "after" ? [0, 16 * numRanks] : [0, 16, ...gpu.sweepSms.map((n) => n * numRanks), 16 * numRanks];
+  const size = Math.ceil(Math.max(LEAST_COPY_BYTES, bytes / 2) / 256) * 256;
+  const all = measureCopies(ranks.buffers[0]!, sms, size, gpu.quick || when === "after" ? 3 : 5);
+  if (when === "before") report.ceilings = all;
+  for (const one of all) say(report, one, when);
+  const best = report.ceiling;
+  if (when === "before" && best) {
+    report.say(
+      `  bound of a call: its bytes at ${best.gbs.median.toFixed(0)} GB/s, the copy kernel on ${best.numSms} SMs`,
+    );
+  }
+}
+
+function say(report: Report, ceiling: Ceiling, when: string): void {
+  report.add({
+    phase: "ceiling",
+    op: ceiling.numSms === undefined ? "memcpy" : "copy_kernel",
+    form: "copy",
+    ranks: 1,
+    numSms: ceiling.numSms ?? 0,
+    tokens: 0,
+    dtype: "none",
+    layout: "none",
+    us: ceiling.us,
+    bytes: ceiling.traffic,
+    more: { GBs: ceiling.gbs.median, GBsMin: ceiling.gbs.min, GBsMax: ceiling.gbs.max, when },
+  });
+}

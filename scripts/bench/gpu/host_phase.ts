@@ -1,0 +1,127 @@
+/**
+ * What calls cost the host, and what they leave in its memory.
+ *
+ * In: options. Out: figures: microseconds of checks, packing, FFI and launch of one call of one rank, on a busy device and on one at
+ * rest; bytes of the heap that 2000 calls leave behind. Called by bench.ts.
+ */
+import process from "node:process";
+import { setFlagsFromString } from "node:v8";
+import { runInNewContext } from "node:vm";
+import { type Call, callCost } from "../host.ts";
+import type { BenchOptions } from "../options.ts";
+import { Ranks } from "../ranks.ts";
+import { hasGraphsOf } from "./features.ts";
+import type { GpuFigure, Report } from "./report.ts";
+
+/** A stream takes about a thousand launches, waits and records before it makes the host wait. */
+const CALLS = 100;
+const HEAP_CALLS = 2000;
+
+/** Collects garbage, where the runtime lets a program do so. */
+function collect(): boolean {
+  const { Bun } = globalThis as { Bun?: { gc(force: boolean): void } };
+  if (Bun) {
+    Bun.gc(true);
+    return true;
+  }
+  try {
+    setFlagsFromString("--expose-gc");
+    (runInNewContext("gc") as () => void)();
+    return true;
+  } catch {
+    return false;
+  }
+}
+
+/** Calls of one rank with one token. */
+export async function hostPhase(report: Report, options: BenchOptions): Promise<void> {
+  const { hidden, topk, experts } = options, tokens = 1;
+  await using ranks = await Ranks.create(1, { ...options, numSms: 0 }, {
+    hidden,
+    numExperts: experts,
+    numTopk: topk,
+    maxTokensPerRank: tokens,
+    numSlots: 4,
+    timeoutMs: 10_000,
+  });
+  const buffer = ranks.buffers[0]!;
+  using x = buffer.tensor("bf16", [tokens, hidden], new Uint16Array(tokens * hidden));
+  using topkIdx = buffer.tensor("i32", [tokens, topk], Int32Array.from({ length: tokens * topk }, (_, i) => i % topk));
+  using out = buffer.tensor("bf16", [tokens, hidden]);
+  using held = await buffer.dispatch(x, { topkIdx });
+  const { handle } = held;
+  const calls: Record<string, Call> = {
+    dispatch: () => buffer.dispatch(x, { topkIdx, cpuSync: false }),
+    dispatch_cached: () => buffer.dispatch(x, { handle }),
+    combine: () => buffer.combine(x, handle, { out }),
+  };
+  const facts: Omit<GpuFigure, "op" | "us"> = {
+    phase: "host",
+    form: "host",
+    ranks: 1,
+    numSms: buffer.numSms,
+    tokens,
+    dtype: "none",
+    layout: "none",
+  };
+  const cost = async (name: string, call: Call): Promise<void> => {
+    try {
+      const { busy, idle } = await callCost(options, ranks, call, CALLS);
+      if (busy) report.add({ ...facts, op: `host_${name}_busy`, us: busy });
+      report.add({ ...facts, op: `host_${name}_idle`, us: idle });
+    } catch (error) {
+      report.trouble(`host: ${name}: ${(error as Error).message}`);
+    }
+  };
+  for (const [name, call] of Object.entries(calls)) await cost(name, call);
+  if (hasGraphsOf(buffer)) {
+    using graph = buffer.capture(buffer.stream, (operations) => operations.combine(x, handle, { out }));
+    await cost("graph_launch", () => ({ event: graph.launch(), [Symbol.dispose]: () => {} }));
+  }
+  for (const [name, call] of Object.entries(calls)) {
+    try {
+      const left = await heapLeft(call, () => ranks.rest());
+      report.add({ ...facts, op: `heap_${name}`, unit: "B", us: left.perCall, more: left.more });
+    } catch (error) {
+      report.trouble(`host: memory of ${name}: ${(error as Error).message}`);
+    }
+  }
+}
+
+/** Bytes that a call leaves on the heap for good: what is there after two rounds of calls and collections, less after one. */
+async function heapLeft(
+  call: Call,
+  rest: () => Promise<void>,
+): Promise<{ perCall: GpuFigure["us"]; more: Record<string, number | string> }> {
+  const calls = async (count: number): Promise<void> => {
+    for (let i = 0; i < count; i++) {
+      const pending = call(), called = pending instanceof Promise ? await pending : pending;
+      called[Symbol.dispose]();
+      if (i % 50 === 49) await rest();
+    }
+  };
+  let collected = false;
+  const heap = async (): Promise<number> => {
+    for (let i = 0; i < 4; i++) { // finalizers give native events back, a turn after they were found
+      collected = collect();
+      await new Promise((resolve) => setTimeout(resolve, 5));
+    }
+    return process.memoryUsage().heapUsed;
+  };
+  await calls(HEAP_CALLS);
+  const samples: number[] = [];
+  let before = await heap();
+  const rss = process.memoryUsage().rss;
+  for (let round = 0; round < 3; round++) {
+    await calls(HEAP_CALLS);
+    const after = await heap();
+    samples.push((after - before) / HEAP_CALLS);
+    before = after;
+  }
+  const sorted = samples.toSorted((a, b) => a - b);
+  const rssPerCall = (process.memoryUsage().rss - rss) / (3 * HEAP_CALLS);
+  return {
+    perCall: { median: Math.max(0, sorted[1]!), min: sorted[0]!, max: sorted[2]! },
+    more: { rssPerCall, collected: collected ? "yes" : "no: the runtime has no gc() here" },
+  };
+}

@@ -1,0 +1,335 @@
+/**
+ * The naive way on a GPU: rows are permuted into a send buffer, one memcpy per peer brings them over, and what has come is
+ * unpermuted or summed.
+ *
+ * In: a stage, a routing. Out: chains and graphs that do a dispatch's or a combine's work, and comparisons on the device. Called by
+ * the phases. Kinder than life: the counts are known, all index lists are on the device, nobody says beforehand that memory is
+ * free, and the ranks meet by events of one process, once a call. Each rank has a stream of its own, as the library's ranks have.
+ */
+import type { Tensor } from "../../../mod.ts";
+import type { Chain } from "../timing.ts";
+import type { Verifier } from "../verify.ts";
+import { type Command, type NaiveLibrary, Program } from "./naive_library.ts";
+import type { Route } from "./routes.ts";
+import type { Loaded, Rows, Stage } from "./stage.ts";
+
+/** What a naive way is made of. */
+export interface NaiveWork {
+  readonly library: NaiveLibrary;
+  readonly stage: Stage;
+  readonly loaded: Loaded;
+  readonly route: Route;
+}
+
+/** Commands, and the memory that they use. */
+class Work implements Disposable {
+  readonly library: NaiveLibrary;
+  readonly stage: Stage;
+  protected readonly streams: readonly bigint[];
+  protected readonly owned: Tensor[] = [];
+  #programs: Program[] = [];
+  #graphs: bigint[] = [];
+  #turn = 0;
+  #callsPerStep = 1;
+
+  constructor({ library, stage }: NaiveWork) {
+    this.library = library;
+    this.stage = stage;
+    this.streams = stage.naiveLanes.map(({ stream }) => stream.address);
+  }
+
+  /** The steps, taken in turns. */
+  protected use(steps: readonly (readonly Command[])[]): void {
+    this.#programs = steps.map((commands) => new Program(commands));
+    this.#callsPerStep = Math.ceil(steps[0]!.length / this.streams.length); // what a stream takes
+  }
+
+  protected bytes(rank: number, count: number): bigint {
+    const tensor = this.stage.ranks.buffers[rank]!.tensor("u8", [Math.max(16, count)]);
+    this.owned.push(tensor);
+    return tensor.address;
+  }
+
+  protected indices(rank: number, values: Int32Array): bigint {
+    const tensor = this.stage.ranks.buffers[rank]!.tensor("i32", [values.length], values);
+    this.owned.push(tensor);
+    return tensor.address;
+  }
+
+  /** Every rank waits for every other's present work. */
+  protected meet(turn: number): Command[] {
+    const event = (rank: number): number => turn % 2 * 16 + rank;
+    return [
+      ...this.streams.map((stream, r): Command => ({ op: "record", stream, n: event(r) })),
+      ...this.streams.flatMap((stream, r) =>
+        this.streams.flatMap((_, peer): Command[] => peer === r ? [] : [{ op: "wait", stream, n: event(peer) }])
+      ),
+    ];
+  }
+
+  /** One step a call. */
+  get chain(): Chain {
+    return {
+      lanes: this.stage.naiveLanes,
+      callsPerStep: this.#callsPerStep,
+      step: () => this.library.run(this.#programs[this.#turn++ % this.#programs.length]!),
+    };
+  }
+
+  /** The same as graphs, one of all ranks. */
+  get graph(): Chain {
+    const [lane] = this.stage.naiveLanes;
+    if (this.#graphs.length === 0) {
+      this.#graphs = this.#programs.map((program) => this.library.capture(program, lane!.stream.address));
+    }
+    return {
+      lanes: [lane!],
+      step: () => this.library.replay(this.#graphs[this.#turn++ % this.#graphs.length]!, lane!.stream.address),
+    };
+  }
+
+  /** Runs one step and waits for its end. */
+  async once(): Promise<void> {
+    await this.stage.ranks.rest();
+    this.#turn = 0;
+    this.library.run(this.#programs[this.#turn++]!);
+    await Promise.all(this.stage.naiveLanes.map(({ buffer, stream }) => buffer.record(stream)));
+  }
+
+  /** Gives the memory back. Nothing may run. */
+  [Symbol.dispose](): void {
+    for (const graph of this.#graphs) this.library.free(graph);
+    for (const tensor of this.owned) tensor.release();
+    this.owned.length = 0;
+  }
+}
+
+/** Rows that source `s` sends to rank `d`, in the order that they have there. */
+function sent(route: Route, tokens: number): number[][][] {
+  const ranks = route.sources.length;
+  const out = Array.from({ length: ranks }, () => Array.from({ length: ranks }, (): number[] => []));
+  route.sources.forEach((sources, d) =>
+    sources.forEach((source) => out[Math.floor(source / tokens)]![d]!.push(source % tokens))
+  );
+  return out;
+}
+
+/** The naive dispatch. */
+export class NaiveDispatch extends Work {
+  /** Where each rank's rows are in the end, by part. */
+  readonly result: readonly (readonly bigint[])[];
+  readonly #rows: Rows;
+  readonly #route: Route;
+
+  constructor(work: NaiveWork, rows: Rows) {
+    super(work);
+    const { loaded: { routing }, route } = work, { ranks, tokens } = routing;
+    this.#rows = rows;
+    this.#route = route;
+    const lists = sent(route, tokens);
+    const staged = route.layout === "expert"; // rows of a source are not together at the receiver
+    const send = lists.map((ofSource, s) => {
+      const index = this.indices(s, Int32Array.from(ofSource.flat()));
+      const count = ofSource.reduce((n, list) => n + list.length, 0);
+      return { index, count, parts: rows.partBytes.map((bytes) => this.bytes(s, count * bytes)) };
+    });
+    const take = (): bigint[][] =>
+      route.sources.map((sources, d) => rows.partBytes.map((bytes) => this.bytes(d, sources.length * bytes)));
+    const result = this.result = take();
+    // A sender may be a call ahead of a receiver that still unpermutes.
+    const received = staged ? [take(), take()] : [result];
+    const places = staged ? route.sources.map((_, d) => this.indices(d, unpermuted(route, d, tokens))) : [];
+    this.use([0, 1].map((turn) => {
+      const to = received[turn % received.length]!;
+      const pack = this.streams.flatMap((stream, s) =>
+        rows.partBytes.map((m, p): Command => ({
+          op: "gather",
+          stream,
+          a: send[s]!.parts[p]!,
+          b: rows.address(s, p),
+          c: send[s]!.index,
+          n: send[s]!.count,
+          m,
+        }))
+      );
+      const copies = this.streams.flatMap((stream, s) =>
+        Array.from({ length: ranks }, (_, i) => (s + i) % ranks).flatMap((d) =>
+          rows.partBytes.flatMap((bytes, p): Command[] => {
+            const count = lists[s]![d]!.length;
+            if (count === 0) return [];
+            const from = lists[s]!.slice(0, d).reduce((n, list) => n + list.length, 0);
+            const at = lists.slice(0, s).reduce((n, ofSource) => n + ofSource[d]!.length, 0);
+            const a = to[d]![p]! + BigInt(at * bytes), b = send[s]!.parts[p]! + BigInt(from * bytes);
+            return [{ op: "copy", stream, a, b, n: count * bytes }];
+          })
+        )
+      );
+      const unpack = places.flatMap((c, d) =>
+        rows.partBytes.map((m, p): Command => ({
+          op: "gather",
+          stream: this.streams[d]!,
+          a: result[d]![p]!,
+          b: to[d]![p]!,
+          c,
+          n: route.sources[d]!.length,
+          m,
+        }))
+      );
+      return [...pack, ...copies, ...this.meet(turn), ...unpack];
+    }));
+  }
+
+  /** Compares every byte of a dispatch's rows with the naive way's. */
+  async compare(what: string, verifier: Verifier, got: readonly (readonly Tensor[])[]): Promise<void> {
+    await compareAll(
+      this,
+      what,
+      verifier,
+      got.flatMap((parts, d) =>
+        parts.map((part, p) => ({
+          rank: d,
+          a: part.address,
+          b: this.result[d]![p]!,
+          bytes: this.#route.sources[d]!.length * this.#rows.partBytes[p]!,
+        }))
+      ),
+    );
+  }
+}
+
+/** For each row of rank d, where it stands when the sources' rows come one source after another. */
+function unpermuted(route: Route, d: number, tokens: number): Int32Array {
+  const sources = route.sources[d]!, ranks = route.sources.length;
+  const next = new Array<number>(ranks).fill(0);
+  for (const source of sources) next[Math.floor(source / tokens)]! += 1;
+  let at = 0;
+  for (let s = 0; s < ranks; s++) {
+    const count = next[s]!;
+    next[s] = at;
+    at += count;
+  }
+  return sources.map((source) => next[Math.floor(source / tokens)]!++);
+}
+
+/** The naive combine: rows come back by a memcpy per peer and are summed, with weights where there are any. */
+export class NaiveCombine extends Work {
+  /** bf16 `[tokens, hidden]` of each rank. */
+  readonly result: readonly bigint[];
+  readonly #bytes: number;
+
+  /** `y`: expert outputs of each rank. `weights`: f32 `[tokens, width]` of each rank. */
+  constructor(work: NaiveWork, y: readonly bigint[], weights?: readonly Tensor[]) {
+    super(work);
+    const { stage, loaded: { routing }, route } = work, { ranks, tokens } = routing, rowBytes = 2 * stage.hidden;
+    const lists = sent(route, tokens);
+    const staged = route.layout === "expert";
+    const total = (list: readonly (readonly number[])[]): number => list.reduce((n, { length }) => n + length, 0);
+    const packed = staged
+      ? [0, 1].map(() => route.sources.map(({ length }, d) => this.bytes(d, length * rowBytes)))
+      : [];
+    // Row i of the packed ones is the one that stands at packIndex[i].
+    const packIndex = staged
+      ? route.sources.map((_, d) => {
+        const place = unpermuted(route, d, tokens), index = new Int32Array(place.length);
+        place.forEach((to, row) => index[to] = row);
+        return this.indices(d, index);
+      })
+      : [];
+    const back = lists.map((ofSource, s) => this.bytes(s, total(ofSource) * rowBytes));
+    this.result = this.streams.map((_, s) => this.bytes(s, tokens * rowBytes));
+    this.#bytes = tokens * rowBytes;
+    const fromAt = (d: number, s: number): number =>
+      lists.slice(0, s).reduce((n, ofSource) => n + ofSource[d]!.length, 0);
+    const tables = this.streams.map((_, s) => {
+      const places = route.sources.map((_, d) => staged ? unpermuted(route, d, tokens) : undefined);
+      const begins = route.sources.map((_, d) => total(lists[s]!.slice(0, d)) - fromAt(d, s));
+      const { rankOf, rowOf } = route;
+      const table = stage.addresses(route, s, () => back[s]!, rowBytes, (hop) => {
+        const d = rankOf[s]![hop]!, row = rowOf[s]![hop]!;
+        return begins[d]! + (places[d]?.[row] ?? row);
+      });
+      this.owned.push(table);
+      return table.address;
+    });
+    this.use([0, 1].map((turn) => {
+      const pack = packIndex.map((c, d): Command => ({
+        op: "gather",
+        stream: this.streams[d]!,
+        a: packed[turn]![d]!,
+        b: y[d]!,
+        c,
+        n: route.sources[d]!.length,
+        m: rowBytes,
+      }));
+      const copies = this.streams.flatMap((stream, s) =>
+        Array.from({ length: ranks }, (_, i) => (s + i) % ranks).flatMap((d): Command[] => {
+          const count = lists[s]![d]!.length;
+          if (count === 0) return [];
+          const a = back[s]! + BigInt(total(lists[s]!.slice(0, d)) * rowBytes);
+          const b = (staged ? packed[turn]! : y)[d]! + BigInt(fromAt(d, s) * rowBytes);
+          return [{ op: "copy", stream, a, b, n: count * rowBytes }];
+        })
+      );
+      const sums = this.streams.map((stream, s): Command => ({
+        op: "reduce",
+        stream,
+        a: this.result[s]!,
+        b: tables[s]!,
+        c: weights?.[s]?.address ?? 0n,
+        n: tokens,
+        m: rowBytes,
+        k: route.width,
+      }));
+      return [...pack, ...this.meet(turn), ...copies, ...sums];
+    }));
+  }
+
+  /** Compares every byte of a combine's tokens with the naive way's. */
+  async compare(what: string, verifier: Verifier, out: readonly Tensor[]): Promise<void> {
+    const pairs = out.map(({ address }, r) => ({ rank: r, a: address, b: this.result[r]!, bytes: this.#bytes }));
+    await compareAll(this, what, verifier, pairs);
+  }
+}
+
+/**
+ * What no dispatch or combine by loads and stores can beat here: one kernel a rank on all multiprocessors that moves the rows of
+ * a known routing, or sums them, without a word between the ranks.
+ */
+export class Plain extends Work {
+  constructor(work: NaiveWork, what: "scatter" | "pull", base: readonly bigint[]) {
+    super(work);
+    const { stage, loaded: { routing }, route } = work, m = 2 * stage.hidden;
+    const step = this.streams.map((stream, s): Command => {
+      const table = stage.addresses(route, s, (rank) => base[rank]!, m);
+      this.owned.push(table);
+      const facts = { stream, b: table.address, n: routing.tokens, m, k: route.width };
+      return what === "scatter"
+        ? { op: "scatter", a: stage.x[s]!.address, ...facts }
+        : { op: "reduce", a: this.bytes(s, routing.tokens * m), ...facts };
+    });
+    this.use([step]);
+  }
+}
+
+/** Compares pairs of memory on the device. */
+async function compareAll(
+  { library, stage }: Work,
+  what: string,
+  verifier: Verifier,
+  pairs: readonly { rank: number; a: bigint; b: bigint; bytes: number }[],
+): Promise<void> {
+  const [{ buffer, stream }] = stage.naiveLanes as [Stage["naiveLanes"][number]];
+  await stage.ranks.rest();
+  using counters = buffer.tensor("i64", [pairs.length], new BigInt64Array(pairs.length), { stream });
+  const commands = pairs.map(({ a, b, bytes }, i): Command => ({
+    op: "compare",
+    stream: stream.address,
+    a,
+    b,
+    c: counters.address + BigInt(8 * i),
+    n: bytes,
+  }));
+  library.run(new Program(commands));
+  const differ = await counters.read({ stream });
+  verifier.same(`${what}: 16-byte words that differ from the naive way's`, differ, new BigInt64Array(pairs.length));
+}

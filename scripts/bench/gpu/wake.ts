@@ -1,0 +1,181 @@
+/**
+ * How long after its counts are in host memory a dispatch's promise goes on.
+ *
+ * In: options. Out: figures. Called by bench.ts. The host cannot see both moments on one thread, so a worker reads the counts'
+ * memory in a tight loop, where a value stands that no count is, and notes the time when it changes; the main thread notes the
+ * time when `await dispatch()` goes on. Their difference is the figure: p50, and p99 beside it. The worker sees a change some 0.1 us
+ * late, and the counts are stored shortly before the word that says they are complete, which counts against the library.
+ */
+import type { EpBuffer } from "../../../mod.ts";
+import { constants } from "../../../lib/ffi/abi.ts";
+import { struct } from "../../../lib/ffi/struct.ts";
+import { wake as wakeByBarrier } from "../host.ts";
+import type { BenchOptions } from "../options.ts";
+import { Ranks } from "../ranks.ts";
+import { within } from "./clock.ts";
+import type { Report } from "./report.ts";
+import { monotonicNs, SENTINEL } from "./wake_clock.ts";
+import type { WatchMessage } from "./wake_watcher.ts";
+
+const injectStruct = struct("deepep_inject_args");
+const TOKENS = 128;
+
+/** The watcher. */
+class Watcher implements Disposable {
+  readonly #control = new Int32Array(new SharedArrayBuffer(16));
+  readonly #times = new BigInt64Array(new SharedArrayBuffer(16));
+  readonly #worker = new Worker(new URL("./wake_watcher.ts", import.meta.url), { type: "module" });
+  #request = 0;
+
+  async start({ backend, path }: { backend: WatchMessage["backend"]; path: string }): Promise<void> {
+    const message: WatchMessage = {
+      backend,
+      path,
+      control: this.#control.buffer as SharedArrayBuffer,
+      times: this.#times.buffer as SharedArrayBuffer,
+    };
+    const ready = new Promise<void>((resolve, reject) => {
+      this.#worker.onmessage = ({ data }) => {
+        if (data === "loaded") this.#worker.postMessage(message);
+        else if (data === "ready") resolve();
+        else reject(new Error(String(data)));
+      };
+      this.#worker.onerror = (event) => reject(new Error(event.message));
+    });
+    await within(10_000, "the watcher's start", ready);
+  }
+
+  /** Begins to watch an address; returns when it is watched. */
+  watch(address: bigint): void {
+    Atomics.store(this.#times, 1, address);
+    Atomics.store(this.#control, 0, ++this.#request);
+    Atomics.notify(this.#control, 0);
+    this.#spin(1);
+  }
+
+  /** When it changed, nanoseconds. */
+  seenNs(): bigint {
+    this.#spin(2);
+    return Atomics.load(this.#times, 0);
+  }
+
+  #spin(word: number): void {
+    const end = performance.now() + 5000;
+    while (Atomics.load(this.#control, word) !== this.#request) {
+      if (performance.now() > end) throw new Error("the watcher does not answer");
+    }
+  }
+
+  [Symbol.dispose](): void {
+    Atomics.store(this.#control, 3, 1);
+    Atomics.store(this.#control, 0, ++this.#request);
+    Atomics.notify(this.#control, 0);
+    this.#worker.terminate();
+  }
+}
+
+/** Sorted samples' value at a share of them. */
+const at = (sorted: readonly number[], share: number): number =>
+  sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))]!;
+
+/** The address that a buffer with one slot reads counts from. */
+async function countsAddress(buffer: EpBuffer, call: () => Promise<void>): Promise<bigint> {
+  const { device } = buffer.core, seen: bigint[] = [];
+  const original = device.hostRead;
+  Object.defineProperty(device, "hostRead", {
+    configurable: true,
+    value: (address: bigint, into: ArrayBufferView) => {
+      seen.push(address);
+      original.call(device, address, into);
+    },
+  });
+  try {
+    await call();
+    await call();
+  } finally {
+    delete (device as { hostRead?: unknown }).hostRead;
+  }
+  if (seen.length !== 2 || seen[0] !== seen[1]) throw new Error(`the counts are at ${seen.join(" and ")}`);
+  return seen[0]!;
+}
+
+/** Wake-ups, seen by the watcher and, as a check, by another way. */
+export async function wakePhase(report: Report, options: BenchOptions, samples: number): Promise<void> {
+  const { hidden, experts, topk } = options;
+  await using ranks = await Ranks.create(1, { ...options, numSms: 0 }, {
+    hidden,
+    numExperts: experts,
+    numTopk: topk,
+    maxTokensPerRank: TOKENS,
+    numSlots: 1,
+    timeoutMs: 10_000,
+  });
+  const buffer = ranks.buffers[0]!, { device } = buffer.core;
+  using x = buffer.tensor("bf16", [TOKENS, hidden], new Uint16Array(TOKENS * hidden).fill(0x3f80));
+  using topkIdx = buffer.tensor("i32", [TOKENS, topk], Int32Array.from({ length: TOKENS * topk }, (_, i) => i % topk));
+  const facts = {
+    phase: "wake",
+    form: "host",
+    ranks: 1,
+    numSms: buffer.numSms,
+    tokens: TOKENS,
+    dtype: "none",
+    layout: "none",
+  } as const;
+  try {
+    using watcher = new Watcher();
+    await watcher.start({ backend: device.backend, path: device.path });
+    const now = monotonicNs(), word = Int32Array.of(SENTINEL);
+    const address = await countsAddress(buffer, async () => {
+      const result = await buffer.dispatch(x, { topkIdx });
+      await result.event;
+      result.release();
+    });
+    const once = async (delayUs: number): Promise<number> => {
+      if (delayUs > 0) late(buffer, delayUs);
+      device.hostWrite(address, word);
+      watcher.watch(address);
+      const result = await buffer.dispatch(x, { topkIdx });
+      const resumed = now(), seen = watcher.seenNs();
+      await result.event;
+      result.release();
+      await ranks.rest();
+      return seen < 0n ? NaN : Number(resumed - seen) / 1000;
+    };
+    const delays = ranks.hasGate
+      ? [["", 0], ["_after_500_us", 500], ["_after_3_ms", 3000]] as const
+      : [["", 0]] as const;
+    for (const [suffix, delayUs] of delays) {
+      const count = delayUs > 1000 ? Math.ceil(samples / 5) : samples, us: number[] = [];
+      for (let i = 0; i < 20; i++) await once(delayUs);
+      for (let i = 0; i < count; i++) us.push(await once(delayUs));
+      const sorted = us.filter((one) => !Number.isNaN(one)).sort((a, b) => a - b);
+      report.add({
+        ...facts,
+        op: `wake_observed${suffix}`,
+        us: { median: at(sorted, 0.5), min: sorted[0]!, max: sorted.at(-1)! },
+        more: { p90: at(sorted, 0.9), p99: at(sorted, 0.99), samples: sorted.length },
+      });
+    }
+  } catch (error) {
+    report.trouble(`wake: no watcher: ${(error as Error).message}`);
+  }
+  // The other way: the end of a barrier, awaited and asked for without pause. What awaiting adds is the difference of the two.
+  const barrier = await wakeByBarrier(options, [0], () => buffer.barrier());
+  const { measured, bound } = barrier;
+  report.add({ ...facts, op: "wake_barrier_awaited", us: measured });
+  report.add({ ...facts, op: "wake_barrier_asked", us: bound, more: { awaitingAdds: measured.median - bound.median } });
+}
+
+/** Makes the next dispatch's counts late. */
+function late(buffer: EpBuffer, delayUs: number): void {
+  const { OP, PHASE, INJECT } = constants;
+  injectStruct.pack({
+    op: OP.DISPATCH[0],
+    phase: PHASE.NOTIFY[0],
+    action: INJECT.DELAY[0],
+    delay_us: delayUs,
+    count: 1,
+  });
+  buffer.core.call("deepep_inject", injectStruct, "inject");
+}

@@ -1,0 +1,278 @@
+// The naive way of the bench: permute, a memcpy per peer, unpermute, as a list of commands that one call enqueues.
+//
+// In: commands from scripts/bench/gpu/naive.ts, streams and addresses in them. Out: work on those streams, or a graph of it.
+// The list is run here, so that the naive way pays for its launches but not for JavaScript. Beside it are a scatter and a pull
+// without any synchronisation, which nothing can beat that moves rows by loads and stores, and a comparison. Bench only: not
+// part of the package. scripts/bench/gpu/naive_library.ts compiles it.
+#include <cuda_runtime.h>
+
+#include <cstdint>
+#include <cstring>
+
+namespace {
+
+// Eight words: an operation, a stream, then as the operation says.
+struct Command {
+  uint64_t op, stream, a, b, c, n, m, k;
+};
+
+enum Op : uint64_t {
+  kGather = 1,   // a = dst, b = src, c = i32 [n] index: n rows of m bytes, dst[i] = src[index[i]]
+  kCopy = 2,     // a = dst, b = src, n = bytes: a memcpy
+  kRecord = 3,   // n = event
+  kWait = 4,     // n = event
+  kReduce = 5,   // a = dst bf16 [n, m / 2], b = u64 [n, k] addresses of rows (0 = none), c = f32 [n, k] weights or 0
+  kScatter = 6,  // a = src, b = u64 [n, k] addresses that a row of m bytes goes to
+  kCompare = 7,  // a, b = n bytes each, c = u64 counter: words of 16 bytes that differ are added to it
+};
+
+constexpr uint32_t kThreads = 224;   // 4 vectors a thread for a row of 7168 bf16
+constexpr uint32_t kUnroll = 4;
+constexpr uint32_t kRowsAtOnce = 8;  // of a sum, loaded before the first is added
+constexpr uint32_t kEvents = 64;     // 32 for commands, the rest to fork and join a capture
+
+template <class Vector>
+__global__ void gather_kernel(Vector* dst, const Vector* src, const int32_t* index, uint64_t rows, uint32_t width) {
+  for (uint64_t row = blockIdx.x; row < rows; row += gridDim.x) {
+    const Vector* from = src + uint64_t(index[row]) * width;
+    Vector* to = dst + row * width;
+    for (uint32_t v = threadIdx.x; v < width; v += kUnroll * blockDim.x) {
+      Vector values[kUnroll];
+#pragma unroll
+      for (uint32_t u = 0; u < kUnroll; ++u) {
+        if (v + u * blockDim.x < width) values[u] = from[v + u * blockDim.x];
+      }
+#pragma unroll
+      for (uint32_t u = 0; u < kUnroll; ++u) {
+        if (v + u * blockDim.x < width) to[v + u * blockDim.x] = values[u];
+      }
+    }
+  }
+}
+
+// Short rows, as those of scales: a block has many of them.
+template <class Vector>
+__global__ void gather_short_kernel(Vector* dst, const Vector* src, const int32_t* index, uint64_t rows, uint32_t width) {
+  const uint64_t all = rows * width, step = uint64_t(gridDim.x) * blockDim.x;
+  for (uint64_t i = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < all; i += step) {
+    dst[i] = src[uint64_t(index[i / width]) * width + i % width];
+  }
+}
+
+__device__ float f32_of(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+__device__ uint32_t bf16_of(float value) {  // to nearest, ties to even; rows have no NaN
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+}
+
+__device__ void add(float* sums, uint4 row, float weight, bool weighted) {
+  const uint32_t words[4] = {row.x, row.y, row.z, row.w};
+#pragma unroll
+  for (uint32_t i = 0; i < 4; ++i) {
+    const float low = f32_of(words[i] << 16), high = f32_of(words[i] & 0xffff0000u);
+    sums[2 * i] += weighted ? low * weight : low;  // compiled without FMA: products are rounded
+    sums[2 * i + 1] += weighted ? high * weight : high;
+  }
+}
+
+__global__ void reduce_kernel(uint4* dst, const uint64_t* from, const float* weights, uint64_t tokens, uint32_t width,
+                              uint32_t hops) {
+  for (uint64_t token = blockIdx.x; token < tokens; token += gridDim.x) {
+    const uint64_t* rows = from + token * hops;
+    for (uint32_t v = threadIdx.x; v < width; v += blockDim.x) {
+      float sums[8] = {};
+      for (uint32_t first = 0; first < hops; first += kRowsAtOnce) {
+        uint4 values[kRowsAtOnce];
+#pragma unroll
+        for (uint32_t h = 0; h < kRowsAtOnce; ++h) {
+          const uint64_t row = first + h < hops ? rows[first + h] : 0;
+          if (row) values[h] = reinterpret_cast<const uint4*>(row)[v];
+        }
+#pragma unroll
+        for (uint32_t h = 0; h < kRowsAtOnce; ++h) {
+          if (first + h >= hops || !rows[first + h]) continue;
+          add(sums, values[h], weights ? weights[token * hops + first + h] : 0.0f, weights != nullptr);
+        }
+      }
+      uint32_t words[4];
+#pragma unroll
+      for (uint32_t i = 0; i < 4; ++i) words[i] = bf16_of(sums[2 * i]) | bf16_of(sums[2 * i + 1]) << 16;
+      dst[token * width + v] = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+  }
+}
+
+__global__ void scatter_kernel(const uint4* src, const uint64_t* to, uint64_t tokens, uint32_t width, uint32_t hops) {
+  for (uint64_t token = blockIdx.x; token < tokens; token += gridDim.x) {
+    const uint64_t* rows = to + token * hops;
+    for (uint32_t v = threadIdx.x; v < width; v += kUnroll * blockDim.x) {
+      uint4 values[kUnroll];
+#pragma unroll
+      for (uint32_t u = 0; u < kUnroll; ++u) {
+        if (v + u * blockDim.x < width) values[u] = src[token * width + v + u * blockDim.x];
+      }
+      for (uint32_t h = 0; h < hops; ++h) {
+        if (!rows[h]) continue;
+#pragma unroll
+        for (uint32_t u = 0; u < kUnroll; ++u) {
+          if (v + u * blockDim.x < width) reinterpret_cast<uint4*>(rows[h])[v + u * blockDim.x] = values[u];
+        }
+      }
+    }
+  }
+}
+
+__global__ void compare_kernel(const uint4* a, const uint4* b, unsigned long long* counter, uint64_t words) {
+  unsigned long long differ = 0;
+  for (uint64_t i = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < words; i += uint64_t(gridDim.x) * blockDim.x) {
+    const uint4 x = a[i], y = b[i];
+    differ += x.x != y.x || x.y != y.y || x.z != y.z || x.w != y.w;
+  }
+  if (differ) atomicAdd(counter, differ);
+}
+
+cudaEvent_t events[kEvents];
+
+template <class T>
+T* at(uint64_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+template <class... P, class... A>
+cudaError_t launch(void (*kernel)(P...), uint64_t blocks, uint32_t threads, cudaStream_t stream, A... args) {
+  if (blocks == 0) return cudaSuccess;
+  kernel<<<uint32_t(blocks < 65536 ? blocks : 65536), threads, 0, stream>>>(args...);
+  return cudaGetLastError();
+}
+
+template <class Vector>
+cudaError_t gather(const Command& c, cudaStream_t stream) {
+  const uint32_t width = uint32_t(c.m / sizeof(Vector));
+  auto* dst = at<Vector>(c.a);
+  const auto* src = at<const Vector>(c.b);
+  const auto* index = at<const int32_t>(c.c);
+  if (width >= kThreads) return launch(gather_kernel<Vector>, c.n, kThreads, stream, dst, src, index, c.n, width);
+  return launch(gather_short_kernel<Vector>, (c.n * width + 255) / 256, 256, stream, dst, src, index, c.n, width);
+}
+
+cudaError_t run(const Command& c) {
+  auto stream = reinterpret_cast<cudaStream_t>(c.stream);
+  const uint32_t width = uint32_t(c.m / 16), hops = uint32_t(c.k);
+  switch (c.op) {
+    case kGather: return c.m % 16 == 0 ? gather<uint4>(c, stream) : gather<uint32_t>(c, stream);
+    case kCopy: return cudaMemcpyAsync(at<void>(c.a), at<const void>(c.b), c.n, cudaMemcpyDeviceToDevice, stream);
+    case kRecord: return cudaEventRecord(events[c.n], stream);
+    case kWait: return cudaStreamWaitEvent(stream, events[c.n], 0);
+    case kReduce:
+      return launch(reduce_kernel, c.n, kThreads, stream, at<uint4>(c.a), at<const uint64_t>(c.b), at<const float>(c.c), c.n,
+                    width, hops);
+    case kScatter:
+      return launch(scatter_kernel, c.n, kThreads, stream, at<const uint4>(c.a), at<const uint64_t>(c.b), c.n, width, hops);
+    case kCompare:
+      return launch(compare_kernel, 1024, 256, stream, at<const uint4>(c.a), at<const uint4>(c.b),
+                    at<unsigned long long>(c.c), c.n / 16);
+  }
+  return cudaErrorInvalidValue;
+}
+
+cudaError_t run_all(const Command* commands, uint32_t count) {
+  for (uint32_t i = 0; i < count; ++i) {
+    if (const cudaError_t error = run(commands[i])) return error;
+  }
+  return cudaSuccess;
+}
+
+template <class Kernel>
+cudaError_t load(Kernel* kernel) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+}
+
+// Streams of the commands, the first of which is `origin`.
+uint32_t streams_of(const Command* commands, uint32_t count, cudaStream_t origin, cudaStream_t* streams) {
+  uint32_t found = 1;
+  streams[0] = origin;
+  for (uint32_t i = 0; i < count; ++i) {
+    const auto stream = reinterpret_cast<cudaStream_t>(commands[i].stream);
+    bool known = false;
+    for (uint32_t s = 0; s < found; ++s) known = known || streams[s] == stream;
+    if (!known && found < 32) streams[found++] = stream;
+  }
+  return found;
+}
+
+cudaError_t record_all(const Command* commands, uint32_t count, const cudaStream_t* streams, uint32_t num_streams) {
+  cudaError_t error = cudaEventRecord(events[32], streams[0]);
+  for (uint32_t s = 1; s < num_streams && !error; ++s) error = cudaStreamWaitEvent(streams[s], events[32], 0);
+  if (!error) error = run_all(commands, count);
+  for (uint32_t s = 1; s < num_streams && !error; ++s) {
+    error = cudaEventRecord(events[32 + s], streams[s]);
+    if (!error) error = cudaStreamWaitEvent(streams[0], events[32 + s], 0);
+  }
+  return error;
+}
+
+}  // namespace
+
+#define NAIVE_API extern "C" __attribute__((visibility("default")))
+
+// Makes the events and loads the kernels: nothing is loaded later, while another kernel spins. The other calls need it.
+NAIVE_API int32_t naive_open(int32_t device) {
+  cudaError_t error = cudaSetDevice(device);
+  for (auto& event : events) {
+    if (!error && !event) error = cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+  }
+  if (!error) error = load(gather_kernel<uint4>);
+  if (!error) error = load(gather_kernel<uint32_t>);
+  if (!error) error = load(gather_short_kernel<uint4>);
+  if (!error) error = load(gather_short_kernel<uint32_t>);
+  if (!error) error = load(reduce_kernel);
+  if (!error) error = load(scatter_kernel);
+  if (!error) error = load(compare_kernel);
+  return error;
+}
+
+// Enqueues the commands.
+NAIVE_API int32_t naive_run(const Command* commands, uint32_t count) { return run_all(commands, count); }
+
+// Makes a graph of the commands; `out` gets it.
+NAIVE_API int32_t naive_capture(const Command* commands, uint32_t count, uint64_t origin, uint64_t* out) {
+  cudaStream_t streams[32];
+  const uint32_t num_streams = streams_of(commands, count, reinterpret_cast<cudaStream_t>(origin), streams);
+  if (const cudaError_t error = cudaStreamBeginCapture(streams[0], cudaStreamCaptureModeThreadLocal)) return error;
+  const cudaError_t error = record_all(commands, count, streams, num_streams);
+  cudaGraph_t graph = nullptr;
+  const cudaError_t ended = cudaStreamEndCapture(streams[0], &graph);
+  if (error || ended) {
+    if (graph) cudaGraphDestroy(graph);
+    cudaGetLastError();
+    return error ? error : ended;
+  }
+  cudaGraphExec_t exec = nullptr;
+  cudaError_t made = cudaGraphInstantiate(&exec, graph, 0);
+  cudaGraphDestroy(graph);
+  if (!made) made = cudaGraphUpload(exec, streams[0]);
+  *out = reinterpret_cast<uint64_t>(exec);
+  return made;
+}
+
+NAIVE_API int32_t naive_replay(uint64_t graph, uint64_t stream) {
+  return cudaGraphLaunch(reinterpret_cast<cudaGraphExec_t>(graph), reinterpret_cast<cudaStream_t>(stream));
+}
+
+NAIVE_API int32_t naive_free_graph(uint64_t graph) {
+  return cudaGraphExecDestroy(reinterpret_cast<cudaGraphExec_t>(graph));
+}
+
+// Writes what an error code means.
+NAIVE_API int32_t naive_error(int32_t code, char* out, uint32_t bytes) {
+  strncpy(out, cudaGetErrorString(static_cast<cudaError_t>(code)), bytes - 1);
+  out[bytes - 1] = 0;
+  return 0;
+}
