@@ -37,8 +37,8 @@ void fill_capabilities(uint64_t device, deepep_capabilities& out);
 void get_peer_access(uint64_t device, deepep_peer_access_args& args);
 void measure_copy(uint64_t device, deepep_measure_copy_args& args);
 void plan_operation(Buffer* buffer, deepep_plan_args& args);
-// The name in messages: "cpu".
-const char* backend_name();
+// DEEPEP_BACKEND_*.
+int32_t backend();
 // Rejects a device index that this backend does not have.
 void check_device(uint64_t device);
 

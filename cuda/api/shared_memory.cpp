@@ -25,6 +25,7 @@
 
 #include "../abi/deepep.h"
 #include "../common/failure.hpp"
+#include "operations.hpp"
 
 namespace deepep {
 
@@ -37,7 +38,9 @@ struct SharedMemory::Header {
 
 namespace {
 
-constexpr uint64_t kMagic = 0x3170656570656564;  // "deepep1", and the layout's version
+// "deepepN1": N tells the backends apart, which must not import each other's handles, 1 is the layout's version.
+uint64_t magic() { return 0x3100706565706564 + (static_cast<uint64_t>(backend()) << 48); }
+
 constexpr uint64_t kHeaderBytes = 4096;
 constexpr uint64_t kHugePage = uint64_t{2} << 20;
 
@@ -156,7 +159,7 @@ std::shared_ptr<SharedMemory> SharedMemory::create(uint64_t bytes) {
   header->nonce[1] = memory->nonce_[1];
   header->bytes = bytes;
   header->alive.store(1, std::memory_order_relaxed);
-  header->magic = kMagic;
+  header->magic = magic();
   Shared& all = shared();
   const std::lock_guard lock(all.mutex);
   all.regions[{memory->nonce_[0], memory->nonce_[1]}] = memory;
@@ -167,7 +170,7 @@ std::shared_ptr<SharedMemory> SharedMemory::import(const char (&bytes_of_handle)
                                                    uint32_t rank) {
   Handle handle;
   memcpy(&handle, bytes_of_handle, sizeof handle);
-  if (handle.magic != kMagic) {
+  if (handle.magic != magic()) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the handle of rank %u was not made by this backend, or by another version of it",
            rank);
   }
@@ -220,7 +223,7 @@ std::shared_ptr<SharedMemory> SharedMemory::import(const char (&bytes_of_handle)
   }
   close(fd);
   const auto* header = reinterpret_cast<const Header*>(memory->base_);
-  if (header->magic != kMagic || header->bytes != bytes || memcmp(header->nonce, handle.nonce, sizeof handle.nonce) != 0) {
+  if (header->magic != magic() || header->bytes != bytes || memcmp(header->nonce, handle.nonce, sizeof handle.nonce) != 0) {
     destroyed();
   }
   return memory;
@@ -242,7 +245,7 @@ SharedMemory::~SharedMemory() {
 uint8_t* SharedMemory::data() const { return base_ + kHeaderBytes; }
 
 void SharedMemory::export_to(char (&handle)[kRegionHandleBytes]) const {
-  const Handle filled = {kMagic, {nonce_[0], nonce_[1]}, bytes_, start_time_, pid_, fd_};
+  const Handle filled = {magic(), {nonce_[0], nonce_[1]}, bytes_, start_time_, pid_, fd_};
   memset(handle, 0, sizeof handle);
   memcpy(handle, &filled, sizeof filled);
 }

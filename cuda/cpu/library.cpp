@@ -40,7 +40,7 @@ int32_t num_cores() {
 
 void fill_capabilities(uint64_t, deepep_capabilities& out) {
   out.abi_version = DEEPEP_ABI_VERSION;
-  out.backend = DEEPEP_BACKEND_CPU;
+  out.backend = backend();
   out.num_devices = 1;
   out.features = DEEPEP_FEATURE_NORMAL | DEEPEP_FEATURE_LOW_LATENCY | DEEPEP_FEATURE_PROCESSES | DEEPEP_FEATURE_HOST_MEMORY |
                  DEEPEP_FEATURE_INJECT;
@@ -67,7 +67,7 @@ void fill_capabilities(uint64_t, deepep_capabilities& out) {
   if (!proc_value("/proc/cpuinfo", "model name", out.name, sizeof out.name)) snprintf(out.name, sizeof out.name, "CPU");
 }
 
-const char* backend_name() { return "cpu"; }
+int32_t backend() { return DEEPEP_BACKEND_CPU; }
 
 void check_device(uint64_t device) {
   if (device == 0) return;

@@ -33,6 +33,14 @@ void reap(const std::shared_ptr<Buffer>& buffer) {
 
 std::shared_ptr<Buffer> owner_of(const std::weak_ptr<void>& owner) { return std::static_pointer_cast<Buffer>(owner.lock()); }
 
+// What a captured stream has marked or waits for is used by every replay.
+void keep_for_capture(const Event& event, const std::shared_ptr<Record>& record, CaptureId capture) {
+  const auto owner = owner_of(event.owner);
+  if (capture == 0 || !owner) return;
+  const std::lock_guard lock(owner->mutex);
+  owner->keep_for_capture(record);
+}
+
 }  // namespace
 
 extern "C" {
@@ -182,10 +190,7 @@ int32_t deepep_event_record(uint64_t handle, deepep_event_args* args, deepep_err
     const CaptureId capture = capture_of(stream);
     auto record = std::make_shared<Record>(event->device);
     record->mark(stream, capture);
-    if (const auto owner = owner_of(event->owner); owner && capture != 0) {
-      const std::lock_guard lock(owner->mutex);
-      owner->keep_for_capture(record);
-    }
+    keep_for_capture(*event, record, capture);
     event->set(std::move(record));
   });
 }
@@ -195,7 +200,11 @@ int32_t deepep_event_wait(uint64_t handle, deepep_event_args* args, deepep_error
     check(args);
     const auto event = find_event(call, handle);
     const cudaStream_t stream = given_stream(args->stream);
-    if (const auto record = event->latest()) record->make_wait(stream, capture_of(stream));
+    const auto record = event->latest();
+    if (!record) return;
+    const CaptureId capture = capture_of(stream);
+    record->make_wait(stream, capture);
+    keep_for_capture(*event, record, capture);
   });
 }
 

@@ -156,14 +156,16 @@ void Buffer::destroy() {
   }
   for (const uint64_t event : events) retire_if_present(Kind::event, event);
   use_device(device->index);
+  cudaError_t failure = cudaSuccess;
   for (const cudaStream_t stream : streams) {
     const Relaxed relaxed;
     // Operations have deadlines, and what they wait for was enqueued before.
-    if (cudaStreamSynchronize(stream) != cudaSuccess) cudaGetLastError();
+    if (const cudaError_t error = cudaStreamSynchronize(stream); error != cudaSuccess) failure = error;
   }
   if (queue_) queue_remove_source(queue_, this);
   const std::lock_guard lock(mutex);
   reap();
+  if (!pending_.empty()) fail_everything(failure);  // CUDA itself has failed: they will not end.
   for (Watched& watched : std::exchange(watched_, {})) {
     // Of streams that are not this buffer's: they may go on, but nobody will look after it any more.
     if (watched.done) watched.done();

@@ -180,6 +180,7 @@ class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
   Buffer() = default;
   void allocate(const deepep_buffer_create_args& args);
   void fill_call();
+  void wait_for(const std::shared_ptr<Record>& record, CaptureId capture);
   CaptureId check_capture(const StreamFields& fields, const Enqueued& what, cudaStream_t stream);
   CallParams call_params(const StreamFields& fields, const Enqueued& what, CaptureId capture);
   bool has_news() const;

@@ -46,7 +46,7 @@ struct Bench {
 
 }  // namespace
 
-const char* backend_name() { return "cuda"; }
+int32_t backend() { return DEEPEP_BACKEND_CUDA; }
 
 // Sizes can be asked for without a GPU; whoever needs one finds it, or says which there are.
 void check_device(uint64_t device) {
@@ -57,7 +57,7 @@ void check_device(uint64_t device) {
 void fill_capabilities(uint64_t index, deepep_capabilities& out) {
   const Device& device = find_device(index);
   out.abi_version = DEEPEP_ABI_VERSION;
-  out.backend = DEEPEP_BACKEND_CUDA;
+  out.backend = backend();
   out.num_devices = num_devices();
   out.features = DEEPEP_FEATURE_NORMAL | DEEPEP_FEATURE_PROCESSES | DEEPEP_FEATURE_GRAPHS | DEEPEP_FEATURE_INJECT;
   out.max_ranks = DEEPEP_MAX_RANKS;
@@ -91,8 +91,12 @@ void measure_copy(uint64_t index, deepep_measure_copy_args& args) {
   const int32_t sms = args.num_sms > 0 ? args.num_sms : device.num_sms;
   const Relaxed relaxed;
   Bench bench;
-  DEEPEP_CUDA("allocate memory", cudaMalloc(&bench.src, args.bytes));
-  DEEPEP_CUDA("allocate memory", cudaMalloc(&bench.dst, args.bytes));
+  for (void** const memory : {&bench.src, &bench.dst}) {
+    if (cudaMalloc(memory, args.bytes) == cudaSuccess) continue;
+    cudaGetLastError();
+    reject(DEEPEP_ERROR_OUT_OF_MEMORY, "twice %llu bytes are not to be had on %s", static_cast<unsigned long long>(args.bytes),
+           device_name(device).c_str());
+  }
   DEEPEP_CUDA("make a stream", cudaStreamCreateWithFlags(&bench.stream, cudaStreamNonBlocking));
   DEEPEP_CUDA("make an event", cudaEventCreate(&bench.begin));
   DEEPEP_CUDA("make an event", cudaEventCreate(&bench.end));

@@ -102,9 +102,11 @@ void Buffer::reap_ended(uint64_t ended) {
     finish(op, found ? &finding_at(at) : is_lost ? &lost : nullptr);
     if (found) at += 1;
   }
-  for (; at < num_findings && finding_at(at).seq == 0; ++at) keep_finding(finding_at(at), finding_at(at).op, 0, 0);
+  for (; at < num_findings && finding_at(at).seq <= ended; ++at) {
+    if (finding_at(at).seq == 0) keep_finding(finding_at(at), finding_at(at).op, 0, 0);
+  }
   findings_seen_ = at;
-  reaped_failures_.store(at, std::memory_order_relaxed);
+  reaped_failures_.store(num_findings, std::memory_order_relaxed);
 }
 
 // Keeps a failure, and marks the buffer when something was left half-way.

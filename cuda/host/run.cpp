@@ -35,6 +35,11 @@ void Buffer::order(cudaStream_t before, cudaStream_t after) {
   DEEPEP_CUDA("order streams", cudaStreamWaitEvent(after, order_event_, 0));
 }
 
+void Buffer::wait_for(const std::shared_ptr<Record>& record, CaptureId capture) {
+  record->make_wait(comm_, capture);
+  if (capture != 0) keep_for_capture(record);  // Every replay may wait for it.
+}
+
 // The capture that the operation becomes part of, or 0; rejects what cannot be captured.
 CaptureId Buffer::check_capture(const StreamFields& fields, const Enqueued& what, cudaStream_t stream) {
   const CaptureId own = present_capture();
@@ -92,10 +97,10 @@ uint64_t Buffer::enqueue(const StreamFields& fields, Enqueued what, const Launch
   // A capture is joined by a wait for its stream, whatever else is waited for.
   if (stream && (!fields.previous_event || capture != capture_)) order(stream, comm_);
   if (capture != 0) capture_ = capture, is_captured_ = true;
-  if (previous) previous->make_wait(comm_, capture);
+  if (previous) wait_for(previous, capture);
   for (const int32_t slot : slots.taken()) {
     const auto& reusable = slots[static_cast<size_t>(slot)].reusable;
-    if (reusable) reusable->make_wait(comm_, capture);
+    if (reusable) wait_for(reusable, capture);
   }
 
   const bool collective = what.collective;
