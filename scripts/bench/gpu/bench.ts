@@ -18,6 +18,7 @@ import { goalTable, Report } from "./report.ts";
 import { makeRouting, mostRows, type Routing } from "./routes.ts";
 import { Stage } from "./stage.ts";
 import { FORMS, shapeSweep, tokenSweep } from "./sweeps.ts";
+import { tables } from "./tables.ts";
 import { wakePhase } from "./wake.ts";
 
 /** Copies are at least so large. */
@@ -178,7 +179,7 @@ export async function benchGpu(options: BenchOptions, machine: Machine): Promise
   if (gpu.phases.has("ceiling") && !gpu.quick) {
     await run.phase("ceiling", "again, to see whether the device has changed", () => ceilings(run, bytes, "after"));
   }
-  report.say(`\n${goalTable(report)}`);
+  report.say(`\n${tables(report)}\n${goalTable(report)}`);
   if (report.troubles.length > 0) report.say(`\n${report.troubles.length} troubles:\n${report.troubles.join("\n")}`);
   report.say(`\n${report.figures.length} figures in ${run.seconds.toFixed(0)} s`);
   return run.wrong;

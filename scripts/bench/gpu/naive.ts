@@ -4,7 +4,7 @@
  *
  * In: a stage, a routing. Out: chains and graphs that do a dispatch's or a combine's work, and comparisons on the device. Called by
  * the phases. Kinder than life: the counts are known, all index lists are on the device, nobody says beforehand that memory is
- * free, and the ranks meet by events of one process, once a call. Each rank has a stream of its own, as the library's ranks have.
+ * free, and the ranks meet by events of one process, once a call. Each rank has a stream, as the library's ranks have.
  */
 import type { Tensor } from "../../../mod.ts";
 import type { Chain } from "../timing.ts";
@@ -35,7 +35,7 @@ class Work implements Disposable {
   constructor({ library, stage }: NaiveWork) {
     this.library = library;
     this.stage = stage;
-    this.streams = stage.naiveLanes.map(({ stream }) => stream.address);
+    this.streams = stage.ownLanes.map(({ stream }) => stream.address);
   }
 
   /** The steps, taken in turns. */
@@ -70,7 +70,7 @@ class Work implements Disposable {
   /** One step a call. */
   get chain(): Chain {
     return {
-      lanes: this.stage.naiveLanes,
+      lanes: this.stage.ownLanes,
       callsPerStep: this.#callsPerStep,
       step: () => this.library.run(this.#programs[this.#turn++ % this.#programs.length]!),
     };
@@ -78,7 +78,7 @@ class Work implements Disposable {
 
   /** The same as graphs, one of all ranks. */
   get graph(): Chain {
-    const [lane] = this.stage.naiveLanes;
+    const [lane] = this.stage.ownLanes;
     if (this.#graphs.length === 0) {
       this.#graphs = this.#programs.map((program) => this.library.capture(program, lane!.stream.address));
     }
@@ -93,7 +93,7 @@ class Work implements Disposable {
     await this.stage.ranks.rest();
     this.#turn = 0;
     this.library.run(this.#programs[this.#turn++]!);
-    await Promise.all(this.stage.naiveLanes.map(({ buffer, stream }) => buffer.record(stream)));
+    await Promise.all(this.stage.ownLanes.map(({ buffer, stream }) => buffer.record(stream)));
   }
 
   /** Gives the memory back. Nothing may run. */
@@ -318,7 +318,7 @@ async function compareAll(
   verifier: Verifier,
   pairs: readonly { rank: number; a: bigint; b: bigint; bytes: number }[],
 ): Promise<void> {
-  const [{ buffer, stream }] = stage.naiveLanes as [Stage["naiveLanes"][number]];
+  const [{ buffer, stream }] = stage.ownLanes as [Stage["ownLanes"][number]];
   await stage.ranks.rest();
   using counters = buffer.tensor("i64", [pairs.length], new BigInt64Array(pairs.length), { stream });
   const commands = pairs.map(({ a, b, bytes }, i): Command => ({

@@ -52,7 +52,6 @@ export class Stage implements AsyncDisposable {
   readonly x: readonly Tensor<"bf16">[];
   readonly out: readonly Tensor<"bf16">[];
   readonly #values: readonly Uint16Array[];
-  #naiveLanes: Lane[] | undefined;
   #held: DispatchResult<Payload>[] = [];
 
   private constructor(options: BenchOptions, ranks: Ranks, tokens: number) {
@@ -92,15 +91,10 @@ export class Stage implements AsyncDisposable {
   get lanes(): Lane[] {
     return this.ranks.lanes;
   }
-  /** The buffers' own streams, on which graphs are captured and replayed. */
+  /** The buffers' own streams: graphs are captured and replayed there, and the naive way runs there. */
   get ownLanes(): Lane[] {
     return this.ranks.buffers.map((buffer) => ({ buffer, stream: buffer.stream }));
   }
-  /** Streams for the naive way. */
-  get naiveLanes(): Lane[] {
-    return this.#naiveLanes ??= this.ranks.buffers.map((buffer) => ({ buffer, stream: buffer.createStream() }));
-  }
-
   /** bf16 rows as they are, or FP8 rows with a scale for each 128 channels. */
   rows(dtype: "bf16" | "fp8"): Rows {
     const { hidden, tokens, x } = this, values = this.#values;

@@ -173,8 +173,8 @@ async function combineGraph(
 
 /** A layer: routing, dispatch, no experts, combine in place. */
 async function layerGraph(world: World, facts: Facts): Promise<void> {
-  const { stage, routing: { tokens }, loaded: { topkIdx, topkWeights }, out } = world, { numSms } = facts;
-  const rows = stage.rows("bf16");
+  const { stage, routing: { tokens, rank: route }, loaded, context: { verifier }, out } = world, { numSms } = facts;
+  const rows = stage.rows("bf16"), { topkIdx, topkWeights } = loaded;
   const { graphs, chain, once } = await captured(stage, (operations, r) => {
     const routed = { topkIdx: topkIdx[r]!, topkWeights: topkWeights[r]!, numSms };
     const recv = operations.dispatch(rows.payload(r, tokens), routed);
@@ -183,6 +183,8 @@ async function layerGraph(world: World, facts: Facts): Promise<void> {
   });
   try {
     await once();
+    const results = graphs.map((graph) => graph.results);
+    await checkRows(`layer of ${tokens} tokens, graph`, { stage, loaded, verifier, rows, route }, results);
     await world.time(chain, { op: "dispatch_full_combine", ...facts, bytes: 2 * (facts.bytes ?? 0) }, "graph");
   } finally {
     for (const graph of graphs) {
@@ -239,13 +241,10 @@ export async function shapeSweep(
   const bf16 = stage.rows("bf16"), fp8 = stage.rows("fp8");
   const handles = await world.checkedHandles(`${phase}: dispatch`, bf16, route, undefined);
   for (const sms of numSms) {
-    await world.checkCached(`${phase}: dispatch, ${sms} SMs`, {
-      rows: bf16,
-      route,
-      handles,
-      numSms: sms,
-      naive: undefined,
-    });
+    for (const rows of [bf16, fp8]) {
+      const what = `${phase}: dispatch of ${rows.dtype}, ${sms} SMs`;
+      await world.checkCached(what, { rows, route, handles, numSms: sms, naive: undefined });
+    }
     await world.time(world.cached(bf16, handles, sms), { op: "dispatch_cached", numSms: sms, ...facts });
     await world.time(world.cached(fp8, handles, sms), {
       op: "dispatch_fp8",
