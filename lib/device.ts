@@ -81,7 +81,7 @@ export class Device {
     this.#completions = new Completions({
       drain: (out, capacity) => this.#symbols.deepep_queue_drain(queue, out, capacity),
       ...(wake === "callback" && { wake: wakeOf(library, queue) }),
-    }, { spinMs: backend === "cpu" ? 0.1 : 1 });
+    }, { spinMs: backend === "cpu" ? 0.1 : 10 });
   }
 
   /** One backend's library given for another's would work, and be taken for what it is not. */

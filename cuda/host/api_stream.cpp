@@ -33,6 +33,14 @@ void reap(const std::shared_ptr<Buffer>& buffer) {
 
 std::shared_ptr<Buffer> owner_of(const std::weak_ptr<void>& owner) { return std::static_pointer_cast<Buffer>(owner.lock()); }
 
+// The communication stream stands for all operations, also those that ran on another stream.
+void settle_if_comm(const std::weak_ptr<void>& owner, cudaStream_t stream) {
+  const auto buffer = owner_of(owner);
+  if (!buffer || stream != buffer->comm()) return;
+  const std::lock_guard lock(buffer->mutex);
+  if (buffer->present_capture() == 0) buffer->settle();
+}
+
 // What a captured stream has marked or waits for is used by every replay.
 void keep_for_capture(const Event& event, const std::shared_ptr<Record>& record, CaptureId capture) {
   const auto owner = owner_of(event.owner);
@@ -142,6 +150,7 @@ int32_t deepep_stream_synchronize(uint64_t handle, const deepep_stream_sync_args
       call.rank = static_cast<int32_t>(owner->rank);
       use_device(owner->device->index);
     }
+    settle_if_comm(stream_owner(handle), stream);
     const Relaxed relaxed;
     const auto begin = std::chrono::steady_clock::now();
     const auto limit = std::chrono::milliseconds(args->timeout_ms);
@@ -187,6 +196,7 @@ int32_t deepep_event_record(uint64_t handle, deepep_event_args* args, deepep_err
     check(args);
     const auto event = find_event(call, handle);
     const cudaStream_t stream = given_stream(args->stream);
+    settle_if_comm(event->owner, stream);
     const CaptureId capture = capture_of(stream);
     auto record = std::make_shared<Record>(event->device);
     record->mark(stream, capture);

@@ -2,6 +2,7 @@
 
 #include "buffer.hpp"
 
+#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <utility>
@@ -85,6 +86,7 @@ void Buffer::allocate(const deepep_buffer_create_args& args) {
   std::memset(host_counts_, 0, counts_bytes);
   comm_ = make_comm_stream(weak_from_this());
   streams_.push_back(comm_);
+  last_ = comm_;
   order_event_ = make_order_event();
   // Flags are epochs, from 0; the rest must not show what was there before.
   DEEPEP_CUDA("clear memory", cudaMemsetAsync(symmetric_block->data(), 0, args.symmetric_bytes, comm_));
@@ -124,6 +126,9 @@ void Buffer::connect() {
   check_open();
   peers_->check_complete();
   topology = device->topology(peers_->ranks_on_device());
+  // For tests of the kernels that serve older devices: rows go by loads and stores here too.
+  const char* const tma = getenv("DEEPEP_CUDA_TMA");
+  if (tma && std::strcmp(tma, "0") == 0 && topology.compute_capability >= 90) topology.compute_capability = 89;
   const uint32_t hops = options.num_topk < options.num_ranks ? options.num_topk : options.num_ranks;
   default_sms = plan(DEEPEP_OP_DISPATCH, options.max_row_bytes, hops, 0).sms;
   fill_call();
@@ -175,7 +180,7 @@ void Buffer::destroy() {
   for (const cudaStream_t stream : streams) drop_stream(stream);
   for (Slot& slot : slots) slot = {};
   kept_for_good_.clear();
-  updated_ = nullptr;
+  updated_ = last_end_ = nullptr;
   peers_->leave();
   local_ = nullptr;
   pinned_pool->recycle(reinterpret_cast<uint64_t>(host_));
@@ -288,6 +293,7 @@ uint64_t Buffer::create_stream() {
 void Buffer::forget_stream(uint64_t stream) {
   const std::lock_guard lock(mutex);
   std::erase(streams_, reinterpret_cast<cudaStream_t>(stream));
+  if (last_ == reinterpret_cast<cudaStream_t>(stream)) settle();  // Its number may come again.
 }
 
 uint64_t Buffer::create_event() {

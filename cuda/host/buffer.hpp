@@ -90,9 +90,10 @@ class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
   std::unique_ptr<MemoryPool> device_pool;
   std::unique_ptr<MemoryPool> pinned_pool;
 
-  // Enqueues an operation on the communication stream: first makes it wait for previous_event, or for the present work of
-  // `stream`, and for the earlier readers of slots that this call took; then launches; then marks the record that `event`
-  // names, and unless ASYNC_FINISH makes `stream` wait for all that. The ids are queued by reap(). On a stream that is captured
+  // Enqueues an operation behind the one before: on `stream` itself where that is this buffer's and waits for the operation,
+  // else on the communication stream. First makes it wait for previous_event, or for the present work of `stream`, and for the
+  // earlier readers of slots that this call took; then launches; then marks the record that `event` names, and unless
+  // ASYNC_FINISH makes `stream` wait for all that. The ids are queued by reap(). On a stream that is captured
   // all this is recorded. Returns the operation's epoch as far as the host knows. Rejects with NEEDS_RECOVERY, CLOSED or
   // INVALID_ARGUMENT, and has then enqueued nothing. The caller holds `mutex`.
   uint64_t enqueue(const StreamFields& fields, Enqueued what, const Launch& launch);
@@ -144,6 +145,8 @@ class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
   void keep_for_capture(std::shared_ptr<void> needs);
   // The capture begun by deepep_graph_begin and not ended; under mutex.
   std::shared_ptr<Graph> capturing;
+  // Puts the communication stream behind all operations so far. The caller holds `mutex`.
+  void settle();
   // Makes `after` wait for the present work of `before`; both may be captured.
   void order(cudaStream_t before, cudaStream_t after);
   // A replay of a graph is enqueued: `ended` marks its end. Failures of captured operations are then its failures.
@@ -180,7 +183,10 @@ class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
   Buffer() = default;
   void allocate(const deepep_buffer_create_args& args);
   void fill_call();
-  void wait_for(const std::shared_ptr<Record>& record, CaptureId capture);
+  void wait_for(const std::shared_ptr<Record>& record, cudaStream_t stream, CaptureId capture);
+  // Makes `next` wait for the last operation, which may have run on another stream.
+  void follow(cudaStream_t next);
+  bool is_own(cudaStream_t stream) const;
   CaptureId check_capture(const StreamFields& fields, const Enqueued& what, cudaStream_t stream);
   CallParams call_params(const StreamFields& fields, const Enqueued& what, CaptureId capture);
   bool has_news() const;
@@ -206,6 +212,8 @@ class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
   RoutingParams own_routing_ = {};
   CallParams call_ = {};  // what does not change from call to call
   cudaStream_t comm_ = nullptr;
+  cudaStream_t last_ = nullptr;        // where the last operation was launched: comm_, or a stream of deepep_stream_create
+  std::shared_ptr<Record> last_end_;   // its end, where that is not comm_
   cudaEvent_t order_event_ = nullptr;  // recorded again and again: a wait takes what it has recorded then
   std::atomic<bool> connected_{false};
   std::atomic<bool> closed_{false};

@@ -28,6 +28,7 @@ void graph_begin(Buffer& buffer, deepep_graph_args& args) {
   if (stream == cudaStreamLegacy) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the legacy default stream cannot be captured");
   if (buffer.capturing) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "a graph of this buffer was begun and not ended");
   if (capture_of(stream) != 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the stream is being captured already");
+  buffer.settle();
   auto graph = std::make_shared<Graph>();
   graph->buffer = buffer.weak_from_this();
   graph->stream = stream;
@@ -79,6 +80,7 @@ void graph_launch(uint64_t id, deepep_graph_args& args) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "a graph cannot be launched into a capture");
   }
   auto ended = std::make_shared<Record>(buffer->device->index);
+  buffer->settle();
   if (stream) buffer->order(stream, buffer->comm());
   DEEPEP_CUDA("launch the graph", cudaGraphLaunch(graph->exec, buffer->comm()));
   ended->mark(buffer->comm(), 0);

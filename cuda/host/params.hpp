@@ -33,7 +33,8 @@ struct DeviceState {
   uint64_t combine_epoch[kMaxSlots];  // of the last combine that used the slot's expert-output region
   uint64_t view;                      // ranks that take part in the running call, and the slot that each uses
   uint32_t peer_slots[DEEPEP_MAX_RANKS];
-  uint64_t num_rows;  // this rank's rows in the running call, padding included
+  uint32_t claims[2];  // of the running call: how often warps have claimed rows to push, and to pull; 0 when a call begins
+  uint64_t num_rows;   // this rank's rows in the running call, padding included
   int64_t wait_ns[2][DEEPEP_MAX_RANKS];
   uint64_t num_dispatches, num_combines, rows_sent, bytes_sent, rows_pulled, num_failures;
   Finding finding;  // of the running call

@@ -35,8 +35,26 @@ void Buffer::order(cudaStream_t before, cudaStream_t after) {
   DEEPEP_CUDA("order streams", cudaStreamWaitEvent(after, order_event_, 0));
 }
 
-void Buffer::wait_for(const std::shared_ptr<Record>& record, CaptureId capture) {
-  record->make_wait(comm_, capture);
+void Buffer::follow(cudaStream_t next) {
+  if (last_ == next) return;
+  if (last_ == comm_)
+    order(comm_, next);
+  else
+    last_end_->make_wait(next, 0);
+  last_ = next;
+}
+
+void Buffer::settle() { follow(comm_); }
+
+bool Buffer::is_own(cudaStream_t stream) const {
+  for (const cudaStream_t own : streams_) {
+    if (own == stream) return true;
+  }
+  return false;
+}
+
+void Buffer::wait_for(const std::shared_ptr<Record>& record, cudaStream_t stream, CaptureId capture) {
+  record->make_wait(stream, capture);
   if (capture != 0) keep_for_capture(record);  // Every replay may wait for it.
 }
 
@@ -94,13 +112,19 @@ uint64_t Buffer::enqueue(const StreamFields& fields, Enqueued what, const Launch
   std::shared_ptr<Record> record;
   if (event) record = std::make_shared<Record>(device->index);
 
+  // The caller's own stream does where it would wait for the operation anyway: then no stream waits for another, which costs
+  // the host two calls and the device several microseconds each time.
+  const bool waits = stream && (fields.flags & DEEPEP_FLAG_ASYNC_FINISH) == 0;
+  const bool direct = waits && capture == 0 && !fields.previous_event && is_own(stream);
+  const cudaStream_t where = direct ? stream : comm_;
+  follow(where);
   // A capture is joined by a wait for its stream, whatever else is waited for.
-  if (stream && (!fields.previous_event || capture != capture_)) order(stream, comm_);
+  if (!direct && stream && (!fields.previous_event || capture != capture_)) order(stream, comm_);
   if (capture != 0) capture_ = capture, is_captured_ = true;
-  if (previous) wait_for(previous, capture);
+  if (previous) wait_for(previous, where, capture);
   for (const int32_t slot : slots.taken()) {
     const auto& reusable = slots[static_cast<size_t>(slot)].reusable;
-    if (reusable) wait_for(reusable, capture);
+    if (reusable) wait_for(reusable, where, capture);
   }
 
   const bool collective = what.collective;
@@ -120,7 +144,7 @@ uint64_t Buffer::enqueue(const StreamFields& fields, Enqueued what, const Launch
     keep_for_capture(std::move(what.needs));
     keep_for_capture(record);
   }
-  if (const cudaError_t error = launch(call, comm_); error != cudaSuccess) {
+  if (const cudaError_t error = launch(call, where); error != cudaSuccess) {
     if (capture == 0) pending_.pop_back();
     reject_cuda(error, "launch the kernel");
   }
@@ -133,15 +157,21 @@ uint64_t Buffer::enqueue(const StreamFields& fields, Enqueued what, const Launch
   slots.hold_taken(op, epoch, borrowed);
   if (record) {
     record->belong_to_operation();
-    record->mark(comm_, capture);
+    record->mark(where, capture);
     event->set(record);
   }
-  if (stream && !(fields.flags & DEEPEP_FLAG_ASYNC_FINISH)) {
+  if (waits && !direct) {
     if (record)
       record->make_wait(stream, capture);
     else
       order(comm_, stream);
   }
+  if (direct) {
+    // What is enqueued on the stream later must not hold up the next operation, so its end is marked here.
+    last_end_ = record ? record : std::make_shared<Record>(device->index);
+    if (!record) last_end_->mark(where, 0);
+  }
+  last_ = where;
   watchdog_wake();
   return epoch;
 }
@@ -150,6 +180,7 @@ void Buffer::update(UpdateParams params) {
   if (present_capture() != 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the buffer's calls are being captured");
   params.state = state_;
   params.host = host_;
+  settle();
   auto record = std::make_shared<Record>(device->index);
   if (const cudaError_t error = launch_update(params, comm_); error != cudaSuccess) reject_cuda(error, "launch the kernel");
   record->mark(comm_, 0);

@@ -71,6 +71,13 @@ Streams& streams() {
   return *leaked;
 }
 
+// Unlike its number it never comes again.
+unsigned long long id_of(cudaStream_t stream) {
+  unsigned long long id = 0;
+  DEEPEP_CUDA("identify a stream", cudaStreamGetId(stream, &id));
+  return id;
+}
+
 uint64_t number_of(cudaStream_t stream) { return reinterpret_cast<uint64_t>(stream); }
 
 cudaStream_t keep_stream(cudaStream_t stream, std::weak_ptr<void> owner, bool is_comm) {
@@ -94,6 +101,7 @@ Record::~Record() {
 void Record::mark(cudaStream_t stream, CaptureId capture) {
   capture_ = capture;
   if (capture == 0) {
+    stream_ = id_of(stream);
     DEEPEP_CUDA("record an event", cudaEventRecord(event_, stream));
     return;
   }
@@ -107,6 +115,7 @@ void Record::make_wait(cudaStream_t stream, CaptureId capture) {
     DEEPEP_CUDA("order a capture", cudaStreamWaitEvent(stream, inner_, 0));
     return;
   }
+  if (capture == 0 && !is_captured() && id_of(stream) == stream_) return;  // It is in order with itself.
   // To ask CUDA costs more than a wait for nothing, but a graph would wait for it in every replay.
   if (!is_captured() && (capture != 0 ? done() : done_.load(std::memory_order_acquire))) return;
   const unsigned flags = capture != 0 ? cudaEventWaitExternal : cudaEventWaitDefault;

@@ -52,8 +52,9 @@ class Record {
  private:
   const int device_;
   cudaEvent_t event_ = nullptr;
-  cudaEvent_t inner_ = nullptr;  // orders nodes within the capture
-  CaptureId capture_ = 0;        // that has marked it
+  cudaEvent_t inner_ = nullptr;    // orders nodes within the capture
+  CaptureId capture_ = 0;          // that has marked it
+  unsigned long long stream_ = 0;  // that it was marked on, outside of captures; 0 = none
   bool is_operation_ = false;
   std::atomic<bool> done_{false};
   mutable std::mutex mutex_;

@@ -19,7 +19,10 @@
 namespace deepep {
 
 // Meetings of a kernel.
-enum Meeting : uint32_t { kMeetCounted = 0, kMeetCopied = 1, kMeetEnd = 2 };
+enum Meeting : uint32_t { kMeetCounted = 0, kMeetPlaced = 1, kMeetCopied = 2, kMeetEnd = 3 };
+
+// Counters of what warps of all blocks claim.
+enum Claim : uint32_t { kClaimPush = 0, kClaimPull = 1 };
 
 // Steps that the leader releases the other blocks to.
 enum Step : uint32_t { kStepCounted = 1, kStepGo = 2 };
@@ -568,9 +571,15 @@ __device__ inline void wait_for_blocks(const CallParams& p, CallShared& s, Meeti
   __syncthreads();
 }
 
-// The last thing in a kernel, leader's block, one thread, after wait_for_blocks(kMeetEnd): moves the state on and tells the
+// The last thing in a kernel, leader's first warp, after wait_for_blocks(kMeetEnd): moves the state on and tells the
 // host.
 __device__ inline void call_end(const CallParams& p, CallShared& s, bool collective, bool needs_peers) {
+  const uint32_t kind = p.op == DEEPEP_OP_DISPATCH ? 0 : 1;
+  for (uint32_t rank = threadIdx.x; needs_peers && rank < p.options.num_ranks; rank += kWarpLanes) {
+    p.host->wait_ns[kind * p.options.num_ranks + rank] = p.state->wait_ns[kind][rank];
+  }
+  __syncwarp();
+  if (threadIdx.x != 0) return;
   DeviceState& state = *p.state;
   HostState& host = *p.host;
   if (s.skipped) {
@@ -587,6 +596,7 @@ __device__ inline void call_end(const CallParams& p, CallShared& s, bool collect
   if (s.code == 0 && p.op == DEEPEP_OP_DISPATCH) state.num_dispatches += 1;
   if (s.code == 0 && p.op == DEEPEP_OP_COMBINE) state.num_combines += 1;
   state.bad_entry = 0;
+  state.claims[kClaimPush] = state.claims[kClaimPull] = 0;
   state.launches = s.launch;
   state.num_blocks = s.meeting;
   for (uint64_t& arrivals : state.arrivals) arrivals = s.meeting;

@@ -144,9 +144,10 @@ struct Combine {
                              .x_stride = params.args.x_stride,
                              .row_bytes = static_cast<uint32_t>(row_bytes()),
                              .hops = 1,
-                             .begin = rows.begin,
-                             .end = rows.end,
-                             .plan = params.copy};
+                             .begin = 0,
+                             .end = static_cast<uint32_t>(num_rows),
+                             .plan = params.copy,
+                             .claims = &p().state->claims[kClaimPush]};
       const auto to = [&](uint32_t row, uint32_t hop) -> uint8_t* {
         return hop != 0 || (row >= own_begin && row < own_end) ? nullptr : region() + row * row_bytes();
       };
@@ -231,12 +232,13 @@ struct Combine {
     const auto* weights = reinterpret_cast<const float*>(params.args.weights);
     const PullRows pull = {.hidden = params.args.hidden,
                            .hops = params.routing.width,
-                           .begin = tokens.begin,
-                           .end = tokens.end,
+                           .begin = 0,
+                           .end = params.routing.num_tokens,
                            .bias_0 = reinterpret_cast<const uint16_t*>(params.args.bias_0),
                            .bias_1 = reinterpret_cast<const uint16_t*>(params.args.bias_1),
                            .out = reinterpret_cast<uint16_t*>(params.args.out),
-                           .plan = params.plan};
+                           .plan = params.plan,
+                           .claims = &p().state->claims[kClaimPull]};
     pull_rows<kTma, kWeighted>(pull, shared, barriers, [&](uint32_t token, uint32_t hop, float& weight) -> const uint16_t* {
       uint64_t row = 0;
       const Source* source = source_of(token, hop, row);

@@ -2,8 +2,8 @@
 //
 // In: DispatchParams. Out: rows in the peers' slots and in this rank's, counts on the device and on the host. Phases: NOTIFY
 // (count, exchange messages, check), SEND (push), ARRIVE (wait for everyone's pushes). protocol.hpp says why two
-// synchronisations suffice. While the leader waits for messages, the other blocks work out the places of their tokens; when it
-// goes, every block pushes its own run of tokens. Graph-safe. Caller: launch_dispatch().
+// synchronisations suffice. While the leader waits for messages, all blocks work out the places of their tokens; when it goes,
+// warps of all blocks claim tokens to push. Graph-safe. Caller: launch_dispatch().
 #pragma once
 
 #include "rows.cuh"
@@ -219,7 +219,9 @@ struct Dispatch {
     agree(agreed);
     if (leads) leader.publish_all(agreed, params.routing.num_tokens);
     __syncthreads();
-    if (!cached() && s.call.code == 0) place_block(p(), input(), tables, by_expert(), params.routing);
+    const bool places = !cached() && s.call.code == 0;
+    if (places) place_block(p(), input(), tables, by_expert(), params.routing);
+    if (places) arrive(p(), kMeetPlaced);
     __syncthreads();
     bool came = true;
     if (leads) came = leader.gather(agreed, 0, true);
@@ -239,6 +241,8 @@ struct Dispatch {
       }
     }
     __syncthreads();
+    // Any block may push any token: all must have their places.
+    if (places && s.call.code == 0) wait_for_blocks(p(), s.call, kMeetPlaced, false);
     if (threadIdx.x == 0) release_blocks(p(), s.call, kStepGo, s.call.code == 0);
   }
 
@@ -254,10 +258,12 @@ struct Dispatch {
       }
     }
     if (s.call.skipped) return false;
-    if (is_leader())
+    if (is_leader()) {
       lead(tables);
-    else if (!cached() && await_leader(p(), s.call, kStepCounted))
+    } else if (!cached() && await_leader(p(), s.call, kStepCounted)) {
       place_block(p(), input(), tables, by_expert(), params.routing);
+      arrive(p(), kMeetPlaced);
+    }
     return await_leader(p(), s.call, kStepGo);
   }
 
@@ -436,7 +442,6 @@ struct Dispatch {
 
   template <bool kTma>
   __device__ void send(uint64_t* barriers) {
-    const TokenRange tokens = block_tokens(params.routing.num_tokens);
     if (threadIdx.x / kWarpLanes >= params.plan.warps) {
       if (is_leader()) fill_counts();
       return;
@@ -445,9 +450,10 @@ struct Dispatch {
                            .x_stride = params.args.x_stride,
                            .row_bytes = params.args.row_bytes,
                            .hops = params.routing.width,
-                           .begin = tokens.begin,
-                           .end = tokens.end,
-                           .plan = params.plan};
+                           .begin = 0,
+                           .end = params.routing.num_tokens,
+                           .plan = params.plan,
+                           .claims = &p().state->claims[kClaimPush]};
     uint32_t looks = 0;
     bool stopped = false;
     const auto to = [&](uint32_t token, uint32_t hop) -> uint8_t* {

@@ -21,15 +21,21 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "2ff1029f3a62c392bab1b991ede5b415435ec97ea8ad6cccbcc25d5de808fb5c",
+    cpu: "0ba0cb0b9e6fc868934e667653deaf2f02b7c1b38cc3e9a412fed242051775c0",
+    cuda: "d13b6a005abbce510bddfb52c09cf3731151bb88a0f94711706f112599578429",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
+    cuda: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40, nvcc V13.0.88",
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "3f6072a326fa392785ec05b9be1bf2a6891fcabd8ea4e664bd0c7b8703dd1b6e",
-      bytes: 498096,
+      sha256: "7ed79602b86ae00bc7e1de694bf7235d6136a8569a39d859d37820714d1255bb",
+      bytes: 502192,
+    },
+    "linux-x64/libdeepep_cuda.so": {
+      sha256: "4058dbb9d40e077200b0804ad016bd3362344bc1d3377b888fc3977d70148ce9",
+      bytes: 2124504,
     },
   },
 };
