@@ -198,7 +198,7 @@ int32_t deepep_event_record(uint64_t handle, deepep_event_args* args, deepep_err
     const cudaStream_t stream = given_stream(args->stream);
     settle_if_comm(event->owner, stream);
     const CaptureId capture = capture_of(stream);
-    auto record = std::make_shared<Record>(event->device);
+    auto record = std::make_shared<Record>(event->device, true);
     record->mark(stream, capture);
     keep_for_capture(*event, record, capture);
     event->set(std::move(record));
@@ -264,6 +264,10 @@ int32_t deepep_event_elapsed(uint64_t handle, deepep_event_elapsed_args* args, d
     for (const auto& record : {since, until}) {
       const char* const name = record == since ? "since" : "the event";
       if (!record) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s was not recorded yet", name);
+      if (!record->is_timed()) {
+        reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s marks the end of an operation, which keeps no time: record one after it",
+               name);
+      }
       if (cudaEventQuery(record->event()) != cudaSuccess) {
         cudaGetLastError();
         reject(DEEPEP_ERROR_INVALID_ARGUMENT, "what %s has recorded has not ended yet", name);

@@ -26,11 +26,17 @@ struct Cuda {
   std::vector<bool> prepared;  // by device
 };
 
+bool has_mps_pipe() {
+  const char* const folder = getenv("CUDA_MPS_PIPE_DIRECTORY");
+  return access((std::string(folder ? folder : "/tmp/nvidia-mps") + "/control").c_str(), F_OK) == 0;
+}
+
 // Set only where the user has not: a kernel that is loaded while others spin waits for them, and they for it; and ranks that
-// share a process need a hardware queue each, or one rank's kernel stands behind another's that waits for it.
+// share a process need a hardware queue each, or one rank's kernel stands behind another's that waits for it. Under MPS it is
+// processes that share the device's queues: with 32 each the first few would leave none to the others.
 void set_environment() {
   setenv("CUDA_MODULE_LOADING", "EAGER", 0);
-  setenv("CUDA_DEVICE_MAX_CONNECTIONS", "32", 0);
+  setenv("CUDA_DEVICE_MAX_CONNECTIONS", has_mps_pipe() ? "4" : "32", 0);
 }
 
 int attribute(cudaDeviceAttr which, int device) {
@@ -44,8 +50,7 @@ bool has_mps(int device) {
   int value = 0;
   if (cudaDeviceGetAttribute(&value, cudaDevAttrMpsEnabled, device) == cudaSuccess) return value != 0;
   cudaGetLastError();
-  const char* const folder = getenv("CUDA_MPS_PIPE_DIRECTORY");
-  return access((std::string(folder ? folder : "/tmp/nvidia-mps") + "/control").c_str(), F_OK) == 0;
+  return has_mps_pipe();
 }
 
 Device describe_device(int index) {

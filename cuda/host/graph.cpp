@@ -79,7 +79,7 @@ void graph_launch(uint64_t id, deepep_graph_args& args) {
   if (buffer->present_capture() != 0 || (stream && capture_of(stream) != 0)) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "a graph cannot be launched into a capture");
   }
-  auto ended = std::make_shared<Record>(buffer->device->index);
+  auto ended = std::make_shared<Record>(buffer->device->index, true);
   buffer->settle();
   if (stream) buffer->order(stream, buffer->comm());
   DEEPEP_CUDA("launch the graph", cudaGraphLaunch(graph->exec, buffer->comm()));

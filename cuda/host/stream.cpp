@@ -17,7 +17,7 @@ namespace {
 // cudaEvent_t are reused: to make one costs more than all that is done with it.
 struct Events {
   std::mutex mutex;
-  std::map<int, std::vector<cudaEvent_t>> free;  // by device
+  std::map<std::pair<int, bool>, std::vector<cudaEvent_t>> free;  // by device, and whether they keep the time
 };
 
 Events& events() {
@@ -25,11 +25,11 @@ Events& events() {
   return *leaked;
 }
 
-cudaEvent_t take_event(int device) {
+cudaEvent_t take_event(int device, bool timed) {
   Events& all = events();
   {
     const std::lock_guard lock(all.mutex);
-    auto& free = all.free[device];
+    auto& free = all.free[{device, timed}];
     if (!free.empty()) {
       const cudaEvent_t event = free.back();
       free.pop_back();
@@ -40,16 +40,16 @@ cudaEvent_t take_event(int device) {
   use_device(device);
   const Relaxed relaxed;
   cudaEvent_t event = nullptr;
-  DEEPEP_CUDA("make an event", cudaEventCreateWithFlags(&event, cudaEventDefault));  // with times, for deepep_event_elapsed
+  DEEPEP_CUDA("make an event", cudaEventCreateWithFlags(&event, timed ? cudaEventDefault : cudaEventDisableTiming));
   return event;
 }
 
-void give_event(int device, cudaEvent_t event) noexcept {
+void give_event(int device, bool timed, cudaEvent_t event) noexcept {
   if (!event) return;
   Events& all = events();
   const std::lock_guard lock(all.mutex);
   try {
-    all.free[device].push_back(event);
+    all.free[{device, timed}].push_back(event);
   } catch (...) {
     // Lost until the process ends.
   }
@@ -90,12 +90,12 @@ cudaStream_t keep_stream(cudaStream_t stream, std::weak_ptr<void> owner, bool is
 
 }  // namespace
 
-Record::Record(int device) : device_(device), event_(take_event(device)) {}
+Record::Record(int device, bool timed) : device_(device), timed_(timed), event_(take_event(device, timed)) {}
 
 Record::~Record() {
   // Work that waits for it keeps what it needs, even when the event is recorded anew.
-  give_event(device_, event_);
-  give_event(device_, inner_);
+  give_event(device_, timed_, event_);
+  give_event(device_, false, inner_);
 }
 
 void Record::mark(cudaStream_t stream, CaptureId capture) {
@@ -105,7 +105,7 @@ void Record::mark(cudaStream_t stream, CaptureId capture) {
     DEEPEP_CUDA("record an event", cudaEventRecord(event_, stream));
     return;
   }
-  if (!inner_) inner_ = take_event(device_);
+  if (!inner_) inner_ = take_event(device_, false);
   DEEPEP_CUDA("capture an event", cudaEventRecord(inner_, stream));
   DEEPEP_CUDA("capture an event", cudaEventRecordWithFlags(event_, stream, cudaEventRecordExternal));
 }

@@ -22,8 +22,9 @@ using CaptureId = unsigned long long;
 // A point in a stream: pending, then done for good, with the status of the operation that ended there.
 class Record {
  public:
-  // Takes a cudaEvent_t of the device from a pool. Such an event counts as done until it is recorded.
-  explicit Record(int device);
+  // Takes a cudaEvent_t of the device from a pool. Such an event counts as done until it is recorded. One that keeps the time,
+  // for deepep_event_elapsed, costs the caller a microsecond more to record.
+  explicit Record(int device, bool timed = false);
   ~Record();
   Record(const Record&) = delete;
   Record& operator=(const Record&) = delete;
@@ -48,9 +49,11 @@ class Record {
   bool is_operation() const { return is_operation_; }
   bool is_captured() const { return capture_ != 0; }
   cudaEvent_t event() const { return event_; }
+  bool is_timed() const { return timed_; }
 
  private:
   const int device_;
+  const bool timed_;
   cudaEvent_t event_ = nullptr;
   cudaEvent_t inner_ = nullptr;    // orders nodes within the capture
   CaptureId capture_ = 0;          // that has marked it
