@@ -141,7 +141,7 @@ test(
   "GPU bench: every phase gives figures on whatever backend, and goes on without what it lacks",
   bounded,
   async () => {
-    const flags = ["--gpu-bench", "--sms", "4,2", "--sweep-tokens", "1,8", "--sweep-sms", "2", "--sweep-ranks", "1,2"];
+    const flags = ["--gpu-bench", "--sms", "4,2", "--sweep-tokens", "2,8", "--sweep-sms", "2", "--sweep-ranks", "1,2"];
     const { code, stdout, stderr, lines } = await bench(...flags);
     assertEquals(code, 0, stderr);
     const all = lines as GpuLine[], figures = all.filter(({ phase }) => phase !== undefined);
@@ -157,22 +157,32 @@ test(
       ...["dispatch_full", "dispatch_cached"].flatMap((op) => [`${op}_until_promise`, `${op}_until_end`]),
       ...["dispatch_fp8", "combine", "combine_copy", "dispatch_expert", "combine_expert"],
     ]);
-    assertEquals(opsOf("tokens"), [...dispatches, "combine"]);
-    for (const phase of ["sms", "ranks"]) {
-      assertEquals(opsOf(phase), ["dispatch_cached", "dispatch_fp8", "dispatch_full", "combine"]);
-    }
+    assertEquals(opsOf("tokens"), ["dispatch_cached", "combine", "dispatch_full", "dispatch_awaited"]);
+    const launched = figures.filter(({ phase, form }) => phase === "tokens" && form === "launched");
+    assertEquals([...new Set(launched.map(({ tokens }) => tokens))], [8]); // only sizes that are compared
+    for (const phase of ["sms", "ranks"]) assertEquals(opsOf(phase), ["dispatch_cached", "dispatch_fp8", "combine"]);
+    assertEquals(opsOf("graphs"), []); // the cpu backend has none
     const calls = ["dispatch", "dispatch_cached", "combine"];
     assertEquals(opsOf("host"), [
-      ...calls.flatMap((op) => [`host_${op}_busy`, `host_${op}_idle`]),
+      ...[...calls, ...calls.map((op) => `${op}_async`), "release"].flatMap((
+        op,
+      ) => [`host_${op}_busy`, `host_${op}_idle`]),
       ...calls.map((op) => `heap_${op}`),
     ]);
-    assertEquals(opsOf("wake").filter((op) => op.startsWith("wake_observed")).length, 3);
+    assertEquals(
+      opsOf("wake"),
+      [
+        ...["observed", "asked", "observed_after_500_us", "observed_after_3_ms"],
+        ...["turn", "ask", "barrier_awaited", "barrier_asked"],
+      ].map((op) => `wake_${op}`),
+    );
     for (const line of figures) {
       assertMatch(line.runtime, /^(bun|deno) \d/);
       assertMatch(line.date, /^\d{4}-\d\d-\d\dT/);
       assert(line.usMin <= line.usMedian && line.usMedian <= line.usMax, line.op);
       assertEquals([line.backend, line.hidden, line.topk, line.experts], ["cpu", 128, 2, 8]);
     }
+    assertMatch(stdout, /^graphs: .*\n +the backend has no graphs$/m);
     assertMatch(stdout, /^\S+ +dispatch BF16, cached, 4 SMs +>= 92 % of the bound/m);
   },
 );

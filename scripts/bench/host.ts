@@ -111,37 +111,42 @@ async function* callFigures(o: BenchOptions, ranks: Ranks, name: string, call: C
   yield figure("_idle", idle, "one call that finds the device at rest");
 }
 
+/** What is timed of a call: the call itself, or giving back what it left. */
+export type Timed = "call" | "release";
+
 /** What a call costs on a busy device, where it can be kept busy, and on one at rest. */
 export async function callCost(
   o: BenchOptions,
   ranks: Ranks,
   call: Call,
   calls: number = CALLS,
+  timed: Timed = "call",
 ): Promise<{ busy: Spread | undefined; idle: Spread }> {
-  const idle = await batches(o, async () => {
-    const begin = nowUs();
-    const pending = call();
-    const us = nowUs() - begin;
-    const called = await pending;
-    await called.event;
-    called[Symbol.dispose]();
-    return us;
-  });
-  return { busy: ranks.hasGate ? await busyBatches(o, ranks, call, calls) : undefined, idle };
+  const idle = await batches(o, () => timeOf(call, timed, true));
+  return {
+    busy: ranks.hasGate ? await busyBatches(o, ranks, () => timeOf(call, timed, false), calls) : undefined,
+    idle,
+  };
+}
+
+/** Microseconds of one call, or of its release. `ended`: waits for its end before it gives back what it left. */
+async function timeOf(call: Call, timed: Timed, ended: boolean): Promise<number> {
+  const begin = nowUs();
+  const pending = call();
+  const us = nowUs() - begin;
+  const called = pending instanceof Promise ? await pending : pending;
+  if (ended) await called.event;
+  const releaseBegin = nowUs();
+  called[Symbol.dispose]();
+  return timed === "call" ? us : nowUs() - releaseBegin;
 }
 
 /** Calls behind a shut gate. */
-async function busyBatches(o: BenchOptions, ranks: Ranks, call: Call, calls: number): Promise<Spread> {
+async function busyBatches(o: BenchOptions, ranks: Ranks, time: () => Promise<number>, calls: number): Promise<Spread> {
   const medians: number[] = [];
   for (let b = 0; b < o.repetitions; b++) {
     const opened = ranks.shut(ranks.lanes, BUSY_MS), samples: number[] = [];
-    for (let i = 0; i < calls; i++) {
-      const begin = nowUs();
-      const pending = call();
-      samples.push(nowUs() - begin);
-      const called = pending instanceof Promise ? await pending : pending;
-      called[Symbol.dispose]();
-    }
+    for (let i = 0; i < calls; i++) samples.push(await time());
     await Promise.all(opened);
     await ranks.rest();
     medians.push(spreadOf(samples).median);

@@ -25,7 +25,7 @@ export const OPS = [
 export type OpName = (typeof OPS)[number];
 
 /** Parts of the bench of a GPU, in their order. */
-export const GPU_PHASES = ["ceiling", "main", "host", "wake", "tokens", "sms", "ranks"] as const;
+export const GPU_PHASES = ["ceiling", "main", "host", "wake", "ranks", "graphs", "sms", "tokens"] as const;
 
 /** One of {@linkcode GPU_PHASES}. */
 export type GpuPhase = (typeof GPU_PHASES)[number];
@@ -57,9 +57,11 @@ On a GPU the bench is another one: device events, launches against graphs, sweep
   --only PHASE,...          default all: ${GPU_PHASES.join(", ")}
   --sms N,N,...             multiprocessors a rank in phase main, default 16,8,4; sweeps take the first
   --sweep-tokens N,N,...    default 1,2,4,...,8192; with --quick 1,8,64,512,4096
+  --compare-tokens N,N,...  sizes that are also launched one by one, captured as graphs and held against the naive way,
+                            default 1,8,64,512,4096
   --sweep-sms N,N,...       default 2,4,8,12,16; with --quick 4,16
   --sweep-ranks N,N,...     default 1,2,4,8; with --quick 1,4
-  --limit SECONDS           leave out what would begin later, default 180; with --quick 35
+  --limit SECONDS           leave out what would begin later, default 170; with --quick 35
   --naive-library FILE      scripts/bench/naive.cu, compiled already; default: build/bench, by nvcc if need be
   --gpu-bench               the same on the cpu backend, without what it lacks (for its test)
   --corrupt                 flip a bit of what is verified: the bench must refuse and exit with 1 (for its test)
@@ -72,6 +74,8 @@ export interface GpuOptions {
   readonly tokens: number;
   readonly numSms: readonly number[];
   readonly sweepTokens: readonly number[];
+  /** Those of them that are launched one by one, captured as graphs and held against the naive way, too. */
+  readonly compareTokens: readonly number[];
   readonly sweepSms: readonly number[];
   readonly sweepRanks: readonly number[];
   readonly repetitions: number;
@@ -148,6 +152,7 @@ export function parseOptions(args: string[]): BenchOptions | undefined {
       sms: text,
       only: { ...text, default: GPU_PHASES.join(",") },
       "sweep-tokens": text,
+      "compare-tokens": text,
       "sweep-sms": text,
       "sweep-ranks": text,
       limit: text,
@@ -178,10 +183,11 @@ export function parseOptions(args: string[]): BenchOptions | undefined {
     tokens: whole("tokens", values.tokens ?? "4096", 1),
     numSms: wholes("sms", values.sms ?? "16,8,4", 1),
     sweepTokens: wholes("sweep-tokens", values["sweep-tokens"] ?? swept, 1),
+    compareTokens: wholes("compare-tokens", values["compare-tokens"] ?? "1,8,64,512,4096", 1),
     sweepSms: wholes("sweep-sms", values["sweep-sms"] ?? (quick ? "4,16" : "2,4,8,12,16"), 1),
     sweepRanks: wholes("sweep-ranks", values["sweep-ranks"] ?? (quick ? "1,4" : "1,2,4,8"), 1),
     repetitions: whole("repetitions", values.repetitions ?? (quick ? "5" : "9"), 1),
-    limitS: whole("limit", values.limit ?? (quick ? "35" : "180"), 1),
+    limitS: whole("limit", values.limit ?? (quick ? "35" : "170"), 1),
     quick,
     naiveLibrary: values["naive-library"],
     anyBackend: values["gpu-bench"],

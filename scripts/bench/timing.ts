@@ -17,6 +17,8 @@ export interface Chain {
   readonly lanes: readonly Lane[];
   /** A step waits for the device (for counts on the host), so steps cannot be enqueued ahead. */
   readonly hostPaced?: boolean;
+  /** Calls of all ranks that a step makes, where the clock of a GPU is to divide by it. Default 1. */
+  readonly calls?: number;
   /** Native calls a step makes, when they are so many that chains must stay short. */
   readonly callsPerStep?: number;
 }

@@ -9,8 +9,9 @@ import type { BenchOptions, GpuPhase } from "../options.ts";
 import { nowUs, Ranks } from "../ranks.ts";
 import type { Machine } from "../report.ts";
 import { VerificationError, Verifier } from "../verify.ts";
-import { type Ceiling, measureCopies } from "./ceilings.ts";
+import { type Ceiling, COPY_BYTES, measureCopies } from "./ceilings.ts";
 import { within } from "./clock.ts";
+import { graphsOfSize, slotsOf } from "./graphs.ts";
 import { hostPhase } from "./host_phase.ts";
 import { mainPhase, type PhaseContext } from "./main_phase.ts";
 import { type NaiveLibrary, naiveLibrary } from "./naive_library.ts";
@@ -21,8 +22,13 @@ import { FORMS, shapeSweep, tokenSweep } from "./sweeps.ts";
 import { tables } from "./tables.ts";
 import { wakePhase } from "./wake.ts";
 
-/** Copies are at least so large. */
-const LEAST_COPY_BYTES = 2 ** 30;
+/** What a stage is made for. */
+interface StageShape {
+  readonly numRanks: number;
+  readonly tokens: number;
+  readonly rows: number;
+  readonly numSlots?: number;
+}
 
 /** Stages, of which one lives at a time. */
 class Stages {
@@ -35,7 +41,7 @@ class Stages {
   }
 
   /** The stage of such ranks, new unless the present one is. */
-  async get(shape: { numRanks: number; tokens: number; rows: number }): Promise<Stage> {
+  async get(shape: StageShape): Promise<Stage> {
     const key = JSON.stringify(shape);
     if (this.#stage && key === this.#key && this.#usable()) return this.#stage;
     await this.close();
@@ -109,14 +115,15 @@ class Run {
     console.error((error as Error).stack ?? error);
   }
 
-  /** What a phase on a stage works with. */
-  context(stage: Stage): PhaseContext {
+  /** What a phase on a stage works with. Sweeps, which have many points, repeat less. */
+  context(stage: Stage, swept = true): PhaseContext {
+    const { repetitions } = this.options.gpu;
     return {
       report: this.report,
       verifier: this.verifier,
       stage,
       naive: this.naive,
-      repetitions: this.options.gpu.repetitions,
+      repetitions: swept ? Math.ceil(repetitions / 2) : repetitions,
       broken: this.#broken,
       failed: (what, error) => this.failed(what, error),
     };
@@ -137,18 +144,19 @@ export async function benchGpu(options: BenchOptions, machine: Machine): Promise
     tokens: Math.max(...every.map(({ tokens }) => tokens)),
     rows: Math.max(mostRows(main.expert), ...every.map(({ rank }) => mostRows(rank))),
   };
-  const bytes = (main.rank.rows + ranks * gpu.tokens) * 2 * options.hidden;
   report.say(
     `${ranks} ranks, ${gpu.tokens} tokens each, ${(main.rank.rows / ranks / gpu.tokens).toFixed(2)} rows a token; ` +
-      `slots of ${shape.rows} rows. us a call of all ranks: median (min .. max) of ${gpu.repetitions}`,
+      `slots of ${shape.rows} rows. us a call of all ranks: median (min .. max) of ${gpu.repetitions}, of ${
+        Math.ceil(gpu.repetitions / 2)
+      } in sweeps`,
   );
   for (const [form, words] of Object.entries(FORMS)) report.say(`  ${form}: ${words}`);
   const { naive } = run;
   if (typeof naive === "string") report.say(`  no naive way: ${naive}`);
 
-  await run.phase("ceiling", "what copies move, read and written", () => ceilings(run, bytes, "before"));
+  await run.phase("ceiling", "what copies move, read and written", () => ceilings(run, "before"));
   await run.phase("main", `the calls, ${gpu.numSms.join(", ")} SMs a rank`, async () => {
-    await mainPhase(async () => run.context(await run.stages.get(shape)), main, gpu.numSms);
+    await mainPhase(async () => run.context(await run.stages.get(shape), false), main, gpu.numSms);
   });
   await run.phase("host", "a call of one rank, not awaited", () => hostPhase(report, options));
   await run.phase(
@@ -156,28 +164,37 @@ export async function benchGpu(options: BenchOptions, machine: Machine): Promise
     "from counts in host memory, seen by a worker that reads them without pause, to the promise",
     () => wakePhase(report, options, gpu.quick ? 200 : 1000),
   );
-  await run.phase(
-    "tokens",
-    `1 … ${shape.tokens} tokens, ${gpu.numSms[0]} SMs a rank, the naive way beside`,
-    async () => {
-      const newContext = async () => run.context(await run.stages.get(shape));
-      await tokenSweep(newContext, swept, gpu.numSms[0]!, () => run.left());
-    },
-  );
-  await run.phase("sms", "multiprocessors a rank", async () => {
-    await shapeSweep(run.context(await run.stages.get(shape)), main, "sms", gpu.sweepSms);
-  });
-  await run.phase("ranks", `ranks, ${gpu.numSms[0]} SMs each`, async () => {
+  const numSms = gpu.numSms[0]!;
+  await run.phase("ranks", `ranks, ${numSms} SMs each`, async () => {
     for (const numRanks of gpu.sweepRanks) {
       if (!run.left()) return report.trouble(`ranks: no time for ${numRanks} and more`);
       const routing = route(numRanks, gpu.tokens);
       const stage = await run.stages.get({ numRanks, tokens: gpu.tokens, rows: mostRows(routing.rank) });
-      await shapeSweep(run.context(stage), routing, "ranks", [gpu.numSms[0]!]);
+      await shapeSweep(run.context(stage), routing, "ranks", [numSms]);
     }
+  });
+  const compared = every.slice(1).filter(({ tokens }) => gpu.compareTokens.includes(tokens));
+  await run.phase("graphs", `graphs of many calls, ${numSms} SMs a rank, the naive way beside`, async () => {
+    for (const [numSlots, routings] of Map.groupBy(compared, ({ tokens }) => slotsOf(tokens))) {
+      const rows = Math.max(...routings.map(({ rank }) => mostRows(rank)));
+      const tokens = Math.max(...routings.map(({ tokens }) => tokens));
+      const newContext = async () => run.context(await run.stages.get({ numRanks: ranks, tokens, rows, numSlots }));
+      for (const routing of routings) {
+        if (!run.left()) return report.trouble(`graphs: no time for ${routing.tokens} tokens and more`);
+        await graphsOfSize(newContext, routing, numSms);
+      }
+    }
+  });
+  await run.phase("sms", "multiprocessors a rank", async () => {
+    await shapeSweep(run.context(await run.stages.get(shape)), main, "sms", gpu.sweepSms);
+  });
+  await run.phase("tokens", `1 … ${shape.tokens} tokens, ${numSms} SMs a rank, the naive way beside some`, async () => {
+    const newContext = async () => run.context(await run.stages.get(shape));
+    await tokenSweep(newContext, swept, { numSms, compare: gpu.compareTokens, left: () => run.left() });
   });
   await run.stages.close().catch((error: Error) => report.trouble(error.message));
   if (gpu.phases.has("ceiling") && !gpu.quick) {
-    await run.phase("ceiling", "again, to see whether the device has changed", () => ceilings(run, bytes, "after"));
+    await run.phase("ceiling", "again, to see whether the device has changed", () => ceilings(run, "after"));
   }
   report.say(`\n${tables(report)}\n${goalTable(report)}`);
   if (report.troubles.length > 0) report.say(`\n${report.troubles.length} troubles:\n${report.troubles.join("\n")}`);
@@ -186,7 +203,7 @@ export async function benchGpu(options: BenchOptions, machine: Machine): Promise
 }
 
 /** Measures copies; bounds are made from those before the calls. */
-async function ceilings({ options, report, stages }: Run, bytes: number, when: "before" | "after"): Promise<void> {
+async function ceilings({ options, report, stages }: Run, when: "before" | "after"): Promise<void> {
   await stages.close();
   const { gpu, ranks: numRanks, hidden } = options;
   await using ranks = await Ranks.create(1, { ...options, numSms: 0 }, {
@@ -196,15 +213,18 @@ async function ceilings({ options, report, stages }: Run, bytes: number, when: "
     maxTokensPerRank: 1,
   });
   await ranks.rest();
-  const sms = when === "after" ? [0, 16 * numRanks] : [0, 16, ...gpu.sweepSms.map((n) => n * numRanks), 16 * numRanks];
-  const size = Math.ceil(Math.max(LEAST_COPY_BYTES, bytes / 2) / 256) * 256;
-  const all = measureCopies(ranks.buffers[0]!, sms, size, gpu.quick || when === "after" ? 3 : 5);
+  const most = [0, 16 * numRanks], rounds = gpu.quick || when === "after" ? 2 : 4;
+  const every = when === "after" ? most : [0, 16, ...gpu.sweepSms.map((n) => n * numRanks), 16 * numRanks];
+  const all = COPY_BYTES.flatMap((bytes, i) => measureCopies(ranks.buffers[0]!, i === 0 ? every : most, bytes, rounds));
   if (when === "before") report.ceilings = all;
   for (const one of all) say(report, one, when);
-  const best = report.ceiling;
-  if (when === "before" && best) {
+  const { ceiling, memcpy } = report;
+  if (when === "before" && ceiling && memcpy) {
     report.say(
-      `  bound of a call: its bytes at ${best.gbs.median.toFixed(0)} GB/s, the copy kernel on ${best.numSms} SMs`,
+      `  bound of a call: its bytes at ${
+        ceiling.gbs.median.toFixed(0)
+      } GB/s, the copy kernel on ${ceiling.numSms} SMs, ` +
+        `${(ceiling.traffic / 2e9).toFixed(2)} GB; the driver's memcpy moves ${memcpy.gbs.median.toFixed(0)} GB/s`,
     );
   }
 }

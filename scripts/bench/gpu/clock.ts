@@ -1,10 +1,10 @@
 /**
  * Time of a call of all ranks, by the device's own clock.
  *
- * In: a chain. Out: microseconds a step: from the first rank's first event to the last rank's last, over the steps, median and
+ * In: a chain. Out: microseconds a call: from the first rank's first event to the last rank's last, over the steps, median and
  * spread of several chains. Called by the phases. Three forms: `chain`: the calls wait behind a gate until all are enqueued,
  * so the device's time is seen and not the host's; `launched`: as a program makes them that does nothing else, one thread for
- * all ranks; `graph`: replays behind the gate.
+ * all ranks; `graph`: replays behind the gate of a graph of many calls, divided by their number.
  */
 import type { EpEvent } from "../../../mod.ts";
 import { type Lane, nowUs, type Ranks } from "../ranks.ts";
@@ -16,11 +16,12 @@ export type Form = "chain" | "launched" | "graph";
 /** What was measured. */
 export interface Measured {
   readonly form: Form;
-  /** Microseconds a step. */
+  /** Microseconds a call. */
   readonly us: Spread;
+  /** Steps of a chain. */
   readonly iterations: number;
   readonly repetitions: number;
-  /** Microseconds that the host took to enqueue a step, median. */
+  /** Microseconds that the host took to enqueue a call, median. */
   readonly enqueueUs: number;
   /** Chains that the gate was opened too early for: the host is in them. */
   readonly late: number;
@@ -64,7 +65,7 @@ export class DeviceClock {
   /** Times a chain. The first chains warm up and say how many steps fill one. */
   async measure(chain: Chain, form: Form = "chain"): Promise<Measured> {
     const most = Math.max(2, Math.min(MOST_STEPS, Math.floor(600 / (chain.callsPerStep ?? 1))));
-    const gated = form !== "launched" && !chain.hostPaced;
+    const gated = form !== "launched" && !chain.hostPaced, { calls = 1 } = chain;
     let iterations = 3, enqueueUs = 0;
     for (let round = 0; round < 2; round++) {
       const first = await this.#time(chain, iterations, false, 0);
@@ -78,8 +79,8 @@ export class DeviceClock {
       for (let tries = 0; one.late && tries < 3; tries++) {
         one = await this.#time(chain, iterations, gated, one.enqueueUs * 2 ** tries);
       }
-      us.push(one.us);
-      enqueued.push(one.enqueueUs);
+      us.push(one.us / calls);
+      enqueued.push(one.enqueueUs / calls);
       enqueueUs = Math.max(one.enqueueUs, enqueueUs / 2);
       if (one.late) late++;
     }

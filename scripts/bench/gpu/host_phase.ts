@@ -2,12 +2,13 @@
  * What calls cost the host, and what they leave in its memory.
  *
  * In: options. Out: figures: microseconds of checks, packing, FFI and launch of one call of one rank, on a busy device and on one at
- * rest; bytes of the heap that 2000 calls leave behind. Called by bench.ts.
+ * rest; bytes of the heap that 2000 calls leave behind. Called by bench.ts. A call is given no stream, so it is the buffer's own,
+ * which then waits for it; with `asyncFinish` (`_async`) it does not. What a dispatch's result costs to release stands by itself.
  */
 import process from "node:process";
 import { setFlagsFromString } from "node:v8";
 import { runInNewContext } from "node:vm";
-import { type Call, callCost } from "../host.ts";
+import { type Call, callCost, type Timed } from "../host.ts";
 import type { BenchOptions } from "../options.ts";
 import { Ranks } from "../ranks.ts";
 import { hasGraphsOf } from "./features.ts";
@@ -16,6 +17,7 @@ import type { GpuFigure, Report } from "./report.ts";
 /** A stream takes about a thousand launches, waits and records before it makes the host wait. */
 const CALLS = 100;
 const HEAP_CALLS = 2000;
+const MOST_REPETITIONS = 5;
 
 /** Collects garbage, where the runtime lets a program do so. */
 function collect(): boolean {
@@ -55,6 +57,13 @@ export async function hostPhase(report: Report, options: BenchOptions): Promise<
     dispatch_cached: () => buffer.dispatch(x, { handle }),
     combine: () => buffer.combine(x, handle, { out }),
   };
+  const asyncFinish = true;
+  const others: Record<string, Call> = {
+    dispatch_async: () => buffer.dispatch(x, { topkIdx, cpuSync: false, asyncFinish }),
+    dispatch_cached_async: () => buffer.dispatch(x, { handle, asyncFinish }),
+    combine_async: () => buffer.combine(x, handle, { out, asyncFinish }),
+  };
+  const repeated = { ...options, repetitions: Math.min(MOST_REPETITIONS, options.repetitions) };
   const facts: Omit<GpuFigure, "op" | "us"> = {
     phase: "host",
     form: "host",
@@ -64,16 +73,17 @@ export async function hostPhase(report: Report, options: BenchOptions): Promise<
     dtype: "none",
     layout: "none",
   };
-  const cost = async (name: string, call: Call): Promise<void> => {
+  const cost = async (name: string, call: Call, timed: Timed = "call"): Promise<void> => {
     try {
-      const { busy, idle } = await callCost(options, ranks, call, CALLS);
+      const { busy, idle } = await callCost(repeated, ranks, call, CALLS, timed);
       if (busy) report.add({ ...facts, op: `host_${name}_busy`, us: busy });
       report.add({ ...facts, op: `host_${name}_idle`, us: idle });
     } catch (error) {
       report.trouble(`host: ${name}: ${(error as Error).message}`);
     }
   };
-  for (const [name, call] of Object.entries(calls)) await cost(name, call);
+  for (const [name, call] of Object.entries({ ...calls, ...others })) await cost(name, call);
+  await cost("release", calls["dispatch_cached"]!, "release");
   if (hasGraphsOf(buffer)) {
     using graph = buffer.capture(buffer.stream, (operations) => operations.combine(x, handle, { out }));
     await cost("graph_launch", () => ({ event: graph.launch(), [Symbol.dispose]: () => {} }));

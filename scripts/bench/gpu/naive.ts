@@ -27,6 +27,7 @@ class Work implements Disposable {
   readonly stage: Stage;
   protected readonly streams: readonly bigint[];
   protected readonly owned: Tensor[] = [];
+  #steps: readonly (readonly Command[])[] = [];
   #programs: Program[] = [];
   #graphs: bigint[] = [];
   #turn = 0;
@@ -40,6 +41,7 @@ class Work implements Disposable {
 
   /** The steps, taken in turns. */
   protected use(steps: readonly (readonly Command[])[]): void {
+    this.#steps = steps;
     this.#programs = steps.map((commands) => new Program(commands));
     this.#callsPerStep = Math.ceil(steps[0]!.length / this.streams.length); // what a stream takes
   }
@@ -76,16 +78,13 @@ class Work implements Disposable {
     };
   }
 
-  /** The same as graphs, one of all ranks. */
-  get graph(): Chain {
-    const [lane] = this.stage.ownLanes;
-    if (this.#graphs.length === 0) {
-      this.#graphs = this.#programs.map((program) => this.library.capture(program, lane!.stream.address));
-    }
-    return {
-      lanes: [lane!],
-      step: () => this.library.replay(this.#graphs[this.#turn++ % this.#graphs.length]!, lane!.stream.address),
-    };
+  /** `calls` calls, captured as one graph of all ranks. */
+  graph(calls: number): Chain {
+    const [lane] = this.stage.ownLanes, stream = lane!.stream.address;
+    const commands = Array.from({ length: calls }, (_, i) => this.#steps[i % this.#steps.length]!).flat();
+    const graph = this.library.capture(new Program(commands), stream);
+    this.#graphs.push(graph);
+    return { lanes: [lane!], calls, callsPerStep: 50, step: () => this.library.replay(graph, stream) };
   }
 
   /** Runs one step and waits for its end. */

@@ -8,7 +8,7 @@ import { appendFileSync } from "node:fs";
 import type { BenchOptions } from "../options.ts";
 import type { Machine } from "../report.ts";
 import type { Spread } from "../timing.ts";
-import { bestKernel, type Ceiling, memcpyOf } from "./ceilings.ts";
+import { bestKernel, bestMemcpy, type Ceiling } from "./ceilings.ts";
 import type { Form, Measured } from "./clock.ts";
 
 /** How a figure came about. */
@@ -70,12 +70,25 @@ export class Report {
     return this.ceiling && bytes > 0 ? bytes / this.ceiling.gbs.median / 1000 : undefined;
   }
 
+  /** The driver's fastest copy; undefined when none was measured. */
+  get memcpy(): Ceiling | undefined {
+    return bestMemcpy(this.#ceilings);
+  }
+
+  /** Which share of the bound a figure reaches, and which of the driver's memcpy, in percent. */
+  shares({ bytes = 0, us, unit }: GpuFigure): { bound: number; memcpy: number } | undefined {
+    const { ceiling, memcpy } = this;
+    if (!ceiling || !memcpy || bytes === 0 || unit) return undefined;
+    const percent = ({ gbs }: Ceiling): number => 100 * bytes / us.median / 1000 / gbs.median;
+    return { bound: percent(ceiling), memcpy: percent(memcpy) };
+  }
+
   /** Keeps, prints and writes a figure. */
   add(figure: GpuFigure): void {
     this.figures.push(figure);
-    const bound = this.boundUs(figure.bytes ?? 0), memcpy = memcpyOf(this.#ceilings);
+    const bound = this.boundUs(figure.bytes ?? 0), shares = this.shares(figure), { memcpy } = this;
     const { measured, more, unit = "us" } = figure;
-    const same = this.#ceilings.find(({ numSms }) => numSms === figure.ranks * figure.numSms);
+    const same = bestKernel(this.#ceilings, figure.ranks * figure.numSms);
     const words = [
       `${figure.op} ${figure.form}`.padEnd(30),
       `${figure.ranks}r ${figure.numSms}sm ${figure.tokens}t`.padEnd(15),
@@ -84,7 +97,9 @@ export class Report {
       figure.bytes
         ? `${(figure.bytes / 1e6).toFixed(2)} MB ${(figure.bytes / figure.us.median / 1e3).toFixed(0)} GB/s`
         : "",
-      bound ? `bound ${us(bound)} us = ${(100 * bound / figure.us.median).toFixed(1)} %` : "",
+      bound && shares
+        ? `bound ${us(bound)} us = ${shares.bound.toFixed(1)} %, ${shares.memcpy.toFixed(1)} % of memcpy`
+        : "",
       measured?.late ? `host late in ${measured.late} of ${measured.repetitions}` : "",
       ...Object.entries(more ?? {}).map(([key, value]) => `${key} ${typeof value === "number" ? round(value) : value}`),
     ];
@@ -104,7 +119,8 @@ export class Report {
       usMax: round(figure.us.max),
       bytes: figure.bytes ?? 0,
       boundUs: bound ? round(bound) : null,
-      ratio: bound ? round(bound / figure.us.median) : null,
+      ratio: shares ? round(shares.bound / 100) : null,
+      memcpyRatio: shares ? round(shares.memcpy / 100) : null,
       ceilingGBs: this.ceiling ? round(this.ceiling.gbs.median) : null,
       ceilingSms: this.ceiling?.numSms ?? null,
       sameSmsGBs: same ? round(same.gbs.median) : null,
@@ -158,26 +174,26 @@ interface Goal {
 
 function share(report: Report, what: string, goal: number, wanted: Partial<GpuFigure>): Goal {
   const figure = report.find({ phase: "main", form: "chain", ...wanted });
-  const bound = figure && report.boundUs(figure.bytes ?? 0);
-  const ratio = figure && bound ? bound / figure.us.median : undefined;
+  const bound = figure && report.boundUs(figure.bytes ?? 0), shares = figure && report.shares(figure);
   return {
     what,
     goal: `>= ${(100 * goal).toFixed(0)} % of the bound`,
-    reached: ratio === undefined
+    reached: shares === undefined
       ? "no figure"
-      : `${(100 * ratio).toFixed(1)} % (${us(figure!.us.median)} us, bound ${us(bound!)} us)`,
-    met: ratio === undefined ? undefined : ratio >= goal,
+      : `${shares.bound.toFixed(1)} % (${us(figure!.us.median)} us, bound ${us(bound!)} us); ` +
+        `${shares.memcpy.toFixed(1)} % of memcpy`,
+    met: shares === undefined ? undefined : shares.bound >= 100 * goal,
   };
 }
 
-function least(what: string, goal: string, limit: number, figures: readonly GpuFigure[]): Goal {
+function least(what: string, goal: string, limit: number, figures: readonly GpuFigure[], beside = ""): Goal {
   const worst = figures.length === 0 ? undefined : Math.max(...figures.map((figure) => figure.us.median));
   return {
     what,
     goal,
     reached: worst === undefined
       ? "no figure"
-      : figures.map((figure) => `${figure.op} ${us(figure.us.median)} ${figure.unit ?? "us"}`).join(", "),
+      : figures.map((figure) => `${figure.op} ${us(figure.us.median)} ${figure.unit ?? "us"}`).join(", ") + beside,
     met: worst === undefined ? undefined : worst <= limit,
   };
 }
@@ -209,7 +225,9 @@ function naiveGoal(report: Report, form: Form): Goal {
     what: `against the naive way, 1 … 4096 tokens, ${form}`,
     goal: "faster at every size",
     reached: worst
-      ? `${pairs.length} sizes, least ${worst.speedup.toFixed(2)} times as fast (${worst.op}, ${worst.tokens} tokens)` +
+      ? `${pairs.length} comparisons, least ${
+        worst.speedup.toFixed(2)
+      } times as fast (${worst.op}, ${worst.tokens} tokens)` +
         (lost.length > 0 ? `; not faster: ${lost.join(", ")}` : "")
       : "no figure",
     met: worst && worst.speedup > 1,
@@ -244,14 +262,23 @@ export function goalTable(report: Report): string {
       "<= 5 us",
       5,
       report.figures.filter(({ op }) => op === "wake_observed"),
+      ["wake_asked", "wake_turn"].map((op) => report.find({ op })).map((figure) =>
+        figure ? `; ${figure.op} ${us(figure.us.median)} us` : ""
+      ).join(""),
     ),
     ...(["chain", "launched", "graph"] as const).map((form) => naiveGoal(report, form)),
   ];
+  const { ceiling, memcpy } = report;
+  const bounds = ceiling && memcpy
+    ? `goals about bytes are judged by the bound, the copy kernel at ${ceiling.gbs.median.toFixed(0)} GB/s; ` +
+      `beside it the share of the driver's memcpy at ${memcpy.gbs.median.toFixed(0)} GB/s\n`
+    : "";
   const width = Math.max(...goals.map(({ what }) => what.length)),
     goalWidth = Math.max(...goals.map(({ goal }) => goal.length));
-  return goals.map(({ what, goal, reached, met }) =>
-    `${met === undefined ? "-     " : met ? "met   " : "missed"}  ${what.padEnd(width)}  ${
-      goal.padEnd(goalWidth)
-    }  ${reached}`
-  ).join("\n");
+  return bounds +
+    goals.map(({ what, goal, reached, met }) =>
+      `${met === undefined ? "-     " : met ? "met   " : "missed"}  ${what.padEnd(width)}  ${
+        goal.padEnd(goalWidth)
+      }  ${reached}`
+    ).join("\n");
 }

@@ -1,29 +1,19 @@
 /**
- * How a call's time grows: over tokens, multiprocessors and ranks; and the naive way at every size.
+ * How a call's time grows: over tokens, multiprocessors and ranks; and the naive way beside some sizes.
  *
  * In: stages and routings. Out: figures and linear fits. Called by bench.ts. Small calls end before one thread has launched eight
- * ranks, so each size is timed in three forms, see clock.ts; the naive way in the same three.
+ * ranks, so some sizes are timed as they are launched, too, see clock.ts; graphs.ts has them in graphs.
  */
-import type { DispatchHandle, DispatchResult, Graph, Payload, Recorder, Tensor } from "../../../mod.ts";
-import type { Chain } from "../timing.ts";
-import { checkRows, checkSums } from "./checks.ts";
-import { all, type Form } from "./clock.ts";
-import { hasGraphsOf } from "./features.ts";
+import type { Form } from "./clock.ts";
 import { type NewContext, type PhaseContext, World } from "./main_phase.ts";
-import type { NaiveCombine, NaiveDispatch } from "./naive.ts";
 import type { GpuFigure, Report } from "./report.ts";
 import type { Routing } from "./routes.ts";
-import type { Stage } from "./stage.ts";
 
-/** The naive way is compared up to here. */
-const MOST_NAIVE_TOKENS = 4096;
-
-/** All sizes. `left`: whether there is time for another one. */
+/** All sizes. `compare`: those that are launched and held against the naive way. `left`: whether there is time for one more. */
 export async function tokenSweep(
   newContext: NewContext,
   routings: readonly Routing[],
-  numSms: number,
-  left: () => boolean,
+  { numSms, compare, left }: { numSms: number; compare: readonly number[]; left: () => boolean },
 ): Promise<void> {
   const { report } = await newContext();
   for (const routing of routings) {
@@ -34,7 +24,7 @@ export async function tokenSweep(
     for (const [what, run] of [["dispatch", sizeOfDispatch], ["combine", sizeOfCombine]] as const) {
       const context = await newContext(), world = new World(context, routing, "tokens");
       try {
-        await run(world, numSms);
+        await run(world, numSms, compare.includes(routing.tokens));
         world.release();
       } catch (error) {
         context.failed(`tokens: ${what} of ${routing.tokens} tokens`, error);
@@ -44,153 +34,50 @@ export async function tokenSweep(
   fits(report);
 }
 
-/** Does something unless it has failed before. */
-async function unlessBroken({ context }: World, what: string, run: () => Promise<void>): Promise<void> {
-  if (context.broken.has(what)) return;
-  context.broken.add(what);
-  await run();
-  context.broken.delete(what);
-}
-
-const hasGraphs = (stage: Stage): boolean => hasGraphsOf(stage.ranks.buffers[0]!);
-
 type Facts = Omit<GpuFigure, "phase" | "op" | "form" | "ranks" | "tokens" | "us" | "measured">;
 
-async function naiveForms(world: World, op: string, naive: NaiveDispatch | NaiveCombine, facts: Facts): Promise<void> {
-  for (const form of ["chain", "launched"] as const) await world.time(naive.chain, { op, ...facts, numSms: 0 }, form);
-  if (!hasGraphs(world.stage)) return;
-  await unlessBroken(world, `${op} graph`, async () => {
-    await world.time(naive.graph, { op, ...facts, numSms: 0 }, "graph");
-  });
-}
+const FORMS_OF_CALLS = ["chain", "launched"] as const;
 
-async function sizeOfDispatch(world: World, numSms: number): Promise<void> {
+async function sizeOfDispatch(world: World, numSms: number, compared: boolean): Promise<void> {
   const { stage, routing: { rank: route, tokens } } = world, rows = stage.rows("bf16");
   const facts: Facts = { numSms, dtype: "bf16", layout: "rank", bytes: world.bytes(route, 2 * stage.hidden) };
-  using naive = tokens <= MOST_NAIVE_TOKENS ? await world.naiveDispatch(rows, route) : undefined;
+  using naive = compared ? await world.naiveDispatch(rows, route) : undefined;
   const what = `dispatch of ${tokens} tokens`;
   const handles = await world.checkedHandles(what, rows, route, naive);
   await world.checkCached(`${what}, cached`, { rows, route, handles, numSms, naive });
   const cached = world.cached(rows, handles, numSms);
-  for (const form of ["chain", "launched"] as const) {
-    await world.time(cached, { op: "dispatch_cached", ...facts }, form);
+  await world.time(cached, { op: "dispatch_cached", ...facts });
+  if (compared) {
+    await world.time(cached, { op: "dispatch_cached", ...facts }, "launched");
+    await world.time(world.full(rows, numSms, false), { op: "dispatch_full", ...facts });
+    await world.time(world.full(rows, numSms, true), { op: "dispatch_awaited", ...facts }, "launched");
   }
-  await world.time(world.full(rows, numSms, false), { op: "dispatch_full", ...facts });
-  await world.time(world.full(rows, numSms, true), { op: "dispatch_awaited", ...facts }, "launched");
-  if (naive) await naiveForms(world, "naive_dispatch", naive, facts);
-  if (hasGraphs(stage)) await dispatchGraphs(world, handles, facts);
+  if (naive) {
+    for (const form of FORMS_OF_CALLS) {
+      await world.time(naive.chain, { ...facts, op: "naive_dispatch", numSms: 0 }, form);
+    }
+  }
   for (const handle of handles) handle.release();
 }
 
-async function sizeOfCombine(world: World, numSms: number): Promise<void> {
+async function sizeOfCombine(world: World, numSms: number, compared: boolean): Promise<void> {
   const { stage, routing: { rank: route, tokens } } = world;
   const facts: Facts = { numSms, dtype: "bf16", layout: "rank", bytes: world.bytes(route, 2 * stage.hidden) };
   const results = await stage.route(world.loaded, stage.rows("bf16"));
   try {
     const y = await world.outputs(results, route, 1);
-    using naive = tokens <= MOST_NAIVE_TOKENS ? await world.naiveCombine(y, route) : undefined;
+    using naive = compared ? await world.naiveCombine(y, route) : undefined;
     const chain = world.combine(y, results, numSms);
     await world.checkCombine(`combine of ${tokens} tokens`, chain, { route, shift: 1, weighted: false, naive });
-    for (const form of ["chain", "launched"] as const) await world.time(chain, { op: "combine", ...facts }, form);
-    if (naive) await naiveForms(world, "naive_combine", naive, facts);
-    if (hasGraphs(stage)) {
-      await unlessBroken(world, "combine graph", () => combineGraph(world, y, results, facts));
-      await unlessBroken(world, "layer graph", () => layerGraph(world, facts));
+    await world.time(chain, { op: "combine", ...facts });
+    if (compared) await world.time(chain, { op: "combine", ...facts }, "launched");
+    if (naive) {
+      for (const form of FORMS_OF_CALLS) {
+        await world.time(naive.chain, { ...facts, op: "naive_combine", numSms: 0 }, form);
+      }
     }
   } finally {
     for (const result of results) result.release();
-  }
-}
-
-/** A graph a rank; `release` ends them and what they made. */
-async function captured<T>(
-  stage: Stage,
-  record: (operations: Recorder, rank: number) => T,
-): Promise<{ graphs: Graph<T>[]; chain: Chain; once: () => Promise<void> }> {
-  await stage.ranks.rest(); // what a capture waits for must have ended
-  const graphs = stage.ranks.buffers.map((b, r) => b.capture(b.stream, (operations) => record(operations, r)));
-  const launch = () => graphs.map((graph) => graph.launch());
-  return {
-    graphs,
-    chain: { lanes: stage.ownLanes, callsPerStep: 4, step: () => void launch() },
-    once: async () => {
-      await stage.ranks.rest();
-      await all(launch());
-    },
-  };
-}
-
-async function dispatchGraphs(world: World, handles: readonly DispatchHandle[], facts: Facts): Promise<void> {
-  const { stage, routing: { tokens, rank: route }, loaded, context: { verifier } } = world, rows = stage.rows("bf16");
-  const { topkIdx, topkWeights } = loaded, { numSms } = facts;
-  const kinds = {
-    dispatch_cached: (r: number) => ({ handle: handles[r]!, numSms }),
-    dispatch_full: (r: number) => ({ topkIdx: topkIdx[r]!, topkWeights: topkWeights[r]!, numSms }),
-  };
-  for (const [op, of] of Object.entries(kinds)) {
-    await unlessBroken(world, `${op} graph`, async () => {
-      const { graphs, chain, once } = await captured(
-        stage,
-        (operations, r) => operations.dispatch(rows.payload(r, tokens), of(r)),
-      );
-      try {
-        graphs.forEach(({ results }, r) => stage.ranks.buffers[r]!.fill(results.x as Tensor, 0xa5));
-        await once();
-        const results = graphs.map((graph) => graph.results);
-        await checkRows(`${op} of ${tokens} tokens, graph`, { stage, loaded, verifier, rows, route }, results);
-        await world.time(chain, { op, ...facts }, "graph");
-      } finally {
-        for (const graph of graphs) {
-          graph.release();
-          graph.results.release();
-        }
-      }
-    });
-  }
-}
-
-async function combineGraph(
-  world: World,
-  y: readonly Tensor[],
-  held: readonly DispatchResult<Payload>[],
-  facts: Facts,
-): Promise<void> {
-  const { stage, routing: { tokens, rank: route }, loaded, context: { verifier }, out } = world, { numSms } = facts;
-  const { graphs, chain, once } = await captured(
-    stage,
-    (operations, r) => operations.combine(y[r]!, held[r]!.handle, { out: out[r]!, numSms }),
-  );
-  try {
-    world.poisonOut();
-    await once();
-    const what = `combine of ${tokens} tokens, graph`;
-    await checkSums(what, { stage, loaded, verifier, route, shift: 1, weighted: false }, out);
-    await world.time(chain, { op: "combine", ...facts }, "graph");
-  } finally {
-    for (const graph of graphs) graph.release();
-  }
-}
-
-/** A layer: routing, dispatch, no experts, combine in place. */
-async function layerGraph(world: World, facts: Facts): Promise<void> {
-  const { stage, routing: { tokens, rank: route }, loaded, context: { verifier }, out } = world, { numSms } = facts;
-  const rows = stage.rows("bf16"), { topkIdx, topkWeights } = loaded;
-  const { graphs, chain, once } = await captured(stage, (operations, r) => {
-    const routed = { topkIdx: topkIdx[r]!, topkWeights: topkWeights[r]!, numSms };
-    const recv = operations.dispatch(rows.payload(r, tokens), routed);
-    operations.combine(recv.handle.expertOutput(), recv.handle, { out: out[r]!, numSms });
-    return recv;
-  });
-  try {
-    await once();
-    const results = graphs.map((graph) => graph.results);
-    await checkRows(`layer of ${tokens} tokens, graph`, { stage, loaded, verifier, rows, route }, results);
-    await world.time(chain, { op: "dispatch_full_combine", ...facts, bytes: 2 * (facts.bytes ?? 0) }, "graph");
-  } finally {
-    for (const graph of graphs) {
-      graph.release();
-      graph.results.release();
-    }
   }
 }
 
@@ -213,13 +100,13 @@ export function fitted(points: readonly { mb: number; us: number }[]): { fixed: 
 function fits(report: Report): void {
   const series = new Map<string, GpuFigure[]>();
   for (const figure of report.figures) {
-    if (figure.phase !== "tokens" || !figure.bytes) continue;
+    if (figure.phase !== "tokens" && figure.phase !== "graphs" || !figure.bytes) continue;
     const name = `${figure.op} ${figure.form}`;
     series.set(name, [...series.get(name) ?? [], figure]);
   }
   report.say("\n  time = fixed + bytes * slope, least squares of relative errors over the token sweep:");
   for (const [name, figures] of series) {
-    if (figures.length < 3) continue;
+    if (figures.length < 3) continue; // would be met exactly
     const { fixed, perMb, worst } = fitted(figures.map(({ bytes, us }) => ({ mb: bytes! / 1e6, us: us.median })));
     report.say(
       `  ${name.padEnd(32)} ${fixed.toFixed(1).padStart(8)} us + ${perMb.toFixed(4)} us/MB ` +
@@ -253,7 +140,6 @@ export async function shapeSweep(
       layout: "rank",
       bytes: world.bytes(route, fp8.partBytes.reduce((a, b) => a + b, 0)),
     });
-    await world.time(world.full(bf16, sms, false), { op: "dispatch_full", numSms: sms, ...facts });
   }
   for (const handle of handles) handle.release();
   const results = await stage.route(world.loaded, bf16);
@@ -279,5 +165,5 @@ export async function shapeSweep(
 export const FORMS: Readonly<Record<Form, string>> = {
   chain: "all calls enqueued behind a gate, then run: the device's time",
   launched: "enqueued while they run, by one thread for all ranks",
-  graph: "replays of captured calls, enqueued behind a gate",
+  graph: "a graph of many calls a rank (how many stands beside), replays enqueued behind a gate, divided by the calls",
 };

@@ -28,25 +28,29 @@ function pivot(
 export function tables(report: Report): string {
   const of = (phase: string): GpuFigure[] => report.figures.filter((figure) => figure.phase === phase);
   const share = (figure: GpuFigure): string => {
-    const bound = report.boundUs(figure.bytes ?? 0);
-    return us(figure.us.median) + (bound ? ` ${(100 * bound / figure.us.median).toFixed(1)}%` : "");
+    const shares = report.shares(figure);
+    return us(figure.us.median) + (shares ? ` ${shares.bound.toFixed(1)}% ${shares.memcpy.toFixed(1)}%` : "");
   };
   const short = (figure: GpuFigure): string =>
     `${figure.op.replace("dispatch", "d").replace("combine", "c").replace("_cached", "")} ${figure.form}`;
   const sms = (figure: GpuFigure): string => figure.numSms === 0 ? "all SMs" : `${figure.numSms} SMs`;
   const wide = { row: (figure: GpuFigure) => figure.op, cell: share };
+  const shared = "us, share of the bound, share of memcpy";
+  const byTokens = (phase: string): string[] =>
+    pivot(of(phase), {
+      row: (figure) => String(figure.tokens),
+      column: short,
+      cell: (figure) => us(figure.us.median),
+    });
   const parts: [string, string[]][] = [
-    ["main size: us, share of the bound", pivot(of("main"), { ...wide, column: sms })],
+    [`main size: ${shared}`, pivot(of("main"), { ...wide, column: sms })],
     [
       "tokens: us; d: dispatch, cached unless it says full; c: combine",
-      pivot(of("tokens"), {
-        row: (figure) => String(figure.tokens),
-        column: short,
-        cell: (figure) => us(figure.us.median),
-      }),
+      byTokens("tokens"),
     ],
-    ["multiprocessors: us, share of the bound", pivot(of("sms"), { ...wide, column: sms })],
-    ["ranks: us, share of the bound", pivot(of("ranks"), { ...wide, column: ({ ranks }) => `${ranks} ranks` })],
+    ["tokens, graphs of many calls: us a call", byTokens("graphs")],
+    [`multiprocessors: ${shared}`, pivot(of("sms"), { ...wide, column: sms })],
+    [`ranks: ${shared}`, pivot(of("ranks"), { ...wide, column: ({ ranks }) => `${ranks} ranks` })],
   ];
   return parts.filter(([, lines]) => lines.length > 1).map(([title, lines]) => `${title}\n${lines.join("\n")}\n`).join(
     "\n",

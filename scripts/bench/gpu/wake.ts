@@ -4,14 +4,19 @@
  * In: options. Out: figures. Called by bench.ts. The host cannot see both moments on one thread, so a worker reads the counts'
  * memory in a tight loop, where a value stands that no count is, and notes the time when it changes; the main thread notes the
  * time when `await dispatch()` goes on. Their difference is the figure: p50, and p99 beside it. The worker sees a change some 0.1 us
- * late, and the counts are stored shortly before the word that says they are complete, which counts against the library.
+ * late, and the counts are stored before the word that says they are complete and that the library waits for: between the two
+ * the device fences host memory, which counts against the library. What of the figure is the event loop's: `wake_asked` is the
+ * same while the main thread asks the queue without pause, with no turn of the event loop between; `wake_turn` is a turn of it.
  */
+import { setImmediate } from "node:timers";
 import type { EpBuffer } from "../../../mod.ts";
+import type { Device } from "../../../lib/device.ts";
 import { constants } from "../../../lib/ffi/abi.ts";
 import { struct } from "../../../lib/ffi/struct.ts";
 import { wake as wakeByBarrier } from "../host.ts";
 import type { BenchOptions } from "../options.ts";
-import { Ranks } from "../ranks.ts";
+import { nowUs, Ranks } from "../ranks.ts";
+import { type Spread, spreadOf } from "../timing.ts";
 import { within } from "./clock.ts";
 import type { Report } from "./report.ts";
 import { monotonicNs, SENTINEL } from "./wake_clock.ts";
@@ -19,6 +24,9 @@ import type { WatchMessage } from "./wake_watcher.ts";
 
 const injectStruct = struct("deepep_inject_args");
 const TOKENS = 128;
+/** How long an operation is awaited of which turns of the event loop are counted: less than it is polled for each turn. */
+const LOOP_MS = 5;
+const ASKS = 200;
 
 /** The watcher. */
 class Watcher implements Disposable {
@@ -131,28 +139,31 @@ export async function wakePhase(report: Report, options: BenchOptions, samples: 
       await result.event;
       result.release();
     });
-    const once = async (delayUs: number): Promise<number> => {
+    const once = async (delayUs: number, asked = false): Promise<number> => {
       if (delayUs > 0) late(buffer, delayUs);
       device.hostWrite(address, word);
       watcher.watch(address);
-      const result = await buffer.dispatch(x, { topkIdx });
+      const dispatched = buffer.dispatch(x, { topkIdx });
+      const result = asked ? await askedFor(device, dispatched) : await dispatched;
       const resumed = now(), seen = watcher.seenNs();
       await result.event;
       result.release();
       await ranks.rest();
       return seen < 0n ? NaN : Number(resumed - seen) / 1000;
     };
-    const delays = ranks.hasGate
-      ? [["", 0], ["_after_500_us", 500], ["_after_3_ms", 3000]] as const
-      : [["", 0]] as const;
-    for (const [suffix, delayUs] of delays) {
+    const kinds = [["observed", 0], ["asked", 0], ["observed_after_500_us", 500], [
+      "observed_after_3_ms",
+      3000,
+    ]] as const;
+    for (const [name, delayUs] of kinds) {
+      if (delayUs > 0 && !ranks.hasGate) continue;
       const count = delayUs > 1000 ? Math.ceil(samples / 5) : samples, us: number[] = [];
-      for (let i = 0; i < 20; i++) await once(delayUs);
-      for (let i = 0; i < count; i++) us.push(await once(delayUs));
+      for (let i = 0; i < 20; i++) await once(delayUs, name === "asked");
+      for (let i = 0; i < count; i++) us.push(await once(delayUs, name === "asked"));
       const sorted = us.filter((one) => !Number.isNaN(one)).sort((a, b) => a - b);
       report.add({
         ...facts,
-        op: `wake_observed${suffix}`,
+        op: `wake_${name}`,
         us: { median: at(sorted, 0.5), min: sorted[0]!, max: sorted.at(-1)! },
         more: { p90: at(sorted, 0.9), p99: at(sorted, 0.99), samples: sorted.length },
       });
@@ -160,11 +171,58 @@ export async function wakePhase(report: Report, options: BenchOptions, samples: 
   } catch (error) {
     report.trouble(`wake: no watcher: ${(error as Error).message}`);
   }
+  if (ranks.hasGate) {
+    const { turn, ask } = await loopCosts(ranks);
+    report.add({ ...facts, op: "wake_turn", us: turn, more: { turnsPerSecond: 1e6 / turn.median } });
+    report.add({ ...facts, op: "wake_ask", us: ask });
+  }
+  report.say(
+    "  observed: from the first count in host memory (the word that completes them follows a fence later) to the promise; " +
+      "asked: the same, the queue asked without pause\n  turn: a turn of the event loop while an operation is awaited, which " +
+      "asks the queue once and runs one more callback; ask: asking the queue once",
+  );
   // The other way: the end of a barrier, awaited and asked for without pause. What awaiting adds is the difference of the two.
   const barrier = await wakeByBarrier(options, [0], () => buffer.barrier());
   const { measured, bound } = barrier;
   report.add({ ...facts, op: "wake_barrier_awaited", us: measured });
   report.add({ ...facts, op: "wake_barrier_asked", us: bound, more: { awaitingAdds: measured.median - bound.median } });
+}
+
+/** Waits for a promise by asking the queue without pause. Only promises that are kept meanwhile run between. */
+async function askedFor<T>(device: Device, promise: Promise<T>): Promise<T> {
+  let settled = false;
+  const note = (): void => {
+    settled = true;
+  };
+  promise.then(note, note);
+  for (const end = nowUs() + 5e6; !settled && nowUs() < end;) {
+    for (let i = 0; i < 100 && !settled; i++) {
+      device.sweep();
+      await undefined;
+    }
+  }
+  return promise;
+}
+
+/** What a turn of the event loop costs while an operation is awaited, and what asking the queue costs. */
+async function loopCosts(ranks: Ranks): Promise<{ turn: Spread; ask: Spread }> {
+  const { device } = ranks.buffers[0]!.core, turns: number[] = [], asks: number[] = [];
+  for (let i = 0; i < 20; i++) {
+    const [event] = ranks.shut([], LOOP_MS);
+    let done = false, count = 0;
+    const ended = event!.then(() => done = true);
+    const asking = nowUs();
+    for (let ask = 0; ask < ASKS; ask++) device.sweep();
+    const begin = nowUs();
+    asks.push((begin - asking) / ASKS);
+    while (!done) {
+      await new Promise((resolve) => setImmediate(resolve));
+      count++;
+    }
+    turns.push((nowUs() - begin) / count);
+    await ended;
+  }
+  return { turn: spreadOf(turns), ask: spreadOf(asks) };
 }
 
 /** Makes the next dispatch's counts late. */
