@@ -117,11 +117,14 @@ export class EpBuffer implements AsyncDisposable {
   get ranksOnDevice(): number {
     return this.#core.info().ranks_on_device;
   }
-  /** The buffer's own compute stream: the default of every `stream` option. */
+  /** The buffer's own compute stream: the default of every `stream` option. On cuda, operations that it waits for run on it. */
   get stream(): Stream {
     return this.#core.stream;
   }
-  /** The communication stream, on which operations run. */
+  /**
+   * The communication stream: where operations run that do not run on the caller's (with `asyncFinish`, `previousEvent` or a
+   * foreign stream, in a graph; on cpu always). An event recorded on it stands for all operations so far, wherever they ran.
+   */
   get commStream(): Stream {
     return this.#core.commStream;
   }
@@ -165,7 +168,11 @@ export class EpBuffer implements AsyncDisposable {
 
   // --- low-latency mode
 
-  /** Sends tokens into the masked expert-major layout. Launches at once. Collective. Throws as {@linkcode dispatch} does. */
+  /**
+   * Sends tokens into the masked expert-major layout. Launches at once. Collective. Throws as {@linkcode dispatch} does.
+   *
+   * @throws {EpError} `unsupported` on the cuda backend of this version
+   */
   lowLatencyDispatch<X extends Payload, O extends LowLatencyDispatchOptions>(
     x: X,
     options: O,
@@ -173,14 +180,18 @@ export class EpBuffer implements AsyncDisposable {
     return lowLatencyDispatch(this.#core, x, options);
   }
 
-  /** Brings weighted expert outputs back. Launches at once. Collective. Throws as {@linkcode combine} does. */
+  /**
+   * Brings weighted expert outputs back. Launches at once. Collective. Throws as {@linkcode combine} does.
+   *
+   * @throws {EpError} `unsupported` on the cuda backend of this version
+   */
   lowLatencyCombine(y: Tensor, options: LowLatencyCombineOptions): LowLatencyCombineResult {
     return lowLatencyCombine(this.#core, y, options);
   }
 
   // --- order
 
-  /** Makes a stream on the buffer's device. */
+  /** Makes a stream on the buffer's device. On cuda, an operation that is given it, and that it waits for, runs on it. */
   createStream(): Stream {
     return this.#core.createStream();
   }
@@ -198,11 +209,11 @@ export class EpBuffer implements AsyncDisposable {
   }
 
   /**
-   * Records the operations that `record` makes on `stream`, instead of running them, as a CUDA graph. `record` is
-   * synchronous and gets the operations as functions that are, too; nothing can be awaited or read in it. When it throws,
-   * the capture ends, what it made is released, and the error goes on. Dispatches take a slot each, which their results hold
-   * until they are released. Tensors that the operations use must stay; rows and routing are read from
-   * them at every replay. Not collective, but its replays are.
+   * Records the operations that `record` makes on `stream`, instead of running them, as a CUDA graph. What other libraries
+   * enqueue on `stream` meanwhile becomes part of it. `record` is synchronous and gets the operations as functions that are,
+   * too; nothing can be awaited or read in it. When it throws, the capture ends, what it made is released, and the error goes
+   * on. Dispatches take a slot each, which their results hold until they are released. Tensors that the operations use must
+   * stay; rows and routing are read from them at every replay. Not collective, but its replays are.
    *
    * @throws {EpError} `unsupported` on a backend without graphs
    *

@@ -571,7 +571,7 @@ typedef struct deepep_buffer_info {
   int32_t num_sms;
   /* [out] ranks that share this rank's device, itself included */
   uint32_t ranks_on_device;
-  /* [out] the communication stream */
+  /* [out] the communication stream; an event recorded on it stands for every operation so far, wherever it ran */
   uint64_t comm_stream;
   /* [out] host address of i64 [2, num_ranks]: nanoseconds waited for each peer in dispatch and combine */
   uint64_t wait_ns;
@@ -1560,7 +1560,8 @@ DEEPEP_API int32_t deepep_event_notify(uint64_t event, deepep_event_args* args, 
 /* Frees an event; pending work keeps what it needs. */
 DEEPEP_API int32_t deepep_event_destroy(uint64_t event, deepep_error* error);
 
-/* Time between the recorded points of two events, both of which must have been reached. Never blocks. */
+/* Time between the recorded points of two events, both of which must have been reached. On CUDA events of
+ * deepep_event_record and of replays keep the time, those that an operation was given do not. Never blocks. */
 DEEPEP_API int32_t deepep_event_elapsed(uint64_t event, deepep_event_elapsed_args* args, deepep_error* error);
 
 /* From now on operations on `stream` are recorded instead of run. They must be given no completion ids, and

@@ -7,8 +7,11 @@
  * Conventions. A call takes at most three arguments: a 64-bit self (buffer, stream, event, queue, or 0), a struct that
  * begins with its own size, and an error struct. It returns a status code, `DEEPEP_OK` being 0, and on failure fills the
  * error. Device addresses, streams and events are plain `u64`; a missing pointer is 0. A struct whose `size` is not the
- * library's is refused. Every call is thread-safe. Calls marked "enqueues" return at once and run in stream order on the
- * buffer's communication stream; "collective" calls must be made by every unmasked rank in the same order.
+ * library's is refused. Every call is thread-safe. Calls marked "enqueues" return at once, and the operations of a buffer
+ * run one after another in the order of the calls. On cuda one runs on the caller's `stream` itself when the buffer made that
+ * stream and it waits for the operation: no ASYNC_FINISH, no `previous_event`, no capture. Else, and always on cpu, it runs on
+ * the communication stream, and events order the two. `comm_stream` stands for all operations so far, wherever they ran, when
+ * an event is recorded on it. "Collective" calls must be made by every unmasked rank in the same order.
  */
 
 /** The ABI version that {@linkcode functions} and {@linkcode structs} describe. Checked when a library is loaded. */
@@ -376,7 +379,11 @@ export const structs = {
       epoch: ["u64", "out", "collective calls made so far; where graphs replay them, as the device counts"],
       num_sms: ["i32", "out", "multiprocessors an operation uses unless it says; 0 on the cpu backend"],
       ranks_on_device: ["u32", "out", "ranks that share this rank's device, itself included"],
-      comm_stream: ["u64", "out", "the communication stream"],
+      comm_stream: [
+        "u64",
+        "out",
+        "the communication stream; an event recorded on it stands for every operation so far, wherever it ran",
+      ],
       wait_ns: [
         "u64",
         "out",
@@ -905,7 +912,8 @@ export const functions = {
   deepep_event_elapsed: {
     args: [["event", "u64"], ["args", "deepep_event_elapsed_args"], ["error", "deepep_error"]],
     ret: "i32",
-    doc: "Time between the recorded points of two events, both of which must have been reached. Never blocks.",
+    doc:
+      "Time between the recorded points of two events, both of which must have been reached. On CUDA events of deepep_event_record and of replays keep the time, those that an operation was given do not. Never blocks.",
   },
   deepep_graph_begin: {
     args: [["buffer", "u64"], ["args", "deepep_graph_args"], ["error", "deepep_error"]],
