@@ -115,7 +115,7 @@ test("bench: a wrong result is not timed", bounded, async () => {
 });
 
 test("bench: flags that make no sense are refused", () => {
-  const gpu = [["--only", "ceiling,floor"], ["--sms", "16,x"], ["--sweep-tokens", "0"]];
+  const gpu = [["--only", "ceiling,floor"], ["--compare-tokens", "x"], ["--sms", "16,x"], ["--sweep-tokens", "0"]];
   for (
     const flags of [...gpu, ["--ranks", "0"], ["--ops", "fly"], ["--backend", "tpu"], ["--topk", "9", "--experts", "8"]]
   ) {

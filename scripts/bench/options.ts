@@ -58,7 +58,7 @@ On a GPU the bench is another one: device events, launches against graphs, sweep
   --sms N,N,...             multiprocessors a rank in phase main, default 16,8,4; sweeps take the first
   --sweep-tokens N,N,...    default 1,2,4,...,8192; with --quick 1,8,64,512,4096
   --compare-tokens N,N,...  sizes that are also launched one by one, captured as graphs and held against the naive way,
-                            default 1,8,64,512,4096
+                            default 1,8,64,512,4096; with --quick 1,64,4096
   --sweep-sms N,N,...       default 2,4,8,12,16; with --quick 4,16
   --sweep-ranks N,N,...     default 1,2,4,8; with --quick 1,4
   --limit SECONDS           leave out what would begin later, default 170; with --quick 35
@@ -183,7 +183,7 @@ export function parseOptions(args: string[]): BenchOptions | undefined {
     tokens: whole("tokens", values.tokens ?? "4096", 1),
     numSms: wholes("sms", values.sms ?? "16,8,4", 1),
     sweepTokens: wholes("sweep-tokens", values["sweep-tokens"] ?? swept, 1),
-    compareTokens: wholes("compare-tokens", values["compare-tokens"] ?? "1,8,64,512,4096", 1),
+    compareTokens: wholes("compare-tokens", values["compare-tokens"] ?? (quick ? "1,64,4096" : "1,8,64,512,4096"), 1),
     sweepSms: wholes("sweep-sms", values["sweep-sms"] ?? (quick ? "4,16" : "2,4,8,12,16"), 1),
     sweepRanks: wholes("sweep-ranks", values["sweep-ranks"] ?? (quick ? "1,4" : "1,2,4,8"), 1),
     repetitions: whole("repetitions", values.repetitions ?? (quick ? "5" : "9"), 1),

@@ -137,8 +137,11 @@ export async function benchGpu(options: BenchOptions, machine: Machine): Promise
   const route = (numRanks: number, tokens: number): Routing =>
     makeRouting({ ranks: numRanks, tokens, topk, experts }, 1 + tokens);
   const main = route(ranks, gpu.tokens);
-  const swept = gpu.phases.has("tokens") ? gpu.sweepTokens.map((tokens) => route(ranks, tokens)) : [];
-  const every = [main, ...swept];
+  const sizes = gpu.phases.has("tokens")
+    ? gpu.sweepTokens
+    : gpu.sweepTokens.filter((tokens) => gpu.phases.has("graphs") && gpu.compareTokens.includes(tokens));
+  const swept = sizes.map((tokens) => route(ranks, tokens));
+  const every = gpu.phases.has("tokens") ? [main, ...swept] : [main];
   const shape = {
     numRanks: ranks,
     tokens: Math.max(...every.map(({ tokens }) => tokens)),
@@ -173,7 +176,7 @@ export async function benchGpu(options: BenchOptions, machine: Machine): Promise
       await shapeSweep(run.context(stage), routing, "ranks", [numSms]);
     }
   });
-  const compared = every.slice(1).filter(({ tokens }) => gpu.compareTokens.includes(tokens));
+  const compared = swept.filter(({ tokens }) => gpu.compareTokens.includes(tokens));
   await run.phase("graphs", `graphs of many calls, ${numSms} SMs a rank, the naive way beside`, async () => {
     for (const [numSlots, routings] of Map.groupBy(compared, ({ tokens }) => slotsOf(tokens))) {
       const rows = Math.max(...routings.map(({ rank }) => mostRows(rank)));

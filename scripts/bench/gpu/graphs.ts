@@ -37,7 +37,11 @@ export async function graphsOfSize(
   const pieces = { dispatch: dispatches, combine: combines, layer: layers };
   for (const [what, piece] of Object.entries(pieces)) {
     const context = await newContext(), { broken } = context;
-    if (!hasGraphsOf(context.stage.ranks.buffers[0]!)) return context.report.say("  the backend has no graphs");
+    if (broken.has("graphs")) return;
+    if (!hasGraphsOf(context.stage.ranks.buffers[0]!)) {
+      broken.add("graphs");
+      return context.report.say("  the backend has no graphs");
+    }
     if (broken.has(`${what} graph`)) continue;
     const world = new World(context, routing, "graphs");
     const bytes = world.bytes(routing.rank, 2 * context.stage.hidden);

@@ -106,7 +106,7 @@ function fits(report: Report): void {
   }
   report.say("\n  time = fixed + bytes * slope, least squares of relative errors over the token sweep:");
   for (const [name, figures] of series) {
-    if (figures.length < 3) continue; // would be met exactly
+    if (figures.length < 3) continue;
     const { fixed, perMb, worst } = fitted(figures.map(({ bytes, us }) => ({ mb: bytes! / 1e6, us: us.median })));
     report.say(
       `  ${name.padEnd(32)} ${fixed.toFixed(1).padStart(8)} us + ${perMb.toFixed(4)} us/MB ` +
