@@ -48,8 +48,9 @@ const preamble = `
  *     text says what goes in and what comes out (\`slot\`, the address of deepep_alloc). Device addresses,
  *     streams, events and objects are plain 64-bit integers; a missing one is 0. Nothing keeps a pointer to the
  *     structs, or to the bytes that deepep_host_read and deepep_host_write are lent.
- *   - Every call is thread-safe. An "enqueues" call returns at once; the work runs in stream order on the buffer's
- *     communication stream, after \`stream\` (or \`previous_event\`), and \`stream\` waits for it unless FLAG_ASYNC_FINISH.
+ *   - Every call is thread-safe. An "enqueues" call returns at once; a buffer's operations run one after another in the
+ *     order of the calls, each after \`stream\` (or \`previous_event\`), and \`stream\` waits for it unless FLAG_ASYNC_FINISH.
+ *     An event that is recorded on comm_stream stands for all operations so far.
  *     Tensors that it names must stay valid until it has ended.
  *   - Ranks that share a process need a stream each: one that waits for the first rank's operation keeps the second
  *     rank's from beginning, and the first waits for the second. Objects are of no use in a process forked off later.
