@@ -33,9 +33,10 @@ void reap(const std::shared_ptr<Buffer>& buffer) {
 
 std::shared_ptr<Buffer> owner_of(const std::weak_ptr<void>& owner) { return std::static_pointer_cast<Buffer>(owner.lock()); }
 
-// The communication stream stands for all operations, also those that ran on another stream.
-void settle_if_comm(const std::weak_ptr<void>& owner, cudaStream_t stream) {
-  const auto buffer = owner_of(owner);
+// A communication stream, of whichever buffer, stands for all operations, also those that ran on another stream: what is put
+// on it comes after them, and before those that come.
+void settle_if_comm(cudaStream_t stream) {
+  const auto buffer = owner_of(stream_owner(reinterpret_cast<uint64_t>(stream)));
   if (!buffer || stream != buffer->comm()) return;
   const std::lock_guard lock(buffer->mutex);
   if (buffer->present_capture() == 0) buffer->settle();
@@ -79,6 +80,7 @@ int32_t deepep_free(uint64_t handle, deepep_alloc_args* args, deepep_error* erro
     }
     use_device(buffer->device->index);
     const cudaStream_t stream = stream_of(args->stream, "stream");
+    settle_if_comm(stream);
     const CaptureId capture = capture_of(stream);
     const std::lock_guard lock(buffer->mutex);
     buffer->check_open();
@@ -107,6 +109,7 @@ int32_t deepep_copy(uint64_t handle, const deepep_copy_args* args, deepep_error*
       reject(DEEPEP_ERROR_INVALID_ARGUMENT, "a captured call has no done_id: a replay completes none");
     }
     if (args->bytes != 0) {
+      settle_if_comm(stream);
       // Both addresses are pinned or the device's, so the copy does not wait; unified addresses tell the direction.
       DEEPEP_CUDA("copy", cudaMemcpyAsync(reinterpret_cast<void*>(args->dst), reinterpret_cast<const void*>(args->src),
                                           args->bytes, cudaMemcpyDefault, stream));
@@ -129,6 +132,7 @@ int32_t deepep_fill(uint64_t handle, const deepep_fill_args* args, deepep_error*
     if (args->bytes != 0 && args->dst == 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "dst is 0");
     if (args->value > 255) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "value is %u, at most 255", args->value);
     if (args->bytes == 0) return;
+    settle_if_comm(stream);
     DEEPEP_CUDA("fill memory",
                 cudaMemsetAsync(reinterpret_cast<void*>(args->dst), static_cast<int>(args->value), args->bytes, stream));
   });
@@ -150,7 +154,7 @@ int32_t deepep_stream_synchronize(uint64_t handle, const deepep_stream_sync_args
       call.rank = static_cast<int32_t>(owner->rank);
       use_device(owner->device->index);
     }
-    settle_if_comm(stream_owner(handle), stream);
+    settle_if_comm(stream);
     const Relaxed relaxed;
     const auto begin = std::chrono::steady_clock::now();
     const auto limit = std::chrono::milliseconds(args->timeout_ms);
@@ -179,8 +183,10 @@ int32_t deepep_stream_destroy(uint64_t handle, deepep_error* error) {
       call.rank = static_cast<int32_t>(owner->rank);
       use_device(owner->device->index);
     }
-    destroy_stream(handle);
-    if (owner) owner->forget_stream(handle);
+    if (owner)
+      owner->end_stream(handle);
+    else
+      destroy_stream(handle);
   });
 }
 
@@ -196,7 +202,7 @@ int32_t deepep_event_record(uint64_t handle, deepep_event_args* args, deepep_err
     check(args);
     const auto event = find_event(call, handle);
     const cudaStream_t stream = given_stream(args->stream);
-    settle_if_comm(event->owner, stream);
+    settle_if_comm(stream);
     const CaptureId capture = capture_of(stream);
     auto record = std::make_shared<Record>(event->device, true);
     record->mark(stream, capture);
@@ -212,6 +218,7 @@ int32_t deepep_event_wait(uint64_t handle, deepep_event_args* args, deepep_error
     const cudaStream_t stream = given_stream(args->stream);
     const auto record = event->latest();
     if (!record) return;
+    settle_if_comm(stream);
     const CaptureId capture = capture_of(stream);
     record->make_wait(stream, capture);
     keep_for_capture(*event, record, capture);

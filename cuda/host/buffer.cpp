@@ -181,6 +181,7 @@ void Buffer::destroy() {
   for (Slot& slot : slots) slot = {};
   kept_for_good_.clear();
   updated_ = last_end_ = nullptr;
+  last_ = comm_;
   peers_->leave();
   local_ = nullptr;
   pinned_pool->recycle(reinterpret_cast<uint64_t>(host_));
@@ -224,7 +225,7 @@ void Buffer::recover(const deepep_buffer_recover_args& args) {
           .epoch = args.epoch,
           .recover = 1,
           .clear_failed = 1});
-  epoch_ = args.epoch;
+  epoch_ = tail_epoch_ = args.epoch;
   masked_ = args.masked_ranks;
   failed_peer_ = -1;
   failed_ = false;
@@ -290,10 +291,18 @@ uint64_t Buffer::create_stream() {
   return reinterpret_cast<uint64_t>(stream);
 }
 
-void Buffer::forget_stream(uint64_t stream) {
+// All at once, since CUDA may give the number again, to any thread: destroy() never sees a stream that is gone, and a new one
+// is never taken for it.
+void Buffer::end_stream(uint64_t number) {
   const std::lock_guard lock(mutex);
-  std::erase(streams_, reinterpret_cast<cudaStream_t>(stream));
-  if (last_ == reinterpret_cast<cudaStream_t>(stream)) settle();  // Its number may come again.
+  check_open();
+  const auto stream = reinterpret_cast<cudaStream_t>(number);
+  if (capturing && capturing->stream == stream) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "a graph was begun on the stream and not ended");
+  }
+  destroy_stream(number);
+  std::erase(streams_, stream);
+  if (last_ == stream) settle();
 }
 
 uint64_t Buffer::create_event() {

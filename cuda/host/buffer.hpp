@@ -134,7 +134,7 @@ class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
 
   // Streams and events made from this buffer.
   uint64_t create_stream();
-  void forget_stream(uint64_t stream);
+  void end_stream(uint64_t stream);
   uint64_t create_event();
   void forget_event(uint64_t id);
   cudaStream_t comm() const { return comm_; }
@@ -150,7 +150,8 @@ class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
   // Makes `after` wait for the present work of `before`; both may be captured.
   void order(cudaStream_t before, cudaStream_t after);
   // A replay of a graph is enqueued: `ended` marks its end. Failures of captured operations are then its failures.
-  void note_replay(std::shared_ptr<Record> ended, uint64_t done_id, std::shared_ptr<void> graph);
+  // `num_collective`: the collective calls in it.
+  void note_replay(std::shared_ptr<Record> ended, uint64_t done_id, std::shared_ptr<void> graph, uint64_t num_collective);
   // Rejects when the buffer needs a recovery. The caller holds `mutex`.
   void check_good() const;
 
@@ -178,13 +179,15 @@ class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
     std::function<void()> done = nullptr;
     bool is_replay = false;
     std::shared_ptr<const Status> failure = nullptr;  // of a replay
+    uint64_t first_epoch = 0, end_epoch = 0;          // of a replay's collective calls: first … end - 1
+    bool ended = false;
   };
 
   Buffer() = default;
   void allocate(const deepep_buffer_create_args& args);
   void fill_call();
   void wait_for(const std::shared_ptr<Record>& record, cudaStream_t stream, CaptureId capture);
-  // Makes `next` wait for the last operation, which may have run on another stream.
+  // Makes `next` wait for the last operation, which may have run on another stream. Whoever then launches there sets last_.
   void follow(cudaStream_t next);
   bool is_own(cudaStream_t stream) const;
   CaptureId check_capture(const StreamFields& fields, const Enqueued& what, cudaStream_t stream);
@@ -192,6 +195,7 @@ class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
   bool has_news() const;
   void reap_ended(uint64_t ended_seq);
   std::shared_ptr<const Status> keep_finding(const Finding& finding, int32_t op, uint64_t id_0, uint64_t id_1);
+  void blame_replay(uint64_t epoch, const std::shared_ptr<const Status>& status);
   void finish(Pending& op, const Finding* finding);
   void finish(Pending& op, std::shared_ptr<const Status> status, int32_t counts_code);
   void poll_watched();
@@ -225,6 +229,7 @@ class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
   std::vector<Watched> watched_;
   uint64_t findings_seen_ = 0;
   uint64_t epoch_ = 0;               // collective calls enqueued so far, without those that replays make
+  uint64_t tail_epoch_ = 0;          // of the last collective call enqueued, with those of the replays enqueued here
   uint64_t masked_ = 0;              // what deepep_mask and recoveries come to, while an update is under way
   std::shared_ptr<Record> updated_;  // the end of the last update
   CaptureId capture_ = 0;            // that the communication stream has joined last

@@ -85,7 +85,7 @@ void graph_launch(uint64_t id, deepep_graph_args& args) {
   DEEPEP_CUDA("launch the graph", cudaGraphLaunch(graph->exec, buffer->comm()));
   ended->mark(buffer->comm(), 0);
   if (stream) ended->make_wait(stream, 0);
-  buffer->note_replay(std::move(ended), args.done_id, graph);
+  buffer->note_replay(std::move(ended), args.done_id, graph, graph->num_collective);
 }
 
 void graph_destroy(uint64_t id) { retire(Kind::graph, id, "graph"); }

@@ -24,6 +24,7 @@ struct Graph {
   std::weak_ptr<Buffer> buffer;
   cudaStream_t stream = nullptr;  // that is captured
   cudaGraphExec_t exec = nullptr;
+  uint64_t num_collective = 0;  // collective calls in it
   std::vector<std::shared_ptr<void>> needs;
 };
 

@@ -57,6 +57,7 @@ void release_slot(Buffer& buffer, const deepep_slot_release_args& args) {
              "the stream is being captured: a captured slot is released when its graph is replayed "
              "no more");
     }
+    if (stream == buffer.comm() && buffer.present_capture() == 0) buffer.settle();
     readers = std::make_shared<Record>(buffer.device->index);
     readers->mark(stream, 0);
   }

@@ -147,6 +147,10 @@ void Peers::import(const char (&handle)[kRegionHandleBytes], uint32_t rank) {
     found.mapping = IpcMapping::open(device_.index, ipc, rank);
     found.symmetric = found.mapping->data();
   }
+  // Once more: its owner may have destroyed it meanwhile. Pairs with the fence in leave(): either this sees it gone, or the
+  // owner sees `mapped`, and a block of this process is held, or was not there to be found.
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  if (!memory->alive()) reject(DEEPEP_ERROR_PEER_LOST, "the buffer of rank %u was destroyed", rank);
   found.page = std::move(memory);
   peer = std::move(found);
 }
@@ -167,6 +171,8 @@ uint32_t Peers::ranks_on_device() const {
 
 void Peers::leave() {
   Peer& own = peers_[rank_];
+  own.page->retire();
+  std::atomic_thread_fence(std::memory_order_seq_cst);  // Pairs with the one in import().
   {
     Blocks& all = blocks();
     const std::lock_guard lock(all.mutex);
@@ -175,7 +181,6 @@ void Peers::leave() {
   if (own.block && std::atomic_ref<uint32_t>(page_of(*own.page).mapped).load(std::memory_order_relaxed) != 0) {
     own.block->keep_apart();
   }
-  own.page->retire();
   peers_.clear();
 }
 

@@ -121,15 +121,23 @@ std::shared_ptr<const Status> Buffer::keep_finding(const Finding& finding, int32
     failed_peer_ = finding.peer;
     first_failure_ = failure;
   }
-  if (finding.seq == 0) {
-    // Of the oldest replay under way, as far as one knows.
-    for (Watched& watched : watched_) {
-      if (!watched.is_replay || watched.failure) continue;
-      watched.failure = status;
+  if (finding.seq == 0) blame_replay(finding.epoch, status);
+  return status;
+}
+
+// A call that was captured has failed: of the replay with its epoch. Where that cannot be told, since the call was not
+// collective or others start replays too, of the oldest under way that has not failed yet.
+void Buffer::blame_replay(uint64_t epoch, const std::shared_ptr<const Status>& status) {
+  Watched* blamed = nullptr;
+  for (Watched& watched : watched_) {
+    if (!watched.is_replay) continue;
+    if (epoch >= watched.first_epoch && epoch < watched.end_epoch) {
+      blamed = &watched;
       break;
     }
+    if (!blamed && !watched.failure) blamed = &watched;
   }
-  return status;
+  if (blamed && !blamed->failure) blamed->failure = status;
 }
 
 void Buffer::finish(Pending& op, const Finding* finding) {
@@ -149,15 +157,20 @@ void Buffer::finish(Pending& op, std::shared_ptr<const Status> status, int32_t c
 }
 
 void Buffer::poll_watched() {
+  bool has_replay = false;
+  for (Watched& watched : watched_) {
+    try {
+      watched.ended = watched.record->done();
+    } catch (const Rejected&) {
+      watched.ended = true;  // CUDA has failed: nothing will come any more.
+    }
+    has_replay |= watched.ended && watched.is_replay;
+  }
+  // Once more: a replay that was not over at the last look may have failed since, and left its finding before its end.
+  if (has_replay) reap_ended(load(host_->ended_seq));
   std::vector<Watched> ended;
   for (size_t i = 0; i < watched_.size();) {
-    bool done = true;
-    try {
-      done = watched_[i].record->done();
-    } catch (const Rejected&) {
-      // CUDA has failed: nothing will come any more.
-    }
-    if (!done) {
+    if (!watched_[i].ended) {
       ++i;
       continue;
     }
@@ -189,8 +202,16 @@ void Buffer::call_when_done(std::shared_ptr<Record> record, std::function<void()
   watchdog_wake();
 }
 
-void Buffer::note_replay(std::shared_ptr<Record> ended, uint64_t done_id, std::shared_ptr<void> graph) {
-  watched_.push_back({.record = std::move(ended), .id = done_id, .needs = std::move(graph), .is_replay = true});
+void Buffer::note_replay(std::shared_ptr<Record> ended, uint64_t done_id, std::shared_ptr<void> graph,
+                         uint64_t num_collective) {
+  if (num_under_way() == 0) tail_epoch_ = shown_epoch();  // Others may have started replays meanwhile.
+  watched_.push_back({.record = std::move(ended),
+                      .id = done_id,
+                      .needs = std::move(graph),
+                      .is_replay = true,
+                      .first_epoch = tail_epoch_ + 1,
+                      .end_epoch = tail_epoch_ + 1 + num_collective});
+  tail_epoch_ += num_collective;
   note_pending();
   watchdog_wake();
 }

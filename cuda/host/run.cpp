@@ -41,10 +41,12 @@ void Buffer::follow(cudaStream_t next) {
     order(comm_, next);
   else
     last_end_->make_wait(next, 0);
-  last_ = next;
 }
 
-void Buffer::settle() { follow(comm_); }
+void Buffer::settle() {
+  follow(comm_);
+  last_ = comm_;
+}
 
 bool Buffer::is_own(cudaStream_t stream) const {
   for (const cudaStream_t own : streams_) {
@@ -117,7 +119,13 @@ uint64_t Buffer::enqueue(const StreamFields& fields, Enqueued what, const Launch
   const bool waits = stream && (fields.flags & DEEPEP_FLAG_ASYNC_FINISH) == 0;
   const bool direct = waits && capture == 0 && !fields.previous_event && is_own(stream);
   const cudaStream_t where = direct ? stream : comm_;
-  follow(where);
+  // What is enqueued on the stream later must not hold up the next operation, so the end of this one is marked there. Made
+  // now: once the operation runs nothing may fail.
+  std::shared_ptr<Record> end = direct && !record ? std::make_shared<Record>(device->index) : record;
+  if (direct)
+    follow(where);  // Should this call be rejected yet, the last operation is still the one before.
+  else
+    settle();
   // A capture is joined by a wait for its stream, whatever else is waited for.
   if (!direct && stream && (!fields.previous_event || capture != capture_)) order(stream, comm_);
   if (capture != 0) capture_ = capture, is_captured_ = true;
@@ -150,8 +158,10 @@ uint64_t Buffer::enqueue(const StreamFields& fields, Enqueued what, const Launch
   }
   if (capture == 0) {
     seq_ = call.seq;
-    if (collective) epoch_ += 1;
+    if (collective) epoch_ += 1, tail_epoch_ += 1;
     note_pending();
+  } else if (collective && capturing) {
+    capturing->num_collective += 1;
   }
   const uint64_t epoch = shown_epoch();
   slots.hold_taken(op, epoch, borrowed);
@@ -167,11 +177,10 @@ uint64_t Buffer::enqueue(const StreamFields& fields, Enqueued what, const Launch
       order(comm_, stream);
   }
   if (direct) {
-    // What is enqueued on the stream later must not hold up the next operation, so its end is marked here.
-    last_end_ = record ? record : std::make_shared<Record>(device->index);
-    if (!record) last_end_->mark(where, 0);
+    if (!record) end->mark(where, 0);
+    last_end_ = std::move(end);
+    last_ = where;
   }
-  last_ = where;
   watchdog_wake();
   return epoch;
 }
