@@ -79,6 +79,7 @@ void Buffer::allocate(const deepep_buffer_create_args& args) {
   uint64_t routing_bytes = 0;
   own_routing_ =
       cut_routing(local_->data() + layout.routing, options, options.max_tokens_per_rank, options.num_topk, routing_bytes);
+  own_routing_.name = 1;
   call_.scratch = reinterpret_cast<uint32_t*>(local_->data() + layout.scratch);
   host_ = new (pinned_pool->allocate_own(sizeof(HostState))) HostState{};
   const uint64_t counts_bytes = options.num_slots * num_counts() * sizeof(int32_t);

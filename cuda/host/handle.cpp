@@ -2,6 +2,8 @@
 
 #include "handle.hpp"
 
+#include <atomic>
+
 #include "buffer.hpp"
 
 namespace deepep {
@@ -35,13 +37,16 @@ RoutingParams routing_for(RoutingParams memory, const RoutingPlan& plan, uint32_
   return memory;
 }
 
-// Nothing need be cleared: no operation is given a handle before a dispatch was, whose kernel first says that it holds nothing.
+// Nothing need be cleared: what the memory holds counts only under the name of this handle.
 void prepare_handle(Buffer& buffer, Handle& handle) {
   uint64_t bytes = 0;
   cut_routing(nullptr, buffer.options, handle.max_tokens, handle.max_topk, bytes);
   auto* const base = static_cast<uint8_t*>(buffer.device_pool->allocate_own(bytes));
   handle.address = reinterpret_cast<uint64_t>(base);
   handle.memory = cut_routing(base, buffer.options, handle.max_tokens, handle.max_topk, bytes);
+  static std::atomic<uint32_t> names{1};
+  do handle.memory.name = ++names;
+  while (handle.memory.name == 0);
 }
 
 Handle::~Handle() {

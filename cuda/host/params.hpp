@@ -85,6 +85,7 @@ struct CallParams {
   uint32_t mask_on_timeout;
   uint64_t seq;         // 0 = captured
   uint64_t timeout_ns;  // of each wait
+  uint64_t lost;        // HostState::lost when the call was enqueued; a captured call looks for itself
   Injection inject[kNumPhases];
 };
 
@@ -97,7 +98,7 @@ struct DeviceHop {
 struct RoutingHeader {
   uint64_t epoch;  // of the dispatch that made the routing
   uint64_t view;   // ranks that took part in the latest dispatch with it
-  uint32_t valid;  // that dispatch has succeeded
+  uint32_t valid;  // RoutingParams::name once that dispatch has succeeded; 0 = not
   uint32_t reserved;
 };
 
@@ -108,6 +109,7 @@ struct RoutingParams {
   int32_t* experts;   // [num_tokens, num_topk]
   uint32_t* tokens;   // the count matrix: [num_ranks, num_ranks]
   uint32_t* entries;  // [num_ranks, num_experts]
+  uint32_t name;      // of the handle, unlike those that had the memory before: what they left says nothing
   uint32_t layout;    // DEEPEP_LAYOUT_*
   uint32_t expert_alignment;
   uint32_t num_tokens;

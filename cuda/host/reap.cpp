@@ -143,7 +143,8 @@ void Buffer::blame_replay(uint64_t epoch, const std::shared_ptr<const Status>& s
 void Buffer::finish(Pending& op, const Finding* finding) {
   if (!finding) return finish(op, nullptr, DEEPEP_OK);
   // A dispatch that has failed after its counts were known has filled them.
-  const bool counted = op.op == DEEPEP_OP_DISPATCH && finding->phase > DEEPEP_PHASE_NOTIFY;
+  const bool counted = op.op == DEEPEP_OP_DISPATCH && finding->phase > DEEPEP_PHASE_NOTIFY &&
+                       !(finding->reason == Reason::stalled && finding->phase == DEEPEP_PHASE_SEND);
   finish(op, keep_finding(*finding, op.op, op.done_id, op.counts_id), counted ? DEEPEP_OK : finding->code);
 }
 

@@ -87,6 +87,7 @@ CallParams Buffer::call_params(const StreamFields& fields, const Enqueued& what,
   CallParams call = call_;
   call.op = what.op;
   call.seq = capture == 0 ? seq_ + 1 : 0;
+  call.lost = std::atomic_ref<uint64_t>(host_->lost).load(std::memory_order_relaxed);
   call.timeout_ns = fields.timeout_ms ? uint64_t{fields.timeout_ms} * 1'000'000 : timeout_ns;
   for (int32_t phase = DEEPEP_PHASE_NOTIFY; phase <= DEEPEP_PHASE_REDUCE; ++phase) {
     deepep_inject_args injection;

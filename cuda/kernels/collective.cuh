@@ -35,6 +35,7 @@ struct CallShared {
   uint64_t meeting;      // arrivals that complete a meeting
   uint64_t masked;       // leader: ranks left out, as of now
   uint64_t view;         // ranks that take part, once the call goes
+  uint64_t lost;         // leader: ranks that have ended; their memory may be gone, and is not touched
   uint64_t deadline_ns;  // leader: of the waits of this phase
   int32_t code;          // leader: DEEPEP_ERROR_* once the call has failed
   int32_t phase;         // leader
@@ -67,6 +68,7 @@ __device__ inline void call_begin(const CallParams& p, CallShared& s, bool colle
     s.meeting = state.num_blocks + gridDim.x;
     s.masked = state.masked;
     s.view = 0;
+    s.lost = p.seq != 0 || !is_leader() || !needs_peers ? p.lost : load_relaxed_sys(&p.host->lost);
     s.code = 0;
     s.phase = DEEPEP_PHASE_NONE;
     s.skipped = needs_peers && state.failed != 0;
@@ -145,7 +147,7 @@ struct Leader {
     const uint64_t word = abort_word(abort);
     for (uint32_t peer = lane; peer < p.options.num_ranks; peer += kWarpLanes) {
       // Pairs with the acquire of abort words in look() and is_left_out().
-      if (peer != p.rank) store_release_sys(abort_at(p.symmetric[peer], p.regions, p.rank), word);
+      if (peer != p.rank && !in_view(s.lost, peer)) store_release_sys(abort_at(p.symmetric[peer], p.regions, p.rank), word);
     }
     __syncwarp();
   }
@@ -242,8 +244,8 @@ struct Leader {
   __device__ uint64_t wait_for(uint64_t peers, const Awaited& awaited, Word word) {
     uint64_t pending = peers & ~s.masked & ~rank_bit(p.rank);
     uint64_t came = 0;
-    const uint64_t begin_ns = global_time_ns();
-    uint64_t looked_ns = begin_ns;
+    const uint64_t begin_ns = __shfl_sync(kAllLanes, global_time_ns(), 0);  // one for all: it steers the loop
+    uint64_t looked_ns = (pending & s.lost) != 0 ? 0 : begin_ns;            // For those that are gone nobody waits.
     uint64_t asked_ns = begin_ns;
     for (;;) {
       const uint64_t arrived = ranks_where([&](uint32_t peer) {
@@ -272,12 +274,15 @@ struct Leader {
       pending &= ~s.masked;
       if (now - asked_ns >= kAskNs) {
         asked_ns = now;
-        // Written by the host's watchdog. The words once more: a peer may finish its part and go.
-        const uint64_t lost = __shfl_sync(kAllLanes, load_relaxed_sys(&p.host->lost), 0) & pending;
-        const uint64_t ended =
-            ranks_where([&](uint32_t peer) { return in_view(lost, peer) && load_acquire_sys(word(peer)) < awaited.at_least; });
-        if (ended != 0) give_up(ended, DEEPEP_ERROR_PEER_LOST, awaited, now - begin_ns, word);
+        // Written by the host's watchdog.
+        const uint64_t lost = __shfl_sync(kAllLanes, load_relaxed_sys(&p.host->lost), 0);
+        if (lane == 0) s.lost |= lost;
+        __syncwarp();
       }
+      // The words once more: a peer may finish its part and go.
+      const uint64_t ended = ranks_where(
+          [&](uint32_t peer) { return in_view(pending & s.lost, peer) && load_acquire_sys(word(peer)) < awaited.at_least; });
+      if (ended != 0) give_up(ended, DEEPEP_ERROR_PEER_LOST, awaited, now - begin_ns, word);
       if (!failed() && now >= s.deadline_ns) time_out(pending, awaited, now - begin_ns, word);
       if (failed()) break;
       pending &= ~s.masked;
@@ -304,7 +309,7 @@ struct Leader {
   // before a __syncthreads().
   __device__ void publish_all(const uint32_t (&agreed)[kNumAgreed], uint32_t num_tokens) {
     for (uint32_t peer = lane; peer < p.options.num_ranks; peer += kWarpLanes) {
-      if (!in_view(s.masked, peer)) publish(peer, agreed, num_tokens);
+      if (!in_view(s.masked | s.lost, peer)) publish(peer, agreed, num_tokens);
     }
     __syncwarp();
   }
@@ -320,8 +325,11 @@ struct Leader {
     if (lane == 0) s.code = 0;
     __syncwarp();
     begin_waits();
-    const uint64_t came = wait_for(all_ranks(p), {Reason::late_message, s.epoch, kind, false},
-                                   [&](uint32_t peer) { return &message_of(peer)->epoch; });
+    const Awaited awaited = {Reason::late_message, s.epoch, kind, false};
+    const auto word = [&](uint32_t peer) { return &message_of(peer)->epoch; };
+    const uint64_t came = wait_for(all_ranks(p), awaited, word);
+    // Who has come and ended since would have rows pushed to memory that may be gone.
+    if (pushes && !failed() && (came & s.lost) != 0) give_up(came & s.lost, DEEPEP_ERROR_PEER_LOST, awaited, 0, word);
     if (failed()) return false;
     uint64_t view = (came | rank_bit(p.rank)) & ~s.masked;
     if (refused) {
@@ -430,7 +438,7 @@ struct Leader {
   template <class Word>
   __device__ void time_out(uint64_t pending, const Awaited& awaited, uint64_t waited_ns, Word word) {
     const uint64_t waiting = ranks_where([&](uint32_t peer) {
-      if (!in_view(pending, peer)) return false;
+      if (!in_view(pending & ~s.lost, peer)) return false;
       return (load_relaxed_sys(&doorbell_at(p.symmetric[peer], p.regions)->waiting_for) & ~rank_bit(p.rank)) != 0;
     });
     const uint64_t to_blame = pending & ~waiting;
@@ -519,7 +527,7 @@ struct Leader {
   // MASK_ON_TIMEOUT: those take part whose messages everyone has.
   __device__ bool agree_on_view(uint64_t& view) {
     for (uint32_t peer = lane; peer < p.options.num_ranks; peer += kWarpLanes) {
-      if (peer == p.rank || !in_view(view, peer)) continue;
+      if (peer == p.rank || !in_view(view & ~s.lost, peer)) continue;
       View* theirs = view_at(p.symmetric[peer], p.regions, p.rank);
       theirs->ranks = view;
       store_release_sys(&theirs->epoch, s.epoch);  // Pairs with the wait below, at the peer.

@@ -60,7 +60,7 @@ struct Combine {
     agreed[kAgreedExpertAlignment] = params.routing.expert_alignment;
     agreed[kAgreedRowBytes] = static_cast<uint32_t>(row_bytes());
     agreed[kAgreedNumTopk] = params.routing.num_topk;
-    const bool valid = params.routing.header->valid != 0;
+    const bool valid = params.routing.header->valid == params.routing.name;
     const bool has_rows = params.routing.num_tokens > 0 || (valid && p().state->num_rows > 0);
     agreed[kAgreedTopkWeights] = params.args.topk_weights != 0 ? 1 : has_rows ? 0 : kNoOpinion;
     agreed[kAgreedMaskOnTimeout] = p().mask_on_timeout;
@@ -69,7 +69,7 @@ struct Combine {
 
   // What can only be checked once the handle is filled.
   __device__ void check_content(Leader& leader) const {
-    if (params.routing.header->valid == 0) {
+    if (params.routing.header->valid != params.routing.name) {
       leader.refuse(DEEPEP_ERROR_INVALID_ARGUMENT, Reason::no_routing);
     } else if (params.args.x == 0 && params.has_slot == 0 && p().state->num_rows > 0) {
       Finding finding;
@@ -83,7 +83,7 @@ struct Combine {
     const bool leads = threadIdx.x < kWarpLanes;
     Leader leader(p(), s.call);
     const uint64_t routed = params.routing.header->view;
-    const bool valid = params.routing.header->valid != 0;
+    const bool valid = params.routing.header->valid == params.routing.name;
     if (valid) find_row_bases(p(), params.routing, routed, row_tables(p(), shared));
     __syncthreads();
     bool ready = true;
@@ -131,7 +131,7 @@ struct Combine {
       for (uint64_t i = uint64_t{rows.begin} * weights_a_row() + threadIdx.x; i < end; i += blockDim.x) to[i] = weights[i];
     }
     if (!copies_rows()) return;
-    if constexpr (kHasTma) fence_proxy_async_shared();
+    if constexpr (kHasTma) fence_proxy_async();
     __syncthreads();
     uint64_t own_begin = 0, own_end = 0;
     if (!by_expert()) {
@@ -251,7 +251,7 @@ struct Combine {
   // This rank has read all it wants: tells the ranks in the view.
   __device__ void end_reading(const Leader& leader) const {
     for (uint32_t rank = leader.lane; rank < p().options.num_ranks; rank += kWarpLanes) {
-      if (rank == p().rank || !in_view(s.call.view, rank)) continue;
+      if (rank == p().rank || !in_view(s.call.view & ~s.call.lost, rank)) continue;
       // Reads come before a release; pairs with wait_for_readers() of `rank`.
       store_release_sys(slot_word_at(p().symmetric[rank], p().regions.pulled, p().rank, p().state->peer_slots[rank]),
                         s.call.epoch);

@@ -125,7 +125,7 @@ struct Dispatch {
     if (threadIdx.x >= kWarpLanes) return;
     Leader leader(p(), s.call);
     if (cached()) {
-      if (params.routing.header->valid == 0) leader.refuse(DEEPEP_ERROR_INVALID_ARGUMENT, Reason::no_routing);
+      if (params.routing.header->valid != params.routing.name) leader.refuse(DEEPEP_ERROR_INVALID_ARGUMENT, Reason::no_routing);
       return;
     }
     const uint64_t bad = load_relaxed_gpu(&p().state->bad_entry);
@@ -161,7 +161,7 @@ struct Dispatch {
       uint32_t sum = counted_before(p(), gridDim.x, i);
       if (i >= ranks && per_expert != nullptr) sum = static_cast<uint32_t>(per_expert[i - ranks]);
       for (uint32_t peer = 0; peer < ranks; ++peer) {
-        if (in_view(s.call.masked, peer)) continue;
+        if (in_view(s.call.masked | s.call.lost, peer)) continue;
         message_counts(message_at(p().symmetric[peer], p().regions, p().rank, s.call.epoch))[i] = sum;
       }
     }
@@ -476,8 +476,8 @@ struct Dispatch {
       s.slots[rank] = p().symmetric[rank] + slot_offset(p().regions, __ldcg(&state.peer_slots[rank]));
       s.first_experts[rank] = static_cast<int32_t>(local_experts(p().options.num_experts, p().options.num_ranks, rank).first);
     }
-    // The counting has used the shared memory that bulk copies will write.
-    if constexpr (kHasTma) fence_proxy_async_shared();
+    // The counting has used the shared memory that bulk copies will write; rows were last touched by plain accesses.
+    if constexpr (kHasTma) fence_proxy_async();
     __syncthreads();
   }
 
@@ -486,7 +486,7 @@ struct Dispatch {
   // This rank's rows are in place: tells the ranks in the view.
   __device__ void announce_pushed(const Leader& leader) const {
     for (uint32_t dst = leader.lane; dst < p().options.num_ranks; dst += kWarpLanes) {
-      if (dst == p().rank || !in_view(s.call.view, dst)) continue;
+      if (dst == p().rank || !in_view(s.call.view & ~s.call.lost, dst)) continue;
       const uint32_t slot = p().state->peer_slots[dst];
       store_relaxed_sys(slot_word_at(p().symmetric[dst], p().regions.pushed_view, p().rank, slot), s.call.view);
       // Pairs with the wait in wait_pushed() of `dst`.
@@ -583,7 +583,7 @@ struct Dispatch {
     }
     __syncthreads();
     if (threadIdx.x >= kWarpLanes) return;
-    if (threadIdx.x == 0 && s.call.code == 0 && !s.call.skipped) params.routing.header->valid = 1;
+    if (threadIdx.x == 0 && s.call.code == 0 && !s.call.skipped) params.routing.header->valid = params.routing.name;
     call_end(p(), s.call, true, true);
   }
 };

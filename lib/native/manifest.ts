@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "0ba0cb0b9e6fc868934e667653deaf2f02b7c1b38cc3e9a412fed242051775c0",
-    cuda: "d13b6a005abbce510bddfb52c09cf3731151bb88a0f94711706f112599578429",
+    cpu: "d6a9195da95ca55217a0e2f119bf6d80eeaf3f954f91ae6e30a98b6e16f76310",
+    cuda: "d7def731e0b2be20ab5d3db3949017c5599fd2fd66be0e6c4c7437ec3ef17957",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -34,8 +34,8 @@ export const manifest: Manifest = {
       bytes: 502192,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "4058dbb9d40e077200b0804ad016bd3362344bc1d3377b888fc3977d70148ce9",
-      bytes: 2124504,
+      sha256: "914a7be8c01450692f16f428660feb8b88f5381d313101d9bfb6446a46ae8821",
+      bytes: 2083544,
     },
   },
 };
