@@ -12,8 +12,8 @@ usage() {
 Usage: [BUN=/path/bun] [DENO=/path/deno] scripts/gpu_check.sh [options]
 
   --quick           fewer random worlds, a shorter bench, one round under the sanitizer
-  --only A,B,...    of: doctor local load_store size order graph failure worker process native bench sanitizer
-  --mps             start CUDA MPS privately for the step "process", and stop it after
+  --only A,B,...    of: doctor local load_store size order graph failure worker process kill native bench sanitizer
+  --mps             start CUDA MPS privately for the steps "process" and "kill", and stop it after
   --programs DIR    compiled programs of tests/cuda (small_world, overlap, ...), for a machine without nvcc
   --out DIR         where the results go; default build/gpu_check
   --help            this text
@@ -275,6 +275,13 @@ if wanted process; then
   [[ -n $with_mps ]] && start_mps
   suite process tests/cuda_process_test.ts
   stop_mps
+fi
+if wanted kill; then
+  suite kill tests/cuda_kill_test.ts DEEPEP_ALLOW_TIME_SLICING=1
+  if [[ -n $with_mps ]] && start_mps; then
+    suite kill tests/cuda_kill_test.ts
+    stop_mps
+  fi
 fi
 
 if wanted native; then
