@@ -5,7 +5,6 @@
  * while it is late in a phase, or at rest; or it ends by itself, as kill -9 would make it, on entering a phase.
  */
 import { existsSync, readdirSync } from "node:fs";
-import process from "node:process";
 import { test } from "node:test";
 import { assert, assertEquals } from "@std/assert";
 import { EpError } from "@deepep/deepep";
@@ -73,7 +72,7 @@ async function goOn(ranks: readonly Rank[]): Promise<void> {
 }
 
 /** Registers the cases. */
-export function runProcessCases({ name, backend, skip }: BackendSubject): void {
+export function runProcessCases({ name, backend, skip, mps = false }: BackendSubject & { mps?: boolean }): void {
   suite(`${name}: a process that is killed`, skip, () => {
     const files = () => backend === "cpu" && existsSync("/dev/shm") ? readdirSync("/dev/shm").length : 0;
     const killed = (when: string, kill: (ranks: Rank[]) => Promise<Promise<unknown>[]>, skip: string | false = false) =>
@@ -86,8 +85,7 @@ export function runProcessCases({ name, backend, skip }: BackendSubject): void {
         assertEquals(files(), before);
       });
 
-    const underMps = backend === "cuda" && process.env["CUDA_MPS_PIPE_DIRECTORY"] !== undefined;
-    const inKernel = underMps && "under MPS a client that is killed in a kernel ends the others' kernels too";
+    const inKernel = mps && "under MPS a client that is killed in a kernel ends the others' kernels too";
     for (const phase of ["notify", "send", "arrive"] as const) {
       killed(`from outside, late in ${phase} of a dispatch`, async (ranks) => {
         // Late enough in the phase for the others to be waiting, then gone.
