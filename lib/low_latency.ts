@@ -138,6 +138,7 @@ export class LowLatencyResult<X extends Payload = Payload> extends SlotResult {
   /**
    * Rows `[numLocalExperts, maxRows, hidden]` with `maxRows = numRanks * maxLowLatencyTokensPerRank`: with `fp8`
    * `{ data: f8e4m3, scales: f32 or i32 }`, else of the dtype that was sent. Only the first `count[e]` rows of an expert hold data.
+   * Tokens that list an expert more than once can overfill it: the dispatch then fails on every rank, code `capacity`.
    */
   readonly x: X;
   /** i32 `[numLocalExperts]`: rows of each expert. */

@@ -13,7 +13,9 @@ import { Random, runSeed } from "./random.ts";
 import { ranksOf } from "./ranks.ts";
 import { type BackendSubject, randomCount, suite } from "./suite.ts";
 
-const shape = { hidden: 64, numExperts: 10, numTopk: 3, maxTokensPerRank: 6, maxLowLatencyTokensPerRank: 6 };
+const sizes = { hidden: 64, numExperts: 10, numTopk: 3, maxTokensPerRank: 6 };
+/** Entries may name one expert again and again: an expert of low-latency mode must hold them all, whatever is drawn. */
+const shape = { ...sizes, maxLowLatencyTokensPerRank: sizes.maxTokensPerRank * sizes.numTopk };
 const { hidden, numExperts, numTopk, maxTokensPerRank } = shape;
 const NUM_SLOTS = 4, NUM_STEPS = 150;
 const injectStruct = struct("deepep_inject_args");
