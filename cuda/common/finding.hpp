@@ -16,7 +16,11 @@ enum class Reason : int32_t {
   bad_entry,         // topk_idx: a = token, b = k, seen = the value, expected = num_experts
   bad_expert_count,  // num_tokens_per_expert: a = expert, seen = the value
   capacity,          // peer = the rank that would receive too much, seen = rows needed, expected = rows it holds
+  expert_capacity,   // low latency: peer = the rank, a = its expert that would receive too much; seen and expected likewise
+  changed_entry,     // low-latency combine's topk_idx: a = token, b = k, seen = the value, expected = that of the dispatch
   no_routing,        // the handle's dispatch has failed
+  no_dispatch,       // the slot's has
+  no_send,           // a receive half whose send half did not come to its end: expected = its epoch
   no_rows_given,     // combine: neither x nor a slot; seen = rows
   own_refusal,       // deepep_refuse: a = the code that was given
   late_message,      // the waits that can time out (code TIMEOUT) or lose their peer (PEER_LOST); peer

@@ -21,10 +21,13 @@ struct Topology {
 
 // What it moves.
 struct Work {
-  int32_t op = 0;  // DEEPEP_OP_DISPATCH or DEEPEP_OP_COMBINE
+  int32_t op = 0;  // DEEPEP_OP_DISPATCH or DEEPEP_OP_COMBINE, or those of low latency
   uint32_t row_bytes = 0;
-  uint32_t hops = 0;    // rows a token becomes at most
-  int32_t num_sms = 0;  // asked for; 0 = default
+  uint32_t hops = 0;         // rows a token becomes at most
+  int32_t num_sms = 0;       // asked for; 0 = default
+  uint32_t num_tokens = 0;   // low latency: few tokens want few blocks
+  uint32_t num_experts = 0;  // low-latency dispatch, whose blocks all count
+  bool fp8 = false;          // low-latency dispatch that casts; row_bytes are those of bf16
 };
 
 // Fields as in deepep_plan_args.

@@ -102,6 +102,34 @@ struct ReadyLine {
 };
 static_assert(sizeof(ReadyLine) <= kLineBytes);
 
+// Count words: what a low-latency dispatch says beside its message when all blocks of a GPU work out the places of their rows
+// by themselves. u64 [num_experts] entries for each expert, then the infos; each is epoch << 32 | value, so that it needs no
+// other word to be believed, and nobody waits for a leader. They lie in a ring like the messages, and for the same reason.
+enum CountInfo : uint32_t {
+  kInfoAgreed,  // agreed_hash() of what all ranks must say alike: the message says which value differs
+  kInfoSender,  // count_sender()
+};
+struct CountSender {
+  uint32_t slot;    // of the sender, used in this call
+  uint32_t blocks;  // that the sender pushes with
+  bool refuses;     // the message says why
+};
+DEEPEP_HOST_DEVICE constexpr uint32_t count_sender_word(const CountSender& sender) {
+  return sender.slot << 24 | sender.blocks << 8 | (sender.refuses ? 1 : 0);
+}
+DEEPEP_HOST_DEVICE constexpr CountSender count_sender_from_word(uint32_t word) {
+  return {word >> 24, word >> 8 & 0xffff, (word & 1) != 0};
+}
+DEEPEP_HOST_DEVICE constexpr uint64_t count_word(uint64_t epoch, uint32_t value) { return epoch << 32 | value; }
+DEEPEP_HOST_DEVICE constexpr bool is_count_of(uint64_t word, uint64_t epoch) {
+  return static_cast<uint32_t>(word >> 32) == static_cast<uint32_t>(epoch);
+}
+DEEPEP_HOST_DEVICE constexpr uint32_t agreed_hash(const uint32_t (&agreed)[kNumAgreed]) {
+  uint32_t hash = 2166136261u;
+  for (uint32_t i = 0; i < kNumAgreed; ++i) hash = (hash ^ agreed[i]) * 16777619u;
+  return hash;
+}
+
 // An abort word: epoch << 16 | code << 8 | culprit. One word, so that it is never seen half-written.
 struct Abort {
   uint64_t epoch = 0;
@@ -144,6 +172,14 @@ DEEPEP_HOST_DEVICE inline ReadyLine* ready_at(uint8_t* base, const Regions& regi
 DEEPEP_HOST_DEVICE inline MessageHeader* message_at(uint8_t* base, const Regions& regions, uint32_t src, uint64_t epoch) {
   const uint64_t index = src * uint64_t{regions.message_ring} + epoch % regions.message_ring;
   return reinterpret_cast<MessageHeader*>(base + regions.messages + index * regions.message_bytes);
+}
+DEEPEP_HOST_DEVICE inline uint64_t* row_flags_at(uint8_t* base, const Regions& regions, uint32_t src) {
+  return reinterpret_cast<uint64_t*>(base + regions.row_flags) + src * kMaxBlocks;
+}
+DEEPEP_HOST_DEVICE inline uint64_t* count_words_at(uint8_t* base, const Regions& regions, uint32_t num_experts, uint32_t src,
+                                                   uint64_t epoch) {
+  const uint64_t index = src * uint64_t{regions.message_ring} + epoch % regions.message_ring;
+  return reinterpret_cast<uint64_t*>(base + regions.count_words) + index * (num_experts + kNumCountInfos);
 }
 DEEPEP_HOST_DEVICE inline uint32_t* message_counts(MessageHeader* message) {
   return reinterpret_cast<uint32_t*>(reinterpret_cast<uint8_t*>(message) + kMessageHeaderBytes);

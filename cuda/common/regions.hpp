@@ -36,6 +36,8 @@ constexpr uint32_t kFp8BlockChannels = 128;  // channels that share a scale when
 constexpr uint64_t kRegionAlignment = 256;
 constexpr uint64_t kLineBytes = 64;            // what one writer owns in a control area: no two writers share a line
 constexpr uint32_t kMaxSlots = 8;              // DEEPEP_MAX_SLOTS: a rank's per-slot words fill exactly one line
+constexpr uint32_t kMaxBlocks = 256;           // of an operation on a GPU
+constexpr uint32_t kNumCountInfos = 2;         // words after the counts of a low-latency dispatch
 constexpr uint64_t kMessageHeaderBytes = 256;  // protocol.hpp checks that its header fits
 
 DEEPEP_HOST_DEVICE constexpr uint64_t align_up(uint64_t value, uint64_t alignment) {
@@ -68,6 +70,9 @@ struct Regions {
   uint64_t views = 0;          // [src] one line each: a View, for agreement under MASK_ON_TIMEOUT
   uint64_t pulled = 0;         // [src] one line each: u64 [kMaxSlots], epoch of the combine that src has finished pulling
   uint64_t ready = 0;          // [src][kMaxSlots] one line each: low-latency combine's announcement
+  // Low latency on a GPU: what blocks tell each other without their leaders.
+  uint64_t row_flags = 0;      // [src] u64 [kMaxBlocks]: epoch of the dispatch whose rows that block of src has pushed
+  uint64_t count_words = 0;    // [src][ring] u64 [num_experts + kNumCountInfos]: protocol.hpp
   uint64_t messages = 0;       // [src][ring] message_bytes each
   uint64_t message_bytes = 0;  // header, then u32 tokens_per_rank [num_ranks], then u32 entries_per_expert [num_experts]
   uint32_t message_ring = 0;   // messages kept per source: epoch % message_ring
@@ -107,6 +112,11 @@ DEEPEP_HOST_DEVICE constexpr Regions make_regions(const Options& options) {
   r.views = at, at = align_up(at + ranks * kLineBytes, kRegionAlignment);
   r.pulled = at, at = align_up(at + ranks * kLineBytes, kRegionAlignment);
   r.ready = at, at = align_up(at + ranks * kMaxSlots * kLineBytes, kRegionAlignment);
+  if (options.max_low_latency_tokens_per_rank > 0) {
+    r.row_flags = at, at += ranks * kMaxBlocks * 8;
+    r.count_words = at;
+    at = align_up(at + ranks * r.message_ring * 8 * (options.num_experts + kNumCountInfos), kRegionAlignment);
+  }
   r.messages = at, at += ranks * r.message_ring * r.message_bytes;
   r.control_bytes = align_up(at, 4096);  // whole pages, so that slots can be advised and mapped apart from control
 

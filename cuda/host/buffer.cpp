@@ -26,7 +26,7 @@ struct Local {
   explicit Local(const Options& options) {
     scratch = align_up(sizeof(DeviceState), kRegionAlignment);
     const uint64_t row = uint64_t{options.num_ranks} + options.num_experts;
-    routing = align_up(scratch + (kScratchRows + kMostBlocks) * row * sizeof(uint32_t), kRegionAlignment);
+    routing = align_up(scratch + (kScratchRows + kMaxBlocks) * row * sizeof(uint32_t), kRegionAlignment);
     uint64_t routing_bytes = 0;
     cut_routing(nullptr, options, options.max_tokens_per_rank, options.num_topk, routing_bytes);
     bytes = routing + routing_bytes;

@@ -41,8 +41,6 @@ namespace deepep {
 
 struct Graph;
 
-constexpr uint32_t kMostBlocks = 256;  // of an operation: what its scratch memory is made for
-
 // What an operation is, for enqueue().
 struct Enqueued {
   int32_t op = 0;

@@ -118,6 +118,69 @@ struct RoutingParams {
   uint32_t width;  // hops a token
 };
 
+// What a slot remembers on the device of a low-latency dispatch, and of a combine whose receive half is still to come.
+struct LowLatencyHeader {
+  uint64_t epoch;  // of the dispatch
+  uint64_t view;   // ranks that take part
+  uint32_t valid;  // 1 once the dispatch's send half has succeeded
+  uint32_t peer_slots[DEEPEP_MAX_RANKS];   // that the ranks use: rows are there, and expert outputs will be
+  uint32_t peer_blocks[DEEPEP_MAX_RANKS];  // that the ranks push with: each tells when its rows are there
+  Finding failure;                         // of the dispatch's send half, when every rank has found it alike
+  uint64_t combine_epoch;                  // of the latest combine whose send half has come to its end
+  uint64_t num_rows;                       // that it will pull
+  Finding refusal;                         // an error in the arguments of that combine
+};
+
+// Where every token of a low-latency dispatch went, and what the send half of a combine takes over for its receive half.
+struct LowLatencyRouting {
+  LowLatencyHeader* header;
+  uint32_t* rows;         // [num_tokens, num_topk]: row in the region of its expert
+  int32_t* experts;       // [num_tokens, num_topk], -1 = none
+  int32_t* kept_experts;  // [num_tokens, num_topk], -1 = left out by the combine
+  float* kept_weights;    // [num_tokens, num_topk]
+  uint32_t num_tokens;
+  uint32_t num_topk;
+};
+
+// How scale elements lie where they arrive, and how far apart they are where they come from.
+struct LowLatencyScales {
+  uint32_t num;  // a row; 0 = none
+  uint32_t elem_bytes;
+  uint64_t from_elem_stride;
+  uint64_t to_row_stride;
+  uint64_t to_elem_stride;
+  uint64_t expert_stride;
+};
+
+struct LowLatencyDispatchParams {
+  CallParams call;
+  deepep_low_latency_dispatch_args args;  // with its [out] addresses
+  LowLatencyRouting routing;
+  LowLatencyScales scales;
+  uint32_t row_bytes;  // as received: e4m3 with FLAG_FP8
+  uint32_t receives;   // 1 = both halves
+  Plan plan;
+};
+
+// The receive half of a dispatch; or a combine's, when nobody will ask for it any more.
+struct LowLatencyReceiveParams {
+  CallParams call;
+  LowLatencyRouting routing;
+  LowLatencyScales scales;
+  uint32_t row_bytes;
+  uint32_t reserved;
+  uint64_t wait_stats;  // as in the args of the send half
+};
+
+struct LowLatencyCombineParams {
+  CallParams call;
+  deepep_low_latency_combine_args args;  // of the send half, for the receive half too
+  LowLatencyRouting routing;
+  uint32_t sends;     // 1 = this is the send half, or both
+  uint32_t receives;  // 1 = this is the receive half, or both
+  Plan plan;
+};
+
 struct DispatchParams {
   CallParams call;
   deepep_dispatch_args args;  // with its [out] addresses; host_counts as the device sees it

@@ -214,7 +214,7 @@ int32_t Buffer::sms(int32_t asked) const {
 // Blocks of an operation wait for each other and for other ranks' blocks: all must run at once.
 void Buffer::check_sms(int32_t wanted) const {
   const auto all = static_cast<long long>(wanted) * topology.ranks_on_device;
-  if (wanted <= static_cast<int32_t>(kMostBlocks) && all <= topology.device_sms) return;
+  if (wanted <= static_cast<int32_t>(kMaxBlocks) && all <= topology.device_sms) return;
   reject(DEEPEP_ERROR_INVALID_ARGUMENT,
          "%u ranks on the device * %d multiprocessors = %lld, but %s has %d: their kernels could not run at once",
          topology.ranks_on_device, wanted, all, device_name(*device).c_str(), topology.device_sms);

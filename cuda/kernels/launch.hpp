@@ -17,6 +17,12 @@ cudaError_t load_kernels();
 
 cudaError_t launch_dispatch(const DispatchParams& params, cudaStream_t stream);
 cudaError_t launch_combine(const CombineParams& params, cudaStream_t stream);
+// Low latency: the send half of a dispatch, or both halves; its receive half alone; a combine, by halves or whole; the end of a
+// combine that nobody will receive.
+cudaError_t launch_low_latency_dispatch(const LowLatencyDispatchParams& params, cudaStream_t stream);
+cudaError_t launch_low_latency_receive(const LowLatencyReceiveParams& params, cudaStream_t stream);
+cudaError_t launch_low_latency_combine(const LowLatencyCombineParams& params, cudaStream_t stream);
+cudaError_t launch_low_latency_give_up(const LowLatencyReceiveParams& params, cudaStream_t stream);
 cudaError_t launch_message(const MessageParams& params, cudaStream_t stream);
 cudaError_t launch_readers(const ReadersParams& params, cudaStream_t stream);
 cudaError_t launch_layout(const LayoutParams& params, int32_t num_sms, cudaStream_t stream);
