@@ -31,7 +31,7 @@ template <class Params>
 cudaError_t launch(void (*kernel)(Params), const Params& params, uint32_t blocks, uint32_t threads, uint64_t shared,
                    cudaStream_t stream) {
   void* args[] = {const_cast<Params*>(&params)};
-  return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(blocks), dim3(threads), args, shared, stream);
+  return cudaLaunchKernel(kernel, dim3(blocks), dim3(threads), args, shared, stream);
 }
 
 // A block of an operation needs room to count in, too.
@@ -90,9 +90,8 @@ cudaError_t launch_layout(const LayoutParams& params, int32_t num_sms, cudaStrea
 }
 
 cudaError_t launch_copy(void* dst, const void* src, uint64_t bytes, int32_t num_sms, cudaStream_t stream) {
-  copy_kernel<kCopyVectors><<<static_cast<uint32_t>(num_sms), kCopyThreads, 0, stream>>>(
-      static_cast<uint8_t*>(dst), static_cast<const uint8_t*>(src), bytes);
-  return cudaGetLastError();
+  void* args[] = {&dst, &src, &bytes};
+  return cudaLaunchKernel(copy_kernel<kCopyVectors>, dim3(static_cast<uint32_t>(num_sms)), dim3(kCopyThreads), args, 0, stream);
 }
 
 cudaError_t launch_update(const UpdateParams& params, cudaStream_t stream) {

@@ -1,5 +1,5 @@
 // The instructions that C++ has no word for: accesses with a named order and scope, barriers in shared memory, bulk copies by
-// the tensor memory accelerator (TMA), fences between its proxy and the generic one, the global timer.
+// the tensor memory accelerator (TMA), fences between its proxy and the generic one, the global timer, casts of pairs.
 //
 // In: addresses of 4- or 8-byte words. Out: what the name says; `_sys` reaches every GPU and the host, `_gpu` this GPU. An
 // access to global memory only, unless the name says shared. Callers: all device code. Everything compiles for every
@@ -235,6 +235,15 @@ __device__ __forceinline__ uint32_t lane_id() {
   uint32_t lane;
   asm("mov.u32 %0, %laneid;" : "=r"(lane));
   return lane;
+}
+
+// ---- casts -----------------------------------------------------------------------------------------------------------------
+
+// Two channels of a bf16 row, the first one in the lower half. Nearest, ties to even; NaN becomes 0x7fff.
+__device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
+  uint32_t both;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
 }
 
 // ---- shared memory and TMA: sm_90 ------------------------------------------------------------------------------------------

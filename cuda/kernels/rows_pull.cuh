@@ -29,13 +29,6 @@ struct PullRows {
 __device__ __forceinline__ float bf16_low(uint32_t both) { return __uint_as_float(both << 16); }
 __device__ __forceinline__ float bf16_high(uint32_t both) { return __uint_as_float(both & 0xffff0000); }
 
-// Nearest, ties to even; NaN becomes 0x7fff.
-__device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
-  uint32_t both;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-  return both;
-}
-
 // 8 channels of a token, summed in f32.
 struct Sum8 {
   float v[8];
