@@ -4,9 +4,10 @@ import { referenceCombine, referenceDispatch } from "../lib/reference/mod.ts";
 import { checkedDispatch, optionsFor } from "./support/checked.ts";
 import { everyWay } from "./support/combine_cases.ts";
 import { assertCombined } from "./support/compare.ts";
-import { noCuda } from "./support/cuda.ts";
+import { noCuda, noCudaLowLatency } from "./support/cuda.ts";
 import { everyCall } from "./support/dispatch_cases.ts";
 import { localWorlds } from "./support/drivers.ts";
+import { runLowLatencySizes } from "./support/low_latency_sizes.ts";
 import { suite } from "./support/suite.ts";
 import { makeWorld, type WorldSpec } from "./support/worlds.ts";
 
@@ -45,6 +46,8 @@ const big: readonly (WorldSpec & { layout: "rank" | "expert" })[] = [
     layout: "rank",
   },
 ];
+
+runLowLatencySizes({ name: "cuda", newWorld, skip: noCudaLowLatency });
 
 suite("cuda: sizes", noCuda, () => {
   for (const spec of worlds) {

@@ -2,12 +2,13 @@
  * The case suite that every backend passes: dispatch, combine and low latency against the reference, bit for bit.
  *
  * In: a name and a function that makes worlds. Out: tests, registered with node:test. Called by the test files of the reference, of
- * cpu, cuda and nvshmem. The cases themselves are in the three files beside this one.
+ * cpu, cuda and nvshmem. The cases themselves are in the files beside this one.
  */
 import type { NewWorld } from "./driver.ts";
 export { runCombineCases } from "./combine_cases.ts";
 export { runDispatchCases } from "./dispatch_cases.ts";
 export { runLowLatencyCases } from "./low_latency_cases.ts";
+export { runLowLatencySizes } from "./low_latency_sizes.ts";
 
 /** What the suite runs over. */
 export interface Subject {

@@ -114,9 +114,10 @@ export function assertLowLatencyDispatched(
       assertSame(name("scales"), got.experts[e]!.scales, rows.scales, { width: (rows.scales?.length ?? 0) / count });
     });
     const strides = actual.scaleStrides?.[rank];
-    if (strides !== undefined && call.scalesColumnMajor && call.fp8) {
+    const { numScales = 0, scaleElemBytes: sentBytes = 0 } = inputs[rank]!, scaleElemBytes = call.fp8 ? 4 : sentBytes;
+    if (strides !== undefined && call.scalesColumnMajor && (call.fp8 || numScales > 0) && scaleElemBytes < 16) {
       const maxRows = (options.maxLowLatencyTokensPerRank ?? 0) * options.numRanks;
-      const shape = { maxRows, numScales: 1, scaleElemBytes: 4 }; // the number of scales is in no column-major stride
+      const shape = { maxRows, numScales: 1, scaleElemBytes }; // the number of scales is in no column-major stride
       assertStrides(`rank ${rank}, scale strides`, strides, scaleStrides(shape, true));
     }
   });

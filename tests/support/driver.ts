@@ -37,6 +37,10 @@ export interface WorldOptions {
   readonly numSlots?: number;
   readonly maxRowBytes?: number;
   readonly maxScaleBytes?: number;
+  /** How long a rank waits for a peer, milliseconds. */
+  readonly timeoutMs?: number;
+  /** Calls go on without a peer that is not there in time. */
+  readonly maskOnTimeout?: boolean;
 }
 
 /** How a driver puts inputs into memory. What is received does not depend on it. */
@@ -91,6 +95,9 @@ export interface LowLatencyCall extends Pick<LowLatencyOptions, "numTopk" | "fp8
   readonly inputStrides?: InputStrides;
 }
 
+/** The receiving half of a call that every rank has sent: on every rank, once. */
+export type Receive<T> = () => Promise<T>;
+
 /** A low-latency combine. */
 export interface LowLatencyCombineCall {
   readonly hidden: number;
@@ -113,12 +120,12 @@ export interface WorldDriver extends AsyncDisposable {
   dispatchLayout(inputs: readonly RankInput[], numTopk: number): Promise<DispatchLayout[]>;
   dispatch(inputs: readonly RankInput[], call: DispatchCall): Promise<Dispatched>;
   combine(from: Dispatched, inputs: readonly CombineInput[], call: CombineCall): Promise<CombineOutput[]>;
-  lowLatencyDispatch(inputs: readonly RankInput[], call: LowLatencyCall): Promise<LowLatencyDispatched>;
+  lowLatencyDispatch(inputs: readonly RankInput[], call: LowLatencyCall): Promise<Receive<LowLatencyDispatched>>;
   lowLatencyCombine(
     from: LowLatencyDispatched,
     inputs: readonly LowLatencyCombineInput[],
     call: LowLatencyCombineCall,
-  ): Promise<Uint16Array[]>;
+  ): Promise<Receive<Uint16Array[]>>;
   /** Masks ranks on every other rank, for good. */
   mask(ranks: readonly number[]): Promise<void>;
   /** Makes a rank late; absent where nothing can be injected. */
@@ -193,7 +200,7 @@ class ReferenceDriver implements WorldDriver {
     return this.#run(() => referenceCombine(this.#handles.get(from)!, inputs, { ...call, masked: this.#masked }));
   }
 
-  lowLatencyDispatch(inputs: readonly RankInput[], call: LowLatencyCall): Promise<LowLatencyDispatched> {
+  lowLatencyDispatch(inputs: readonly RankInput[], call: LowLatencyCall): Promise<Receive<LowLatencyDispatched>> {
     const maxTokensPerRank = this.options.maxLowLatencyTokensPerRank ?? 0;
     const options = { ...this.options, ...call, maxTokensPerRank, masked: this.#masked };
     return this.#run(() => {
@@ -202,7 +209,7 @@ class ReferenceDriver implements WorldDriver {
         release: () => Promise.resolve(),
       };
       this.#calls.set(result, options);
-      return result;
+      return () => Promise.resolve(result);
     });
   }
 
@@ -210,9 +217,12 @@ class ReferenceDriver implements WorldDriver {
     from: LowLatencyDispatched,
     inputs: readonly LowLatencyCombineInput[],
     call: LowLatencyCombineCall,
-  ): Promise<Uint16Array[]> {
+  ): Promise<Receive<Uint16Array[]>> {
     const options = { ...this.#calls.get(from)!, ...call, masked: this.#masked };
-    return this.#run(() => referenceLowLatencyCombine(inputs, options));
+    return this.#run(() => {
+      const sums = referenceLowLatencyCombine(inputs, options);
+      return () => Promise.resolve(sums);
+    });
   }
 
   mask(ranks: readonly number[]): Promise<void> {

@@ -7,11 +7,11 @@
 import { createServer } from "node:net";
 import { Group } from "@deepep/deepep";
 import type { CombineInput, CombineOutput, DispatchLayout, LowLatencyCombineInput } from "../../lib/reference/mod.ts";
-import type { LowLatencyOutput, RankInput } from "../../lib/reference/mod.ts";
+import type { RankInput } from "../../lib/reference/mod.ts";
 import { type NewWorld, settleWorld, type WorldDriver, type WorldOptions } from "./driver.ts";
 import type { CombineCall, Delay, DispatchCall, Dispatched, LowLatencyCall, LowLatencyCombineCall } from "./driver.ts";
-import type { LowLatencyDispatched } from "./driver.ts";
-import type { HostDispatch } from "./rank_host.ts";
+import type { LowLatencyDispatched, Receive } from "./driver.ts";
+import type { HostDispatch, HostLowLatency } from "./rank_host.ts";
 import { localRank, pooled, processRank, type RankPlace, type RemoteRank, workerRank } from "./transport.ts";
 
 /** The backend under test. */
@@ -114,23 +114,32 @@ class BufferDriver implements WorldDriver {
     );
   }
 
-  async lowLatencyDispatch(inputs: readonly RankInput[], call: LowLatencyCall): Promise<LowLatencyDispatched> {
+  async lowLatencyDispatch(
+    inputs: readonly RankInput[],
+    call: LowLatencyCall,
+  ): Promise<Receive<LowLatencyDispatched>> {
     const id = this.#nextId++;
     await this.#all("lowLatencySend", (rank) => [id, inputs[rank], call]);
-    const ranks = await this.#all<LowLatencyOutput>("lowLatencyReceive", () => [id]);
-    const result = { ranks, release: async () => void await this.#all("release", () => [id]) };
-    this.#results.set(result, { id, inputs, call });
-    return result;
+    return async () => {
+      const got = await this.#all<HostLowLatency>("lowLatencyReceive", () => [id]);
+      const result = {
+        ranks: got.map((g) => g?.output),
+        scaleStrides: got.map((g) => g?.scaleStrides),
+        release: async () => void await this.#all("release", () => [id]),
+      };
+      this.#results.set(result, { id, inputs, call });
+      return result;
+    };
   }
 
   async lowLatencyCombine(
     from: LowLatencyDispatched,
     inputs: readonly LowLatencyCombineInput[],
     call: LowLatencyCombineCall,
-  ): Promise<Uint16Array[]> {
+  ): Promise<Receive<Uint16Array[]>> {
     const { id } = this.#results.get(from)!;
     await this.#all("lowLatencyCombineSend", (rank) => [id, inputs[rank], call]);
-    return await this.#all("lowLatencyCombineReceive", () => [id]);
+    return () => this.#all("lowLatencyCombineReceive", () => [id]);
   }
 
   async mask(ranks: readonly number[]): Promise<void> {

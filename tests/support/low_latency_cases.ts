@@ -13,8 +13,8 @@ import { denseSum } from "./brute_force.ts";
 import type { Subject } from "./cases.ts";
 import { checkedDispatch, codesOf, optionsFor } from "./checked.ts";
 import { assertLowLatencyDispatched, assertSame } from "./compare.ts";
-import type { LowLatencyCall, LowLatencyCombineCall, LowLatencyDispatched, NewWorld, WorldDriver } from "./driver.ts";
-import type { WorldOptions } from "./driver.ts";
+import type { LowLatencyCall, LowLatencyCombineCall, LowLatencyDispatched, NewWorld, Receive } from "./driver.ts";
+import type { WorldDriver, WorldOptions } from "./driver.ts";
 import { lowLatencyOutput } from "./experts.ts";
 import { Random, runSeed } from "./random.ts";
 import { randomCount, suite } from "./suite.ts";
@@ -33,19 +33,31 @@ interface About {
   readonly masked?: readonly number[];
 }
 
-/** Dispatches, and compares with the reference. */
-async function checkedSend(
+/** The sending half of a dispatch; the receiving half compares with the reference. */
+async function checkedHalf(
   driver: WorldDriver,
   world: TestWorld,
   call: LowLatencyCall,
   { inputs = world.inputs, masked = [] }: About = {},
-): Promise<LowLatencyDispatched> {
+): Promise<Receive<LowLatencyDispatched>> {
   const maxTokensPerRank = driver.options.maxLowLatencyTokensPerRank ?? 0;
   const expected = referenceLowLatencyDispatch(inputs, { ...driver.options, ...call, maxTokensPerRank, masked });
-  const actual = await driver.lowLatencyDispatch(inputs, call);
-  assertLowLatencyDispatched(actual, expected, { inputs, call, options: driver.options, masked });
-  return actual;
+  const receive = await driver.lowLatencyDispatch(inputs, call);
+  return async () => {
+    const actual = await receive();
+    assertLowLatencyDispatched(actual, expected, { inputs, call, options: driver.options, masked });
+    return actual;
+  };
 }
+
+/** Dispatches in one go, and compares with the reference. */
+const checkedSend = async (
+  ...args: Parameters<typeof checkedHalf>
+): Promise<LowLatencyDispatched> => await (await checkedHalf(...args))();
+
+/** Dispatches in one go; checks nothing. */
+const dispatched = async (driver: WorldDriver, inputs: readonly RankInput[], call: LowLatencyCall) =>
+  await (await driver.lowLatencyDispatch(inputs, call))();
 
 /** Runs the experts on what arrived. */
 function expertOutputs(
@@ -64,26 +76,57 @@ function expertOutputs(
   });
 }
 
-/** Combines, and compares with the reference. */
-async function checkedReturn(
+/** What a combine is of, and how it is made. */
+interface Return {
+  readonly world: TestWorld;
+  readonly call: LowLatencyCall & { weights?: boolean; wild?: boolean };
+  readonly combine?: Partial<LowLatencyCombineCall>;
+  readonly masked?: readonly number[];
+}
+
+/** The sending half of a combine; the receiving half compares with the reference. */
+async function checkedReturnHalf(
   driver: WorldDriver,
   from: LowLatencyDispatched,
-  about: {
-    world: TestWorld;
-    call: LowLatencyCall & { weights?: boolean; wild?: boolean };
-    combine?: Partial<LowLatencyCombineCall>;
-    masked?: readonly number[];
-  },
-): Promise<void> {
+  about: Return,
+): Promise<Receive<void>> {
   const { world, call, masked = [] } = about;
   const { hidden, numTopk } = world;
   const inputs = expertOutputs(world, from.ranks, call);
   const maxTokensPerRank = driver.options.maxLowLatencyTokensPerRank ?? 0;
   const expected = referenceLowLatencyCombine(inputs, { ...driver.options, maxTokensPerRank, numTopk, hidden, masked });
-  const actual = await driver.lowLatencyCombine(from, inputs, { hidden, ...about.combine });
-  expected.forEach((want, rank) => {
-    if (!masked.includes(rank)) assertSame(`rank ${rank}, combined x`, actual[rank], want, { width: hidden });
-  });
+  const receive = await driver.lowLatencyCombine(from, inputs, { hidden, ...about.combine });
+  return async () => {
+    const actual = await receive();
+    expected.forEach((want, rank) => {
+      if (!masked.includes(rank)) assertSame(`rank ${rank}, combined x`, actual[rank], want, { width: hidden });
+    });
+  };
+}
+
+/** Combines in one go, and compares with the reference. */
+const checkedReturn = async (...args: Parameters<typeof checkedReturnHalf>): Promise<void> =>
+  await (await checkedReturnHalf(...args))();
+
+/**
+ * Dispatches all worlds before any is received, receives them in the first order, sends their combines in the second, and
+ * receives those in the third.
+ */
+async function inFlight(
+  driver: WorldDriver,
+  worlds: readonly TestWorld[],
+  calls: readonly LowLatencyCall[],
+  [received, combined, reduced]: readonly (readonly number[])[],
+): Promise<void> {
+  const sent: Receive<LowLatencyDispatched>[] = [], recv: LowLatencyDispatched[] = [], back: Receive<void>[] = [];
+  for (const [i, world] of worlds.entries()) sent.push(await checkedHalf(driver, world, calls[i]!));
+  for (const i of received!) recv[i] = await sent[i]!();
+  for (const i of combined!) {
+    const combine = { recvHook: true, zeroCopy: i % 2 === 0 };
+    back[i] = await checkedReturnHalf(driver, recv[i]!, { world: worlds[i]!, call: calls[i]!, combine });
+  }
+  for (const i of reduced!) await back[i]!();
+  for (const result of recv) await result.release();
 }
 
 type Way = [Omit<LowLatencyCall, "numTopk"> & { weights?: boolean; wild?: boolean }, Partial<LowLatencyCombineCall>];
@@ -101,7 +144,8 @@ const fp8Ways: Way[] = [
   [{ fp8: true, round: true, ue8m0: true, scalesColumnMajor: true, inputStrides: { rowGap: 32 } }, {}],
 ];
 
-async function everyWay(newWorld: NewWorld, world: TestWorld): Promise<void> {
+/** There and back in every way. */
+export async function everyWay(newWorld: NewWorld, world: TestWorld): Promise<void> {
   await using driver = await newWorld(lowLatencyOptions(world));
   const ways = world.payload.kind === "bf16" && world.hidden % 16 === 0 ? [...plainWays, ...fp8Ways] : plainWays;
   for (const [way, combine] of ways) {
@@ -144,8 +188,8 @@ export function runLowLatencyCases({ name, newWorld, skip, numRandom = 8, seed =
         const world = makeWorld({ ...spec, values: "integers" }, 3);
         await using driver = await newWorld(lowLatencyOptions(world));
         const call = { numTopk: world.numTopk };
-        const recv = await driver.lowLatencyDispatch(world.inputs, call);
-        const outputs = await driver.lowLatencyCombine(recv, expertOutputs(world, recv.ranks, call), world);
+        const recv = await dispatched(driver, world.inputs, call);
+        const outputs = await (await driver.lowLatencyCombine(recv, expertOutputs(world, recv.ranks, call), world))();
         outputs.forEach((x, rank) => assertEquals(x, denseSum(world, rank)));
         await recv.release();
       }
@@ -166,16 +210,13 @@ export function runLowLatencyCases({ name, newWorld, skip, numRandom = 8, seed =
       }
     });
 
-    test("two results in flight, hooks crossed", async () => {
-      const worlds = [namedWorld("skewed"), makeWorld(namedWorld("skewed"), 4242)] as const;
-      await using driver = await newWorld(lowLatencyOptions(worlds[0], { numSlots: 2 }));
-      const call = { numTopk: worlds[0].numTopk, fp8: true, recvHook: true } as const;
-      for (const order of [[0, 1], [1, 0]] as const) {
-        const recv = [await checkedSend(driver, worlds[0], call), await checkedSend(driver, worlds[1], call)] as const;
-        for (const i of order) {
-          await checkedReturn(driver, recv[i], { world: worlds[i], call, combine: { recvHook: true } });
-        }
-        for (const result of recv) await result.release();
+    test("three results in flight, their halves in every order", async () => {
+      const orders = [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] as const;
+      const worlds = [1, 2, 3].map((seed) => makeWorld(namedWorld("skewed"), seed));
+      await using driver = await newWorld(lowLatencyOptions(worlds[0]!, { numSlots: 3 }));
+      for (const [round, order] of orders.entries()) {
+        const calls = worlds.map((world, i) => ({ numTopk: world.numTopk, fp8: i !== round % 3, recvHook: true }));
+        await inFlight(driver, worlds, calls, [order, orders[(round + 2) % 6]!, orders[(5 * round + 1) % 6]!]);
       }
     });
 
@@ -198,7 +239,7 @@ export function runLowLatencyCases({ name, newWorld, skip, numRandom = 8, seed =
         1,
       );
       await using driver = await newWorld(lowLatencyOptions(world, { maxLowLatencyTokensPerRank: 2 }));
-      const codes = await codesOf(() => driver.lowLatencyDispatch(world.inputs, { numTopk: 4 }));
+      const codes = await codesOf(() => dispatched(driver, world.inputs, { numTopk: 4 }));
       assertEquals(codes, world.inputs.map(() => "capacity"));
       const fits = makeWorld({ ...world, routing: "distinct" }, 1);
       await (await checkedSend(driver, fits, { numTopk: 4 })).release();
@@ -211,7 +252,7 @@ export function runLowLatencyCases({ name, newWorld, skip, numRandom = 8, seed =
         const inputs = world.inputs.map((input, rank) =>
           rank === 1 ? { ...input, topkIdx: Int32Array.of(0, 1, bad, 2) } : input
         );
-        const codes = await codesOf(() => driver.lowLatencyDispatch(inputs, { numTopk: 1 }));
+        const codes = await codesOf(() => dispatched(driver, inputs, { numTopk: 1 }));
         assertEquals(codes[1], "invalidArgument");
         for (const code of codes) assert(["invalidArgument", "aborted"].includes(code), codes.join());
         await (await checkedSend(driver, world, { numTopk: 1 })).release();

@@ -20,6 +20,12 @@ const injectStruct = struct("deepep_inject_args");
 const scaleDtype: Record<number, DType> = { 1: "u8", 2: "bf16", 4: "f32", 8: "i64" };
 const upper = (word: string): string => word.replace(/[A-Z]/g, (c) => `_${c}`).toUpperCase();
 
+/** Bytes between the rows and the elements of scales, whose rows are dimension `rows`. */
+const stridesOf = ({ strides, dtype }: Tensor, rows: number): ScaleStrides => ({
+  row: strides[rows]! * itemSize[dtype],
+  elem: strides[rows + 1]! * itemSize[dtype],
+});
+
 /** A call of a host by name, as it travels to workers and processes. */
 export type HostCall = {
   [M in keyof RankHost]: RankHost[M] extends (...args: infer A) => unknown ? { method: M; args: A } : never;
@@ -31,13 +37,20 @@ export interface HostDispatch {
   readonly scaleStrides: ScaleStrides | undefined;
 }
 
+/** A low-latency dispatch as it was received; the strides are those of an expert's scales. */
+export interface HostLowLatency {
+  readonly output: LowLatencyOutput;
+  readonly scaleStrides: ScaleStrides | undefined;
+}
+
 /** One rank. Results are kept by a number that the driver chooses; -1 is none. */
 export class RankHost {
   readonly #buffer: EpBuffer;
   readonly #options: WorldOptions;
   readonly #results = new Map<number, DispatchResult>();
   readonly #lowLatency = new Map<number, LowLatencyResult>();
-  readonly #combines = new Map<number, LowLatencyCombineResult>();
+  readonly #stats = new Map<number, Tensor<"i32">>();
+  readonly #combines = new Map<number, { out: LowLatencyCombineResult; uses: Disposable[] }>();
   readonly #garbage: Disposable[] = [];
 
   private constructor(buffer: EpBuffer, options: WorldOptions) {
@@ -48,7 +61,7 @@ export class RankHost {
   /** Connects the buffer of this rank. `timeoutMs` bounds every wait, so that a bug is a failure and no hang. */
   static async create(
     group: Group,
-    options: WorldOptions & { backend?: "cpu" | "cuda"; maskOnTimeout?: boolean },
+    options: WorldOptions & { backend?: "cpu" | "cuda" },
   ): Promise<RankHost> {
     const buffer = await EpBuffer.create(group, { backend: "cpu", timeoutMs: 20_000, ...options });
     return new RankHost(buffer, options);
@@ -169,8 +182,7 @@ export class RankHost {
     const numRows = call.layout === "expert" ? inUse : numTokens;
     const { data, scales } = "data" in recv.x ? recv.x : { data: recv.x, scales: undefined };
     const cut = async <D extends DType>(t: Tensor<D>) => await t.slice(0, numRows).read();
-    const { numScales = 0, scaleElemBytes = 1 } = input;
-    const elem = scaleElemBytes === 16 ? 8 : scaleElemBytes;
+    const { numScales = 0 } = input;
     const output: RankOutput = {
       numTokens,
       numRows,
@@ -186,8 +198,7 @@ export class RankHost {
       numTokensPerRank: await recv.counts.numTokensPerRank.read(),
       expertStats: stats ? await stats.read() : new Int32Array(this.#buffer.numLocalExperts),
     };
-    const strides = scales && { row: scales.strides[0]! * elem, elem: scales.strides[1]! * elem };
-    return { output, scaleStrides: strides as ScaleStrides | undefined };
+    return { output, scaleStrides: scales && stridesOf(scales, 0) };
   }
 
   /** Releases a result; its handle goes on for later cached dispatches and combines. */
@@ -238,26 +249,29 @@ export class RankHost {
     }
   }
 
-  /** Sends; the stats tensor lives until the receive. */
+  /** Sends; the stats tensor lives until the receive. Its other tensors are released at once: what was enqueued keeps them. */
   lowLatencySend(id: number, input: RankInput, call: LowLatencyCall): void {
     const { numTopk, fp8, round, ue8m0, scalesColumnMajor, recvHook } = call;
-    const stats = input.expertStats && this.#tensor("i32", [this.#buffer.numLocalExperts], input.expertStats);
-    const recv = this.#buffer.lowLatencyDispatch(this.#payload(input, call.inputStrides), {
-      topkIdx: this.#topkIdx(input, numTopk)!,
-      fp8: fp8 ?? false,
-      ...(round && { roundScale: true }),
-      ...(ue8m0 && { useUe8m0: true }),
-      scalesColumnMajor: scalesColumnMajor ?? false,
-      ...(recvHook && { recvHook }),
-      ...(stats && { expertStats: stats }),
-    });
-    this.#lowLatency.set(id, recv);
-    this.#stats = stats;
+    const stats = input.expertStats && this.#buffer.tensor("i32", [this.#buffer.numLocalExperts], input.expertStats);
+    try {
+      const recv = this.#buffer.lowLatencyDispatch(this.#payload(input, call.inputStrides), {
+        topkIdx: this.#topkIdx(input, numTopk)!,
+        fp8: fp8 ?? false,
+        ...(round && { roundScale: true }),
+        ...(ue8m0 && { useUe8m0: true }),
+        scalesColumnMajor: scalesColumnMajor ?? false,
+        ...(recvHook && { recvHook }),
+        ...(stats && { expertStats: stats }),
+      });
+      this.#lowLatency.set(id, recv);
+      if (stats) this.#stats.set(id, stats);
+    } finally {
+      this.#collect();
+    }
   }
-  #stats: Tensor<"i32"> | undefined;
 
-  async lowLatencyReceive(id: number): Promise<LowLatencyOutput> {
-    const recv = this.#lowLatency.get(id)!, stats = this.#stats;
+  async lowLatencyReceive(id: number): Promise<HostLowLatency> {
+    const recv = this.#lowLatency.get(id)!, stats = this.#stats.get(id);
     try {
       await recv.received();
       const counts = await recv.count.read(), maxRows = recv.srcInfo.shape[1]!;
@@ -271,17 +285,19 @@ export class RankHost {
         ...(scaleBytes && { scales: scaleBytes.slice(e * maxRows * perRow, (e * maxRows + n) * perRow) }),
         srcInfo: srcInfo.slice(e * maxRows, e * maxRows + n),
       }));
-      return {
+      const output = {
         experts,
         numTokensPerExpert: counts,
         layoutRange: await recv.layoutRange.read(),
         expertStats: stats ? await stats.read() : new Int32Array(counts.length),
       };
+      return { output, scaleStrides: scales && stridesOf(scales, 1) };
     } catch (error) {
       this.release(id);
       throw error;
     } finally {
-      this.#collect();
+      stats?.release();
+      this.#stats.delete(id);
     }
   }
 
@@ -300,26 +316,26 @@ export class RankHost {
     const ones = new Float32Array(input.topkIdx.length).fill(1);
     const topkWeights = this.#tensor("f32", shape, input.topkWeights ?? ones);
     const topkIdx = this.#topkIdx(input, numTopk)!;
-    this.#combines.set(
-      id,
-      this.#buffer.lowLatencyCombine(region, {
-        topkIdx,
-        topkWeights,
-        handle: recv.handle,
-        ...(call.recvHook && { recvHook: true }),
-      }),
-    );
+    const out = this.#buffer.lowLatencyCombine(region, {
+      topkIdx,
+      topkWeights,
+      handle: recv.handle,
+      ...(call.recvHook && { recvHook: true }),
+    });
+    // The receiving half reads the routing and the weights: they stay until then.
+    this.#combines.set(id, { out, uses: this.#garbage.splice(0) });
     await Promise.resolve();
   }
 
   async lowLatencyCombineReceive(id: number): Promise<Uint16Array> {
-    using out = this.#combines.get(id)!;
+    const { out, uses } = this.#combines.get(id)!;
     this.#combines.delete(id);
     try {
       await out.received();
       return await out.x.read();
     } finally {
-      this.#collect();
+      out[Symbol.dispose]();
+      for (const tensor of uses) tensor[Symbol.dispose]();
     }
   }
 
