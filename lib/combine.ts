@@ -97,13 +97,13 @@ function enqueue(core: Core, y: Tensor, handle: DispatchHandle, o: CombineOption
   try {
     x = o.out ?? alloc("bf16", tokens);
     backWeights = o.topkWeights ? alloc("f32", perEntry) : undefined;
-    core.launch("deepep_combine", combineStruct, {
-      ...fixed,
+    const placed = {
       slot,
       x: isOutputRegion(core, y, slot) ? 0n : y.address,
       out: x.address,
       out_topk_weights: backWeights?.address ?? 0n,
-    }, operation);
+    };
+    core.launch("deepep_combine", combineStruct, [fixed, placed], operation);
   } catch (error) {
     core.device.forget(operation.fields.done_id);
     release();

@@ -58,7 +58,9 @@ export interface Operation {
 
 /** Who holds a slot. */
 interface Holder {
-  readonly what: string;
+  readonly op: string;
+  /** The number of its call. */
+  readonly call: number;
   readonly hold: Hold;
 }
 
@@ -120,20 +122,19 @@ export class Core implements EventOwner, TensorOwner {
 
   /**
    * Packs `values` with the operation's fields and makes the one call that enqueues it. A refused operation completes
-   * nothing, so its ids, `counts_id` among them, are given up.
+   * nothing, so its id is given up.
    */
   launch<N extends StructName>(
     name: CallName,
     args: StructCodec<N>,
-    values: StructInput<N>,
+    values: readonly StructInput<N>[],
     { op, fields, event }: Operation,
   ): void {
     try {
-      args.pack({ ...values, ...fields } as StructInput<N>);
+      args.pack(...values, fields as unknown as StructInput<N>);
       this.call(name, args as unknown as StructCodec, op);
     } catch (error) {
       this.device.forget(fields.done_id);
-      if ("counts_id" in values) this.device.forget(values.counts_id as bigint);
       throw error;
     }
     if (this.captured) return;
@@ -272,7 +273,7 @@ export class Core implements EventOwner, TensorOwner {
   barrier(options: OperationOptions): EpEvent {
     return this.collective("BARRIER", () => {
       const operation = this.operation("barrier", options, 0);
-      this.launch("deepep_barrier", barrierStruct, {}, operation);
+      this.launch("deepep_barrier", barrierStruct, [], operation);
       return operation.event;
     });
   }
@@ -330,7 +331,7 @@ export class Core implements EventOwner, TensorOwner {
   /** Throws when every slot is held, naming the holders; -1 lets the library choose. */
   wantSlot(op: string): number {
     if (this.#holders.size >= this.options.numSlots) {
-      const who = [...this.#holders.values()].map((h) => h.what).join(" and ");
+      const who = [...this.#holders.values()].map(({ op, call }) => `${op} #${call}`).join(" and ");
       throw new EpError(
         `Cannot ${op}: all ${this.options.numSlots} slots are held by ${who}; release a result, or create the buffer with a larger numSlots`,
         { code: "noFreeSlot", op, rank: this.rank, expected: this.options.numSlots, seen: this.#holders.size },
@@ -351,7 +352,7 @@ export class Core implements EventOwner, TensorOwner {
   /** Notes who holds a slot that the library has just taken. */
   holdSlot(slot: number, op: string): Hold {
     const hold: Hold = { owner: this, alive: true };
-    this.#holders.set(slot, { what: `${op} #${this.#numCalls}`, hold });
+    this.#holders.set(slot, { op, call: this.#numCalls, hold });
     return hold;
   }
 
@@ -369,7 +370,7 @@ export class Core implements EventOwner, TensorOwner {
   /** The expert-output region of a held slot, for writing in the order of `stream`. */
   expertOutput(slot: number, options: OperationOptions): bigint {
     const latest = this.#latest;
-    this.launch("deepep_expert_output", outputStruct, { slot }, this.operation("expertOutput", options, 0));
+    this.launch("deepep_expert_output", outputStruct, [{ slot }], this.operation("expertOutput", options, 0));
     this.#latest = latest; // a wait of the caller's stream, which uses no tensor
     const address = outputStruct.get("address");
     this.#outputs.set(slot, address);

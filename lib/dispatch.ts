@@ -106,30 +106,27 @@ export class DispatchResult<X extends Payload = Payload> extends SlotResult impl
   }
 }
 
-/** The routing of a call: from topkIdx, from a layout, or from a handle. */
-function routing(
-  core: Core,
-  x: Payload,
-  o: DispatchOptions,
-): {
-  fields: RoutingFields & { is_token_in_rank: bigint; num_tokens_per_expert: bigint; topk_weights: bigint };
-  flags: number;
-} {
-  const given = [o.topkIdx, o.dispatchLayout, o.handle].filter((v) => v !== undefined).length;
+/** The routing of a call, as fields of its struct: from topkIdx, from a layout, or from a handle. */
+interface Routing {
+  readonly fields: Partial<RoutingFields> & {
+    readonly num_tokens: number;
+    readonly num_topk: number;
+    readonly is_token_in_rank?: bigint;
+    readonly num_tokens_per_expert?: bigint;
+  };
+  readonly topk_weights: bigint;
+  readonly flags: number;
+}
+
+function routing(core: Core, x: Payload, o: DispatchOptions): Routing {
+  const given = Number(o.topkIdx !== undefined) + Number(o.dispatchLayout !== undefined) +
+    Number(o.handle !== undefined);
   if (given !== 1) {
     throw new TypeError(`Cannot dispatch: needs one of topkIdx, dispatchLayout and handle, got ${given}`);
   }
   const { data } = parts("dispatch", x);
   checkTensor(core, "dispatch", "x", data, [], [undefined, undefined]);
   const rows = data.shape[0]!;
-  const none = {
-    topk_idx: 0n,
-    topk_idx_bytes: 0,
-    num_topk: 0,
-    is_token_in_rank: 0n,
-    num_tokens_per_expert: 0n,
-    topk_weights: 0n,
-  };
   if (o.handle) {
     const { numTokens, numTopk } = o.handle;
     if (rows !== numTokens) {
@@ -138,7 +135,8 @@ function routing(
     const topk_weights = flat(core, "dispatch", "topkWeights", o.topkWeights, ["f32"], [numTokens, numTopk]);
     const topk_idx_bytes = o.handle.topkIdxDtype ? itemSize[o.handle.topkIdxDtype] : 0;
     return {
-      fields: { ...none, num_tokens: numTokens, num_topk: numTopk, topk_idx_bytes, topk_weights },
+      fields: { num_tokens: numTokens, num_topk: numTopk, topk_idx_bytes },
+      topk_weights,
       flags: FLAG.CACHED[0],
     };
   }
@@ -153,8 +151,8 @@ function routing(
     const { isTokenInRank, numTokensPerExpert } = o.dispatchLayout;
     return {
       fields: {
-        ...none,
         num_tokens: rows,
+        num_topk: 0,
         is_token_in_rank: flat(core, "dispatch", "dispatchLayout.isTokenInRank", isTokenInRank, ["bool", "u8"], [
           rows,
           core.numRanks,
@@ -168,6 +166,7 @@ function routing(
           [core.options.numExperts],
         ),
       },
+      topk_weights: 0n,
       flags: 0,
     };
   }
@@ -176,7 +175,7 @@ function routing(
     fields.num_tokens,
     fields.num_topk,
   ]);
-  return { fields: { ...none, ...fields, topk_weights }, flags: 0 };
+  return { fields, topk_weights, flags: 0 };
 }
 
 function createHandle(core: Core, numTokens: number, numTopk: number, operation: Operation): bigint {
@@ -199,7 +198,7 @@ function enqueue(core: Core, x: Payload, o: DispatchOptions) {
   const layout = o.layout ?? o.handle?.layout ?? "rank";
   const alignment = o.expertAlignment ?? o.handle?.expertAlignment ?? 1;
   checkChoices(layout, alignment, o);
-  const { fields, flags } = routing(core, x, o);
+  const { fields, topk_weights, flags } = routing(core, x, o);
   const payload = payloadFields(core, "dispatch", x, fields.num_tokens);
   const expert_stats = flat(core, "dispatch", "expertStats", o.expertStats, ["i32"], [core.numLocalExperts]);
   const cached = o.handle?.use(core, "dispatch");
@@ -217,17 +216,18 @@ function enqueue(core: Core, x: Payload, o: DispatchOptions) {
   const native = cached ?? createHandle(core, fields.num_tokens, fields.num_topk, operation);
   const counts_id = sync ? core.device.nextId() : 0n;
   try {
-    core.launch("deepep_dispatch", dispatchStruct, {
+    const own = {
       layout: constants.LAYOUT[layout === "rank" ? "RANK" : "EXPERT"][0],
       handle: native,
       slot: slotWanted,
       expert_alignment: alignment,
-      ...fields,
-      ...payload,
+      topk_weights,
       expert_stats,
       counts_id,
-    }, operation);
+    };
+    core.launch("deepep_dispatch", dispatchStruct, [own, fields, payload], operation);
   } catch (error) {
+    core.device.forget(counts_id);
     if (cached === undefined) core.device.end("deepep_handle_destroy", native, "dispatch");
     throw error;
   }

@@ -40,12 +40,12 @@ export function getDispatchLayout(core: Core, topkIdx: Tensor, options: Operatio
     numTokensPerRank = alloc("i32", [core.numRanks]);
     numTokensPerExpert = alloc("i32", [core.options.numExperts]);
     isTokenInRank = alloc("bool", [routing.num_tokens, core.numRanks]);
-    core.launch("deepep_get_dispatch_layout", layoutStruct, {
-      ...routing,
+    const outputs = {
       num_tokens_per_rank: numTokensPerRank.address,
       num_tokens_per_expert: numTokensPerExpert.address,
       is_token_in_rank: isTokenInRank.address,
-    }, operation);
+    };
+    core.launch("deepep_get_dispatch_layout", layoutStruct, [routing, outputs], operation);
   } catch (error) {
     core.device.forget(operation.fields.done_id);
     release();

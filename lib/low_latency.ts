@@ -125,7 +125,7 @@ class Receive {
         ...(timeoutMs && { timeoutMs }),
       };
       const operation = this.#core.operation(this.#op, options, 0);
-      this.#core.launch(this.#name, receiveStruct, { slot: this.#slot }, operation);
+      this.#core.launch(this.#name, receiveStruct, [{ slot: this.#slot }], operation);
       this.#open = false;
       this.event = operation.event;
     }
@@ -235,8 +235,8 @@ function enqueueDispatch<X extends Payload, O extends LowLatencyDispatchOptions>
   const wait_stats = flat(core, op, "waitStats", o.waitStats, ["i64"], [core.numRanks]);
   const slotWanted = core.wantSlot(op);
   const operation = core.operation(op, o, flags);
-  const values = { slot: slotWanted, ...routing, ...payload, expert_stats, wait_stats };
-  core.launch("deepep_low_latency_dispatch", dispatchStruct, values, operation);
+  const own = { slot: slotWanted, expert_stats, wait_stats };
+  core.launch("deepep_low_latency_dispatch", dispatchStruct, [own, routing, payload], operation);
   const out = dispatchStruct.outputs();
   const hold = core.holdSlot(out.slot, "low-latency dispatch");
   core.writes(hold, operation.event);
@@ -372,14 +372,14 @@ function enqueueCombine(core: Core, y: Tensor, o: LowLatencyCombineOptions): Low
   const release = () => made?.release();
   try {
     made = o.out ? undefined : core.alloc("bf16", shape, operation.event);
-    core.launch("deepep_low_latency_combine", combineStruct, {
+    const own = {
       slot,
-      ...routing,
       topk_weights,
       x: isOutputRegion(core, y, slot) ? 0n : address,
       out: (made ?? o.out!).address,
       wait_stats,
-    }, operation);
+    };
+    core.launch("deepep_low_latency_combine", combineStruct, [own, routing], operation);
   } catch (error) {
     core.device.forget(operation.fields.done_id);
     release();

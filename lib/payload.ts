@@ -32,6 +32,12 @@ export function checkLive(core: Core, op: string, name: string, tensor: Tensor):
   if (tensor.hold) core.uses(tensor.hold);
 }
 
+function fits(shape: readonly number[], wanted: readonly (number | undefined)[]): boolean {
+  if (shape.length !== wanted.length) return false;
+  for (let i = 0; i < wanted.length; i++) if (wanted[i] !== undefined && wanted[i] !== shape[i]) return false;
+  return true;
+}
+
 /** Checks that a tensor may be used by an operation on `core`. */
 export function checkTensor(
   core: Core,
@@ -45,8 +51,7 @@ export function checkTensor(
   if (dtypes.length > 0 && !dtypes.includes(tensor.dtype)) {
     throw new TypeError(`Cannot ${op}: ${name} is ${describe(tensor)}, needs ${dtypes.join(" or ")}`);
   }
-  const fits = tensor.shape.length === shape.length && shape.every((n, i) => n === undefined || tensor.shape[i] === n);
-  if (!fits) {
+  if (!fits(tensor.shape, shape)) {
     const want = shape.map((n) => n ?? "any").join(", ");
     throw new TypeError(`Cannot ${op}: ${name} is ${describe(tensor)}, needs shape [${want}]`);
   }

@@ -62,10 +62,10 @@ export class Tensor<D extends DType = DType> implements Disposable {
   readonly dtype: D;
   /** Elements along each dimension. */
   readonly shape: readonly number[];
-  /** Elements from one to the next along each dimension. */
-  readonly strides: readonly number[];
   /** @ignore Who keeps the memory; undefined for foreign memory. */
   readonly hold: Hold | undefined;
+  /** Undefined until somebody asks, in a tensor that is row-major: most are never asked for their strides. */
+  #strides: readonly number[] | undefined;
   readonly #owns: boolean;
 
   /** @ignore Use `buffer.tensor()` or {@linkcode Tensor.from}. */
@@ -78,7 +78,7 @@ export class Tensor<D extends DType = DType> implements Disposable {
     this.address = address;
     this.dtype = dtype;
     this.shape = shape;
-    this.strides = options.strides ?? rowMajor(shape);
+    this.#strides = options.strides;
     this.hold = options.hold;
     this.#owns = options.owns ?? false;
     if (this.#owns) {
@@ -116,6 +116,10 @@ export class Tensor<D extends DType = DType> implements Disposable {
     return new Tensor(address, dtype, [...shape], options.strides ? { strides: [...options.strides] } : {});
   }
 
+  /** Elements from one to the next along each dimension. */
+  get strides(): readonly number[] {
+    return this.#strides ??= rowMajor(this.shape);
+  }
   /** Elements in all. */
   get size(): number {
     return elements(this.shape);
@@ -126,6 +130,7 @@ export class Tensor<D extends DType = DType> implements Disposable {
   }
   /** Whether elements follow each other in row-major order. */
   get contiguous(): boolean {
+    if (this.#strides === undefined) return true;
     const want = rowMajor(this.shape);
     return this.shape.every((n, i) => n <= 1 || this.strides[i] === want[i]);
   }

@@ -83,12 +83,13 @@ export interface StructCodec<N extends StructName = StructName> {
   /** The memory; lend it to a call. It stays the same for the life of the struct. */
   readonly bytes: Uint8Array<ArrayBuffer>;
   /**
-   * Writes `size` and the given fields, and 0 into all others.
+   * Writes `size` and the given fields, and 0 into all others. Fields may come in several objects: merging them first would
+   * cost more than packing.
    *
    * @throws {RangeError} if a value does not fit its field
    * @throws {TypeError} if a value has the wrong type, or there is no such field
    */
-  pack(values?: StructInput<N>): this;
+  pack(...values: readonly StructInput<N>[]): this;
   /** Writes `size`, and 0 into all other fields; answers the bytes. For structs that a call only writes. */
   reset(): Uint8Array<ArrayBuffer>;
   /** Writes one field, with the checks of `pack`. */
@@ -159,12 +160,12 @@ function codec64(view: DataView, at: number, field: string, type: "i64" | "u64")
   };
   const setI64 = (value: unknown): void => {
     if (typeof value !== "bigint") return setNumber(value);
-    if (BigInt.asIntN(64, value) !== value) throw outOfRange(field, value, low, high);
+    if (value < low || value > high) throw outOfRange(field, value, low, high);
     view.setBigInt64(at, value, true);
   };
   const setU64 = (value: unknown): void => {
     if (typeof value !== "bigint") return setNumber(value);
-    if (BigInt.asUintN(64, value) !== value) throw outOfRange(field, value, low, high);
+    if (value < low || value > high) throw outOfRange(field, value, low, high);
     view.setBigUint64(at, value, true);
   };
   return signed
@@ -224,11 +225,12 @@ export function struct<N extends StructName>(name: N): StructCodec<N> {
   const memory = new ArrayBuffer(layout.size);
   const bytes = new Uint8Array(memory);
   const view = new DataView(memory);
-  // Maps, so that no field is mistaken for a property of Object.prototype.
-  const codecs = new Map(layout.fields.map((f) => [f.name, codecOf(bytes, view, name, f)]));
-  const hasSize = codecs.has("size");
+  // Without a prototype, so that no field is mistaken for a property of it. A Map is three times as slow under Bun.
+  const codecs: Record<string, Codec> = Object.create(null);
+  for (const f of layout.fields) codecs[f.name] = codecOf(bytes, view, name, f);
+  const hasSize = "size" in codecs;
   const codec = (field: string): Codec => {
-    const found = codecs.get(field);
+    const found = codecs[field];
     if (!found) throw new TypeError(`Cannot pack ${name}: it has no field ${field}`);
     return found;
   };
@@ -236,11 +238,13 @@ export function struct<N extends StructName>(name: N): StructCodec<N> {
   const self: StructCodec<N> = {
     name,
     bytes,
-    pack(values?: StructInput<N>) {
+    pack(...values: readonly StructInput<N>[]) {
       self.reset();
-      for (const field in values) {
-        const value = (values as Record<string, unknown>)[field];
-        if (value !== undefined) codec(field).set(value);
+      for (const part of values as readonly Record<string, unknown>[]) {
+        for (const field in part) {
+          const value = part[field];
+          if (value !== undefined) codec(field).set(value);
+        }
       }
       return self;
     },
