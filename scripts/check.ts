@@ -2,16 +2,17 @@
  * The gate: every check of this repository, in one command.
  *
  * In: the working tree, on a machine with Node and npm; what needs g++ or nvcc is skipped without it. Out: a line for
- * each step with its time, the end of the output of each step that fails, and last the one line `N passed, N failed, N
- * skipped`, which counts the tests of all runners and the other steps. The exit status is 1 if anything failed. `npm
- * test` runs this with Bun.
+ * each step with its time, for each step that fails what failed and why, in few lines, the same again at the end, and last
+ * the one line `N passed, N failed, N skipped`, which counts the tests of all runners and the other steps. The exit status
+ * is 1 if anything failed. `npm test` runs this with Bun.
  */
 
 import { spawn, spawnSync } from "node:child_process";
-import { existsSync } from "node:fs";
+import { existsSync, mkdirSync, rmSync, writeFileSync } from "node:fs";
 import { join } from "node:path";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
+import { type Counts, countsOf, digestOf, type Runner } from "./check/report.ts";
 import { hasSources } from "./native/compile.ts";
 import { recipes } from "./native/recipes.ts";
 import { findToolkit } from "./native/toolkit.ts";
@@ -23,19 +24,14 @@ const importMap = ["--import-map", "tests/support/import_map.json"];
 /** Bun gives a test 5 s unless told otherwise, which a busy machine of two cores can need. */
 const patience = ["--timeout", "60000"];
 const rebuilt = join("build", "native");
-const TAIL_LINES = 80;
-
-interface Counts {
-  passed: number;
-  failed: number;
-  skipped: number;
-}
+/** Where the whole output of steps that fail is kept. */
+const kept = join("build", "check");
 
 interface Step {
   readonly name: string;
   readonly command: readonly string[];
   /** Whether the step is a test runner, whose tests are counted instead of the step. */
-  readonly tests?: "bun" | "deno";
+  readonly tests?: Runner;
   readonly env?: Readonly<Record<string, string>>;
   /** Why the step cannot be taken here. */
   readonly skip?: string | false;
@@ -126,32 +122,18 @@ function run({ command, env, seconds = 300 }: Step): Promise<{ status: number; o
   });
 }
 
-/** The counts in a runner's summary, or undefined when there is none. */
-function summaryOf(runner: "bun" | "deno", output: string): Counts | undefined {
-  if (runner === "deno") {
-    const line = /^(?:ok|FAILED) \| \d+ passed.*$/m.exec(output)?.[0];
-    if (line === undefined) return undefined;
-    const count = (word: string): number => { // subtests are called steps, and counted beside the tests
-      const found = new RegExp(`(\\d+) ${word}(?: \\((\\d+) steps?\\))?`).exec(line);
-      return Number(found?.[1] ?? 0) + Number(found?.[2] ?? 0);
-    };
-    return { passed: count("passed"), failed: count("failed"), skipped: count("ignored") };
-  }
-  const count = (word: string): number => Number(new RegExp(`^ *(\\d+) ${word}$`, "m").exec(output)?.[1] ?? 0);
-  if (!/^ *\d+ (pass|fail)$/m.test(output)) return undefined;
-  return { passed: count("pass"), failed: count("fail") + count("errors?"), skipped: count("skip") + count("todo") };
-}
-
-/** What a step adds to the total. A runner that fails without a failing test, or says nothing, counts as one failure. */
-function countsOf(step: Step, status: number, output: string): Counts {
-  if (!step.tests) return { passed: status === 0 ? 1 : 0, failed: status === 0 ? 0 : 1, skipped: 0 };
-  const counts = summaryOf(step.tests, output) ?? { passed: 0, failed: 1, skipped: 0 };
-  if (status !== 0 && counts.failed === 0) counts.failed = 1;
-  return counts;
+/** Keeps the whole output of a step that failed; answers what to print of it. */
+function failureOf(step: Step, output: string): string {
+  mkdirSync(join(root, kept), { recursive: true });
+  const file = join(kept, `${step.name.replace(/\W+/g, "_").replace(/_$/, "")}.txt`);
+  writeFileSync(join(root, file), output);
+  return [...digestOf(step.tests, output), `(all of it: ${file})`].map((line) => `    ${line}`).join("\n");
 }
 
 async function main(): Promise<number> {
   const total: Counts = { passed: 0, failed: 0, skipped: 0 };
+  const failures: string[] = [];
+  rmSync(join(root, kept), { recursive: true, force: true });
   for (const step of steps) {
     if (step.skip) {
       total.skipped++;
@@ -161,14 +143,17 @@ async function main(): Promise<number> {
     const begin = performance.now();
     const { status, output } = await run(step);
     const seconds = ((performance.now() - begin) / 1000).toFixed(1);
-    const counts = countsOf(step, status, output);
+    const counts = countsOf(step.tests, status, output);
     for (const key of ["passed", "failed", "skipped"] as const) total[key] += counts[key];
     const words = step.tests ? ` (${counts.passed} passed, ${counts.failed} failed, ${counts.skipped} skipped)` : "";
     console.log(`${counts.failed === 0 ? "ok    " : "FAILED"} ${seconds.padStart(6)} s  ${step.name}${words}`);
     if (counts.failed > 0) {
-      console.log(output.trimEnd().split("\n").slice(-TAIL_LINES).map((line) => `    ${line}`).join("\n"));
+      const failure = failureOf(step, output);
+      console.log(failure);
+      failures.push(`FAILED ${step.name}\n${failure}`);
     }
   }
+  for (const failure of failures) console.log(failure);
   console.log(`${total.passed} passed, ${total.failed} failed, ${total.skipped} skipped`);
   return total.failed === 0 ? 0 : 1;
 }
