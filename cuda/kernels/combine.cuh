@@ -282,7 +282,7 @@ struct Combine {
       const uint64_t pulled = rows_pulled();
       if (leader.lane == 0) p().state->rows_pulled += pulled;
     }
-    call_end(p(), s.call, true, true);
+    call_end(p(), s.call, {true, true, true});
   }
 };
 

@@ -7,7 +7,7 @@
 #pragma once
 
 #include "../common/partition.hpp"
-#include "collective.cuh"
+#include "leader.cuh"
 
 namespace deepep {
 

@@ -6,8 +6,10 @@
 // warps of all blocks claim tokens to push. Graph-safe. Caller: launch_dispatch().
 #pragma once
 
+#include "pushed.cuh"
 #include "rows.cuh"
 #include "rows_push.cuh"
+#include "scales.cuh"
 
 namespace deepep {
 
@@ -26,55 +28,6 @@ __device__ inline SlotView slot_view(const CallParams& p, uint8_t* slot) {
           reinterpret_cast<int32_t*>(slot + r.recv_src_idx)};
 }
 
-// How scale elements are copied: in units of 1 to 16 bytes, the largest that every address allows.
-struct ScaleUnits {
-  uint32_t bytes;  // of a unit
-  uint32_t count;  // units a row
-  uint32_t per_element;
-  uint64_t from_stride, to_stride;  // from element to element
-
-  __device__ uint64_t from(uint32_t unit) const { return unit / per_element * from_stride + unit % per_element * bytes; }
-  __device__ uint64_t to(uint32_t unit) const { return unit / per_element * to_stride + unit % per_element * bytes; }
-};
-
-__device__ inline ScaleUnits scale_units(const deepep_dispatch_args& args) {
-  if (args.num_scales == 0) return {};
-  const uint32_t elem = args.scale_elem_bytes;
-  // Contiguous on both sides: a row is one large element.
-  const bool dense = args.scales_elem_stride == elem && args.recv_scales_elem_stride == elem;
-  const uint32_t element_bytes = dense ? elem * args.num_scales : elem;
-  const uint32_t elements = dense ? 1 : args.num_scales;
-  const uint64_t all = element_bytes | args.scales | args.scales_row_stride | args.recv_scales_row_stride |
-                       (dense ? 0 : args.scales_elem_stride | args.recv_scales_elem_stride);
-  uint32_t bytes = 16;
-  while (all % bytes != 0) bytes /= 2;
-  return {bytes, elements * (element_bytes / bytes), element_bytes / bytes, args.scales_elem_stride,
-          args.recv_scales_elem_stride};
-}
-
-__device__ inline uint4 load_unit(const uint8_t* address, uint32_t bytes) {
-  switch (bytes) {
-    case 16: return *reinterpret_cast<const uint4*>(address);
-    case 8: {
-      const uint2 v = *reinterpret_cast<const uint2*>(address);
-      return {v.x, v.y, 0, 0};
-    }
-    case 4: return {*reinterpret_cast<const uint32_t*>(address), 0, 0, 0};
-    case 2: return {*reinterpret_cast<const uint16_t*>(address), 0, 0, 0};
-  }
-  return {*address, 0, 0, 0};
-}
-
-__device__ inline void store_unit(uint8_t* address, const uint4& v, uint32_t bytes) {
-  switch (bytes) {
-    case 16: *reinterpret_cast<uint4*>(address) = v; return;
-    case 8: *reinterpret_cast<uint2*>(address) = {v.x, v.y}; return;
-    case 4: *reinterpret_cast<uint32_t*>(address) = v.x; return;
-    case 2: *reinterpret_cast<uint16_t*>(address) = static_cast<uint16_t>(v.x); return;
-  }
-  *address = static_cast<uint8_t>(v.x);
-}
-
 // Warps of a dispatch's block beside those that push: the leader's block gives the counts to the host while rows move.
 constexpr uint32_t kClerks = 1;
 
@@ -85,6 +38,11 @@ struct DispatchShared {
   uint8_t* slots[DEEPEP_MAX_RANKS];
   int32_t first_experts[DEEPEP_MAX_RANKS];
 };
+
+__device__ inline ScaleUnits scale_units(const deepep_dispatch_args& args) {
+  return scale_units({args.num_scales, args.scale_elem_bytes, args.scales_elem_stride, args.recv_scales_elem_stride,
+                      args.scales | args.scales_row_stride | args.recv_scales_row_stride});
+}
 
 struct Dispatch {
   const DispatchParams& params;
@@ -426,20 +384,6 @@ struct Dispatch {
     }
   }
 
-  // Whether a peer has left this rank out, as one lane for each rank sees it; the leader makes the failure of it at the end.
-  __device__ bool must_stop() const {
-    const uint32_t lane = threadIdx.x % kWarpLanes;
-    bool stop = false;
-    for (uint32_t from = lane; from < p().options.num_ranks; from += kWarpLanes) {
-      if (from == p().rank) continue;
-      // A hint of what announce() of that rank says; the leader acquires it at the end.
-      const Abort abort = abort_from_word(load_relaxed_sys(abort_at(own_memory(p()), p().regions, from)));
-      stop = stop || (abort.culprit == p().rank && abort.epoch != 0 && abort.epoch <= s.call.epoch &&
-                      abort.epoch > s.call.base_epoch && in_view(s.call.view, from));
-    }
-    return __any_sync(kAllLanes, stop);
-  }
-
   template <bool kTma>
   __device__ void send(uint64_t* barriers) {
     if (threadIdx.x / kWarpLanes >= params.plan.warps) {
@@ -457,7 +401,7 @@ struct Dispatch {
     uint32_t looks = 0;
     bool stopped = false;
     const auto to = [&](uint32_t token, uint32_t hop) -> uint8_t* {
-      if (++looks % kTokensBetweenLooks == 0) stopped = stopped || must_stop();
+      if (++looks % kTokensBetweenLooks == 0) stopped = stopped || must_stop(p(), s.call);
       const Row row = row_of(token, hop);
       return stopped || row.slot == nullptr ? nullptr : row.slot + p().regions.recv_x + row.row * params.args.row_bytes;
     };
@@ -482,47 +426,6 @@ struct Dispatch {
   }
 
   // ---- ARRIVE: leader's block, when all blocks have pushed
-
-  // This rank's rows are in place: tells the ranks in the view.
-  __device__ void announce_pushed(const Leader& leader) const {
-    for (uint32_t dst = leader.lane; dst < p().options.num_ranks; dst += kWarpLanes) {
-      if (dst == p().rank || !in_view(s.call.view & ~s.call.lost, dst)) continue;
-      const uint32_t slot = p().state->peer_slots[dst];
-      store_relaxed_sys(slot_word_at(p().symmetric[dst], p().regions.pushed_view, p().rank, slot), s.call.view);
-      // Pairs with the wait in wait_pushed() of `dst`.
-      store_release_sys(slot_word_at(p().symmetric[dst], p().regions.pushed, p().rank, slot), s.call.epoch);
-    }
-    __syncwarp();
-  }
-
-  // Waits for everyone's rows. When a rank disappears between two looks, one rank may count it in and another not; their rows
-  // then have other places, so the call fails.
-  __device__ void wait_pushed(Leader& leader) {
-    if (!leader.enter(DEEPEP_PHASE_ARRIVE)) return;
-    leader.begin_waits();
-    const auto word = [&](uint64_t part, uint32_t src) { return slot_word_at(own_memory(p()), part, src, p().slot); };
-    const uint64_t came = leader.wait_for(s.call.view, {Reason::late_rows, s.call.epoch, 0, false},
-                                          [&](uint32_t src) { return word(p().regions.pushed, src); });
-    if (leader.failed()) return;
-    if (leader.lane == 0) s.left_out = s.call.view & ~came & ~rank_bit(p().rank);
-    const uint64_t torn = leader.ranks_where([&](uint32_t src) {
-      return in_view(came, src) && load_relaxed_sys(word(p().regions.pushed_view, src)) != s.call.view;
-    });
-    if (torn == 0) return;
-    const auto src = static_cast<uint32_t>(__ffsll(static_cast<long long>(torn)) - 1);
-    const uint64_t theirs = load_relaxed_sys(word(p().regions.pushed_view, src));
-    const auto peer = static_cast<uint32_t>(__ffsll(static_cast<long long>(theirs ^ s.call.view)) - 1);
-    Finding finding;
-    finding.code = DEEPEP_ERROR_ABORTED;
-    finding.reason = Reason::torn_view;
-    finding.peer = static_cast<int32_t>(peer);
-    finding.a = static_cast<int32_t>(in_view(s.call.view, peer) ? p().rank : src);
-    finding.b = static_cast<int32_t>(in_view(s.call.view, peer) ? src : p().rank);
-    finding.expected = static_cast<int64_t>(s.call.view);
-    finding.seen = static_cast<int64_t>(theirs);
-    leader.fail(finding);
-    leader.announce_failure();
-  }
 
   // A rank that died between its counts and its rows: the places of its rows become padding, the others stay where they are,
   // because every rank has computed with them.
@@ -566,12 +469,12 @@ struct Dispatch {
     wait_for_blocks(p(), s.call, kMeetEnd, false);
     if (threadIdx.x < kWarpLanes && went) {
       Leader leader(p(), s.call);
-      if (leader.lane == 0) s.left_out = 0;
-      __syncwarp();
+      uint64_t left_out = 0;
       if (!leader.is_left_out()) {
-        announce_pushed(leader);
-        wait_pushed(leader);
+        announce_pushed(leader, s.call.view, p().state->peer_slots);
+        left_out = wait_pushed(leader, s.call.view);
       }
+      if (leader.lane == 0) s.left_out = left_out;
     }
     __syncthreads();
     if (!went) {
@@ -584,7 +487,7 @@ struct Dispatch {
     __syncthreads();
     if (threadIdx.x >= kWarpLanes) return;
     if (threadIdx.x == 0 && s.call.code == 0 && !s.call.skipped) params.routing.header->valid = params.routing.name;
-    call_end(p(), s.call, true, true);
+    call_end(p(), s.call, {true, true, true});
   }
 };
 

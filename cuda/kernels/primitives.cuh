@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../common/cast.hpp"
+
 namespace deepep {
 
 constexpr uint32_t kWarpLanes = 32;
@@ -244,6 +246,34 @@ __device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
   uint32_t both;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
   return both;
+}
+
+// Two values as e4m3, the first one in the lower byte: cast.hpp's e4m3_from_f32 in one instruction where there is one.
+__device__ __forceinline__ uint32_t e4m3_pair(float low, float high) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  uint16_t both;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(both) : "f"(high), "f"(low));
+  return both;
+#else
+  return e4m3_from_f32(low) | static_cast<uint32_t>(e4m3_from_f32(high)) << 8;
+#endif
+}
+
+// ---- within a block --------------------------------------------------------------------------------------------------------
+
+// A meeting of `threads` threads of the block, whole warps; `id` 1 … 15 (0 is __syncthreads).
+__device__ __forceinline__ void named_barrier(uint32_t id, uint32_t threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+// A word in shared memory that warps pass on without a meeting.
+__device__ __forceinline__ uint32_t load_acquire_block(const uint32_t* shared) {
+  uint32_t value;
+  asm volatile("ld.acquire.cta.u32 %0, [%1];" : "=r"(value) : "l"(shared) : "memory");
+  return value;
+}
+__device__ __forceinline__ void store_release_block(uint32_t* shared, uint32_t value) {
+  asm volatile("st.release.cta.u32 [%0], %1;" ::"l"(shared), "r"(value) : "memory");
 }
 
 // ---- shared memory and TMA: sm_90 ------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1) message_kernel(const __grid_
     }
   }
   arrive(p, kMeetEnd);
-  if (threadIdx.x < kWarpLanes) call_end(p, s, true, true);
+  if (threadIdx.x < kWarpLanes) call_end(p, s, {true, true, false});
 }
 
 // Waits until nobody reads the expert-output region of a slot. Not collective; graph-safe.
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kWarpLanes, 1) readers_kernel(const __grid_con
     wait_for_readers(leader, p.slot, 1);
   }
   arrive(p, kMeetEnd);
-  call_end(p, s, false, true);
+  call_end(p, s, {false, true, false});
 }
 
 // Counts a routing for the user. Not collective; graph-safe.
@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, 1) layout_kernel(const __gri
       reinterpret_cast<int32_t*>(args.num_tokens_per_expert)[i - ranks] = sum;
   }
   __syncthreads();
-  if (threadIdx.x < kWarpLanes) call_end(p, s, false, false);
+  if (threadIdx.x < kWarpLanes) call_end(p, s, {false, false, false});
 }
 
 // Masks, unmasks, recovers. Graph-safe, but of no use in one.

@@ -1,0 +1,314 @@
+// How a call waits for its peers, and how it fails: the device side of common/protocol.hpp.
+//
+// In: the words that peers raise in this rank's control area. Out: who came, or a Finding. Every wait has a deadline; while it
+// lasts, the warp now and then looks at what peers announce, and at what the host knows of dead processes. Callers: leader.cuh.
+#pragma once
+
+#include "collective.cuh"
+
+namespace deepep {
+
+// All functions are called by one whole converged warp of the leader's block; they return the same on every lane.
+struct Waits {
+  const CallParams& p;
+  CallShared& s;
+  uint32_t lane;
+  int64_t* wait_stats = nullptr;  // the caller's, i64 [num_ranks]: nanoseconds waited are added
+
+  __device__ Waits(const CallParams& params, CallShared& shared) : p(params), s(shared), lane(threadIdx.x % kWarpLanes) {}
+
+  __device__ bool failed() const { return s.code != 0; }
+
+  // Keeps the first failure of the call. What the caller leaves out is filled in.
+  __device__ void fail(Finding finding) {
+    if (lane == 0 && s.code == 0) {
+      finding.seq = p.seq;
+      finding.epoch = s.epoch;
+      finding.op = p.op;
+      finding.phase = s.phase;
+      p.state->finding = finding;
+      s.code = finding.code;
+    }
+    __syncwarp();
+  }
+
+  // A failure that every rank finds alike, or that is this rank's own before anything moved.
+  __device__ void refuse(int32_t code, Reason reason, Finding more = {}) {
+    more.code = code;
+    more.reason = reason;
+    more.agreed = 1;
+    fail(more);
+  }
+
+  // ---- words in the peers' control areas
+
+  // Tells every peer, masked ones too, what became of this call.
+  __device__ void announce(const Abort& abort) {
+    if (abort.epoch == 0) return;  // not a collective call: no peer waits for it
+    const uint64_t word = abort_word(abort);
+    for (uint32_t peer = lane; peer < p.options.num_ranks; peer += kWarpLanes) {
+      // Pairs with the acquire of abort words in look() and is_left_out().
+      if (peer != p.rank && !in_view(s.lost, peer)) store_release_sys(abort_at(p.symmetric[peer], p.regions, p.rank), word);
+    }
+    __syncwarp();
+  }
+
+  // This rank ends the call half-way. After fail().
+  __device__ void announce_failure() {
+    const int32_t peer = p.state->finding.peer;
+    announce({s.epoch, s.code, peer >= 0 ? static_cast<uint32_t>(peer) : p.rank, false});
+  }
+
+  __device__ void mask_now(uint32_t peer) {
+    if (lane == 0) {
+      s.masked |= rank_bit(peer);
+      p.state->masked = s.masked;
+    }
+    __syncwarp();
+  }
+
+  __device__ Abort abort_from(uint32_t from) const {
+    return abort_from_word(load_acquire_sys(abort_at(own_memory(p), p.regions, from)));
+  }
+
+  // Whether an abort concerns this call: not from before a recovery, not by or about a rank that is left out anyway.
+  __device__ bool concerns(const Abort& abort, uint32_t from) const {
+    return abort.epoch != 0 && abort.epoch <= s.epoch && abort.epoch > s.base_epoch && !in_view(s.masked, from) &&
+           !in_view(s.masked, abort.culprit);
+  }
+
+  // Ranks among 0 … num_ranks - 1, this one left out, for which `test` is true.
+  template <class Test>
+  __device__ uint64_t ranks_where(Test test) const {
+    uint64_t mine = 0;
+    for (uint32_t rank = lane; rank < p.options.num_ranks; rank += kWarpLanes) {
+      if (rank != p.rank && test(rank)) mine |= rank_bit(rank);
+    }
+    return warp_or(mine);
+  }
+
+  __device__ void fail_left_out(uint32_t by) {
+    Finding finding;
+    finding.code = DEEPEP_ERROR_ABORTED;
+    finding.reason = Reason::left_out;
+    finding.peer = static_cast<int32_t>(p.rank);
+    finding.a = static_cast<int32_t>(by);
+    fail(finding);
+    announce_failure();
+  }
+
+  // Whether some peer has left this rank out of this call: then it must not write into that peer's memory any more.
+  __device__ bool is_left_out() {
+    const uint64_t by = ranks_where([&](uint32_t from) {
+      const Abort abort = abort_from(from);  // Pairs with announce() of that rank.
+      return abort.culprit == p.rank && concerns(abort, from);
+    });
+    if (by == 0) return false;
+    fail_left_out(static_cast<uint32_t>(__ffsll(static_cast<long long>(by)) - 1));
+    return true;
+  }
+
+  // The same for rows that were pulled: whether a peer has gone on without this rank and may have overwritten them.
+  __device__ bool is_overtaken() {
+    if (p.mask_on_timeout == 0) return false;
+    const uint64_t by = ranks_where([&](uint32_t from) {
+      const Abort abort = abort_from(from);  // Pairs with announce(), which comes before that rank writes again.
+      return abort.goes_on && abort.culprit == p.rank && abort.epoch > s.base_epoch;
+    });
+    if (by == 0) return false;
+    fail_left_out(static_cast<uint32_t>(__ffsll(static_cast<long long>(by)) - 1));
+    return true;
+  }
+
+  // ---- waiting for peers
+
+  // The waits that follow share a deadline, so that several missing peers cost one timeout.
+  __device__ void begin_waits() {
+    if (lane == 0) {
+      s.deadline_ns = global_time_ns() + p.timeout_ns;
+      s.extended = 0;
+    }
+    __syncwarp();
+  }
+
+  // What a wait is for.
+  struct Awaited {
+    Reason reason;  // late_*
+    uint64_t at_least;
+    int32_t kind;             // of wait_ns: 0 dispatch, 1 combine, -1 none
+    bool satisfied_by_abort;  // over, too, once the peer has given up in that epoch or a later one: it reads no more
+  };
+
+  // Waits until has_come(peer) for every peer of the set; it must not change back. Returns those that came; the others were left out, unless failed(). `seen(peer)` is for the finding.
+  template <class HasCome, class Seen>
+  __device__ uint64_t wait_until(uint64_t peers, const Awaited& awaited, HasCome has_come, Seen seen) {
+    uint64_t pending = peers & ~s.masked & ~rank_bit(p.rank);
+    uint64_t came = 0;
+    const uint64_t begin_ns = __shfl_sync(kAllLanes, global_time_ns(), 0);  // one for all: it steers the loop
+    uint64_t looked_ns = (pending & s.lost) != 0 ? 0 : begin_ns;            // For those that are gone nobody waits.
+    uint64_t asked_ns = begin_ns;
+    for (;;) {
+      const uint64_t arrived = ranks_where([&](uint32_t peer) { return in_view(pending, peer) && has_come(peer); });
+      account(arrived, awaited.kind, begin_ns);
+      came |= arrived;
+      pending &= ~arrived;
+      if (pending == 0) break;
+      const uint64_t now = __shfl_sync(kAllLanes, global_time_ns(), 0);
+      if (now - looked_ns < kLookNs) continue;
+      looked_ns = now;
+      if (lane == 0) store_relaxed_sys(&doorbell_at(own_memory(p), p.regions)->waiting_for, pending);
+      if (awaited.satisfied_by_abort) {
+        const uint64_t gone = ranks_where([&](uint32_t peer) {
+          const Abort abort = abort_from(peer);  // Pairs with announce() of a peer that will not read again.
+          return in_view(pending, peer) && !abort.goes_on && abort.epoch >= awaited.at_least;
+        });
+        pending &= ~gone;
+        came |= gone;
+        if (pending == 0) break;
+      }
+      if (awaited.reason == Reason::late_output) find_elsewhere(pending);
+      if (!failed()) heed_aborts(awaited, now - begin_ns);
+      if (failed()) break;
+      pending &= ~s.masked;
+      if (now - asked_ns >= kAskNs) {
+        asked_ns = now;
+        // Written by the host's watchdog.
+        const uint64_t lost = __shfl_sync(kAllLanes, load_relaxed_sys(&p.host->lost), 0);
+        if (lane == 0) s.lost |= lost;
+        __syncwarp();
+      }
+      // Once more: a peer may finish its part and go.
+      const uint64_t ended = ranks_where([&](uint32_t peer) { return in_view(pending & s.lost, peer) && !has_come(peer); });
+      if (ended != 0) give_up(ended, DEEPEP_ERROR_PEER_LOST, awaited, now - begin_ns, seen);
+      if (!failed() && now >= s.deadline_ns) time_out(pending, awaited, now - begin_ns, seen);
+      if (failed()) break;
+      pending &= ~s.masked;
+      if (pending == 0) break;
+    }
+    if (lane == 0 && looked_ns != begin_ns) store_relaxed_sys(&doorbell_at(own_memory(p), p.regions)->waiting_for, 0);
+    __syncwarp();
+    return came;
+  }
+
+  // Waits until word(peer), which only `peer` raises, is at least awaited.at_least for every peer of the set.
+  template <class Word>
+  __device__ uint64_t wait_for(uint64_t peers, const Awaited& awaited, Word word) {
+    // Pairs with the release of the peer that raises the word.
+    return wait_until(
+        peers, awaited, [&](uint32_t peer) { return load_acquire_sys(word(peer)) >= awaited.at_least; },
+        [&](uint32_t peer) { return load_acquire_sys(word(peer)); });
+  }
+
+  // ---- what a wait does now and then
+
+  static constexpr uint64_t kLookNs = 20'000;    // between two looks at aborts and the deadline
+  static constexpr uint64_t kAskNs = 1'000'000;  // between two looks at host memory
+
+  __device__ void account(uint64_t peers, int32_t kind, uint64_t begin_ns) {
+    if (kind < 0 || peers == 0) return;
+    const auto waited = static_cast<int64_t>(global_time_ns() - begin_ns);
+    for (uint32_t peer = lane; peer < p.options.num_ranks; peer += kWarpLanes) {
+      if (!in_view(peers, peer)) continue;
+      p.state->wait_ns[kind][peer] += waited;
+      if (wait_stats != nullptr) wait_stats[peer] += waited;
+    }
+  }
+
+  // Looks at the abort words: leaves ranks out as others have done, or ends the call.
+  __device__ void heed_aborts(const Awaited& awaited, uint64_t waited_ns) {
+    for (;;) {
+      const uint64_t from_ranks = ranks_where([&](uint32_t from) { return concerns(abort_from(from), from); });
+      if (from_ranks == 0) return;
+      const auto from = static_cast<uint32_t>(__ffsll(static_cast<long long>(from_ranks)) - 1);
+      const Abort abort = abort_from_word(__shfl_sync(kAllLanes, abort_word(abort_from(from)), 0));
+      const bool gone = abort.code == DEEPEP_ERROR_TIMEOUT || abort.code == DEEPEP_ERROR_PEER_LOST;
+      if (p.mask_on_timeout != 0 && abort.culprit != p.rank && (gone || abort.culprit == from)) {
+        // What one rank has found out, all do: so they go on with the same ranks.
+        mask_now(abort.culprit);
+        announce({s.epoch, abort.code, abort.culprit, true});
+        continue;
+      }
+      Finding finding;
+      finding.code = DEEPEP_ERROR_ABORTED;
+      finding.reason = Reason::gave_up;
+      finding.peer = static_cast<int32_t>(abort.culprit);
+      finding.a = static_cast<int32_t>(from);
+      finding.b = abort.code;
+      finding.expected = static_cast<int64_t>(abort.epoch);
+      finding.seen = static_cast<int64_t>(awaited.at_least);
+      finding.waited_ns = static_cast<int64_t>(waited_ns);
+      fail(finding);
+      announce_failure();
+      return;
+    }
+  }
+
+  // For announcements that come without a message's being waited for: ends the call when the message of a peer says that it
+  // makes another call, or refuses this one. Every rank finds that alike.
+  __device__ void find_elsewhere(uint64_t pending) {
+    const auto message = [&](uint32_t peer) { return message_at(own_memory(p), p.regions, peer, s.epoch); };
+    const uint64_t elsewhere = ranks_where([&](uint32_t peer) {
+      // Pairs with publish() of the peer.
+      if (!in_view(pending, peer) || load_acquire_sys(&message(peer)->epoch) != s.epoch) return false;
+      return message(peer)->code != 0 || message(peer)->agreed[kAgreedOp] != static_cast<uint32_t>(p.op);
+    });
+    if (elsewhere == 0) return;
+    const auto peer = static_cast<uint32_t>(__ffsll(static_cast<long long>(elsewhere)) - 1);
+    Finding finding;
+    finding.peer = static_cast<int32_t>(peer);
+    if (message(peer)->code != 0) {
+      finding.a = message(peer)->code;
+      refuse(DEEPEP_ERROR_ABORTED, Reason::refused, finding);
+      return;
+    }
+    finding.a = kAgreedOp;
+    finding.expected = p.op;
+    finding.seen = message(peer)->agreed[kAgreedOp];
+    refuse(DEEPEP_ERROR_MISMATCH, Reason::elsewhere, finding);
+  }
+
+  // Leaves the ranks out, or ends the call and blames the first of them.
+  template <class Seen>
+  __device__ void give_up(uint64_t ranks, int32_t code, const Awaited& awaited, uint64_t waited_ns, Seen seen) {
+    const auto first = static_cast<uint32_t>(__ffsll(static_cast<long long>(ranks)) - 1);
+    if (p.mask_on_timeout != 0) {
+      for (uint64_t rest = ranks; rest != 0; rest &= rest - 1) {
+        const auto peer = static_cast<uint32_t>(__ffsll(static_cast<long long>(rest)) - 1);
+        mask_now(peer);
+        announce({s.epoch, code, peer, true});
+      }
+      return;
+    }
+    Finding finding;
+    finding.code = code;
+    finding.reason = awaited.reason;
+    finding.peer = static_cast<int32_t>(first);
+    finding.expected = static_cast<int64_t>(awaited.at_least);
+    finding.seen = static_cast<int64_t>(seen(first));
+    finding.waited_ns = static_cast<int64_t>(waited_ns);
+    fail(finding);
+    announce_failure();
+  }
+
+  // The deadline has passed. A rank that itself waits for a third is not to blame: it will soon say who is, so the deadline is
+  // drawn out once, by half, when all the missing ranks wait.
+  template <class Seen>
+  __device__ void time_out(uint64_t pending, const Awaited& awaited, uint64_t waited_ns, Seen seen) {
+    const uint64_t waiting = ranks_where([&](uint32_t peer) {
+      if (!in_view(pending & ~s.lost, peer)) return false;
+      return (load_relaxed_sys(&doorbell_at(p.symmetric[peer], p.regions)->waiting_for) & ~rank_bit(p.rank)) != 0;
+    });
+    const uint64_t to_blame = pending & ~waiting;
+    if (to_blame == 0 && s.extended == 0) {
+      if (lane == 0) {
+        s.deadline_ns += p.timeout_ns / 2;
+        s.extended = 1;
+      }
+      __syncwarp();
+      return;
+    }
+    give_up(to_blame != 0 ? to_blame : pending, DEEPEP_ERROR_TIMEOUT, awaited, waited_ns, seen);
+  }
+};
+
+}  // namespace deepep
