@@ -37,12 +37,12 @@ async function normalLayer(b: EpBuffer, gone: readonly number[] = []): Promise<v
 }
 
 /** The same in low-latency mode with weights 1: a row per entry. */
-async function lowLatencyLayer(b: EpBuffer, gone: readonly number[] = []): Promise<void> {
+async function lowLatencyLayer(b: EpBuffer, gone: readonly number[] = [], recvHook = false): Promise<void> {
   using x = input(b), topkIdx = b.tensor("i32", [NUM_TOKENS, 2], route(b.rank));
   using topkWeights = b.tensor("f32", [NUM_TOKENS, 2], new Float32Array(2 * NUM_TOKENS).fill(1));
-  using recv = b.lowLatencyDispatch(x, { topkIdx, fp8: false });
+  using recv = b.lowLatencyDispatch(x, { topkIdx, fp8: false, recvHook });
   await recv.received();
-  using out = b.lowLatencyCombine(recv.x as Tensor, { topkIdx, topkWeights, handle: recv.handle });
+  using out = b.lowLatencyCombine(recv.x as Tensor, { topkIdx, topkWeights, handle: recv.handle, recvHook });
   await out.received();
   const perRank = 8 / b.numRanks;
   const present = (t: number) =>
@@ -63,6 +63,8 @@ async function check(
   assertEquals(got, want, `rank ${b.rank} without ${gone.join()}`);
 }
 
+const lowLatencyHalves = (b: EpBuffer, gone: readonly number[] = []) => lowLatencyLayer(b, gone, true);
+
 type Phase = [Op, PhaseName, typeof normalLayer];
 const normalPhases: Phase[] = [
   ["DISPATCH", "NOTIFY", normalLayer],
@@ -71,13 +73,15 @@ const normalPhases: Phase[] = [
   ["COMBINE", "PUBLISH", normalLayer],
   ["COMBINE", "REDUCE", normalLayer],
 ];
-const lowLatencyPhases: Phase[] = [
-  ["LOW_LATENCY_DISPATCH", "NOTIFY", lowLatencyLayer],
-  ["LOW_LATENCY_DISPATCH", "SEND", lowLatencyLayer],
-  ["LOW_LATENCY_DISPATCH", "ARRIVE", lowLatencyLayer],
-  ["LOW_LATENCY_COMBINE", "PUBLISH", lowLatencyLayer],
-  ["LOW_LATENCY_COMBINE", "REDUCE", lowLatencyLayer],
-];
+const lowLatencyPhases: Phase[] = [lowLatencyLayer, lowLatencyHalves].flatMap((layer): Phase[] => [
+  ["LOW_LATENCY_DISPATCH", "NOTIFY", layer],
+  ["LOW_LATENCY_DISPATCH", "SEND", layer],
+  ["LOW_LATENCY_DISPATCH", "ARRIVE", layer],
+  ["LOW_LATENCY_COMBINE", "PUBLISH", layer],
+  ["LOW_LATENCY_COMBINE", "REDUCE", layer],
+]);
+const inWords = (op: Op, phase: PhaseName, layer: typeof normalLayer): string =>
+  `in ${op} ${phase}${layer === lowLatencyHalves ? ", in two halves" : ""}`;
 
 /** Registers the cases. */
 export function runFailureCases({ name, backend, skip, skipLowLatency }: BackendSubject): void {
@@ -94,6 +98,41 @@ type Ranks = ReturnType<typeof ranksOf>;
 function lowLatencyCases(ranks: Ranks, backend: BackendSubject["backend"]): void {
   lateCases(ranks, lowLatencyPhases);
   silentCases(backend, lowLatencyPhases);
+  test("a late peer is in the wait statistics, a typed array, and nobody else", async () => {
+    await ranks(3, {}, async (b, rank) => {
+      using waitStats = b.tensor("i64", [3], new BigInt64Array(3));
+      const late = [["DISPATCH", "NOTIFY"], ["DISPATCH", "SEND"], ["COMBINE", "PUBLISH"]] as const;
+      let before = await waitStats.read();
+      for (const [op, phase] of late) {
+        for (const recvHook of [false, true]) {
+          await b.barrier(); // so that nobody is late for another reason
+          if (rank === 1) inject(b, `LOW_LATENCY_${op}`, phase, "DELAY", 150_000);
+          await waitingLayer(b, waitStats, recvHook);
+          const after = await waitStats.read(), grown = [...after].map((ns, i) => Number(ns - before[i]!) / 1e6);
+          assert(after instanceof BigInt64Array);
+          const what = `rank ${rank}, ${op} ${phase}, recvHook ${recvHook}: ${grown} ms`;
+          assertEquals(grown[rank], 0, what);
+          if (rank !== 1) assert(grown[1]! > 100 && grown[1]! < 5000 && grown[2 - rank]! < 75, what);
+          before = after;
+        }
+      }
+    });
+  });
+  test("a masked peer that is taken in again takes part again", async () => {
+    await ranks(3, {}, async (b, rank) => {
+      await lowLatencyLayer(b);
+      if (rank !== 1) {
+        b.maskRank(1);
+        assertEquals(b.maskedRanks, [1]);
+        for (let i = 0; i < 3; i++) await lowLatencyLayer(b, [1]);
+        b.unmaskRank(1);
+      }
+      assertEquals(b.maskedRanks, []);
+      await b.recover(); // epochs ran apart
+      for (let i = 0; i < 3; i++) await lowLatencyHalves(b);
+      assertEquals(b.stats().numFailures, 0);
+    });
+  });
   test("a result released before its combine was received leaves nobody waiting", async () => {
     await ranks(2, { timeoutMs: 3000 }, async (b, rank) => {
       using x = input(b), topkIdx = b.tensor("i32", [NUM_TOKENS, 2], route(rank));
@@ -110,9 +149,20 @@ function lowLatencyCases(ranks: Ranks, backend: BackendSubject["backend"]): void
   });
 }
 
+/** A low-latency layer that adds to `waitStats`; what it computes is checked elsewhere. */
+async function waitingLayer(b: EpBuffer, waitStats: Tensor<"i64">, recvHook: boolean): Promise<void> {
+  using x = input(b), topkIdx = b.tensor("i32", [NUM_TOKENS, 2], route(b.rank));
+  using topkWeights = b.tensor("f32", [NUM_TOKENS, 2], new Float32Array(2 * NUM_TOKENS).fill(1));
+  using recv = b.lowLatencyDispatch(x, { topkIdx, fp8: false, recvHook, waitStats });
+  await recv.received();
+  const { handle } = recv;
+  using out = b.lowLatencyCombine(recv.x, { topkIdx, topkWeights, handle, recvHook, waitStats });
+  await out.received();
+}
+
 function lateCases(ranks: Ranks, phases: readonly Phase[]): void {
   for (const [op, phase, layer] of phases) {
-    test(`in ${op} ${phase} changes nothing`, async () => {
+    test(`${inWords(op, phase, layer)} changes nothing`, async () => {
       await ranks(4, {}, async (b, rank) => {
         for (let round = 0; round < 4; round++) {
           if (rank === round) inject(b, op, phase, "DELAY", 30_000);
@@ -126,7 +176,7 @@ function lateCases(ranks: Ranks, phases: readonly Phase[]): void {
 
 function silentCases(backend: BackendSubject["backend"], phases: readonly Phase[]): void {
   for (const [op, phase, layer] of phases) {
-    test(`silent in ${op} ${phase}: the others fail with its name, then go on without it`, async () => {
+    test(`silent ${inWords(op, phase, layer)}: the others fail with its name, then go on without it`, async () => {
       const groups = Group.local(4);
       const buffers = await Promise.all(groups.map((g) => EpBuffer.create(g, { ...tiny, backend, timeoutMs: 500 })));
       try {

@@ -354,6 +354,11 @@ export class RankHost {
     this.#buffer.core.call("deepep_inject", injectStruct, "inject");
   }
 
+  /** Which ranks are masked here, and how many operations failed. */
+  state(): { maskedRanks: number[]; numFailures: number } {
+    return { maskedRanks: this.#buffer.maskedRanks, numFailures: this.#buffer.stats().numFailures };
+  }
+
   /** A fresh start with the ranks that are left. */
   recover(masked: readonly number[]): Promise<void> {
     return this.#buffer.recover({ masked });
