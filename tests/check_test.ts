@@ -63,7 +63,9 @@ for (const runner of ["bun", "deno"] as const) {
 
 test("many failures are named, up to ten, and still fit", () => {
   const one = (i: number) => `error: number ${i}\n${"  more\n".repeat(50)}(fail) test ${i} [1.00ms]\n`;
-  const output = `a_test.ts:\n${Array.from({ length: 12 }, (_, i) => one(i)).join("")} 0 pass\n 12 fail\n`;
+  const output = `a_test.ts:\n${
+    Array.from({ length: 12 }, (_, i) => one(i)).join("")
+  }\n12 tests failed:\n(fail) test 0\n\n 0 pass\n 12 fail\n`;
   const lines = digestOf("bun", output);
   assertEquals([lines.length, lines[0], lines[10]], [30, "failed: test 0", "and 2 more"]);
   assertEquals(lines.slice(11, 14), ["test 0:", "  error: number 0", "    more"]);

@@ -63,7 +63,8 @@ function denoFailures(lines: readonly string[]): Failure[] {
 function bunFailures(lines: readonly string[]): Failure[] {
   const failures: Failure[] = [];
   let file = "", text: string[] = [];
-  for (const line of lines) {
+  const again = lines.findIndex((line) => /^\d+ tests? (failed|skipped|todo):$/.test(line)); // lists what it said before
+  for (const line of again < 0 ? lines : lines.slice(0, again)) {
     const name = /^\(fail\) (.*?)(?: \[[\d.]+m?s\])?$/.exec(line)?.[1];
     const ended = name ??
       (/^-{20,}$/.test(line) && text.some((t) => t !== "") ? `${file}, outside of tests` : undefined);
