@@ -17,11 +17,14 @@ export function runWakeCases({ name, backend, skip }: BackendSubject): void {
   suite(`${name}: waking`, skip, () => {
     for (const wake of ["poll", "callback"] as const) {
       test(`long operations end for those who wait (${wake})`, async () => {
-        await ranksOf(backend)(2, { wake }, async (b) => {
-          for (let i = 0; i < 5; i++) {
+        const turns = Array.from({ length: 5 }, () => Promise.withResolvers<void>());
+        await ranksOf(backend)(2, { wake }, async (b, rank) => {
+          for (const turn of turns) {
+            if (rank === 1) await turn.promise;
             inject(b, "BARRIER", "NOTIFY", "DELAY", 10_000);
             const event = b.barrier();
-            assertEquals(event.done, false);
+            if (rank === 0) assertEquals(event.done, false); // rank 1 has not even called
+            turn.resolve();
             await event;
             assertEquals(event.done, true);
           }
