@@ -163,7 +163,7 @@ export async function connect(group: Group, options: BufferOptions): Promise<{ c
 /** The device of a rank. */
 function deviceIndex(device: Device, group: Group, options: BufferOptions): number {
   if (options.device !== undefined || device.backend === "cpu") return whole("device", options.device ?? 0, 0, 65_535);
-  return group.localRank % Math.max(1, device.capabilities().numDevices);
+  return group.localRank % Math.max(1, device.numDevices);
 }
 
 function create(device: Device, group: Group, options: BufferOptions, resolved: ResolvedOptions): bigint {

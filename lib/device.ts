@@ -174,6 +174,13 @@ export class Device {
     return new EpError(`Cannot finish ${op}: it failed with ${word}; its record is gone`, { code: word, op });
   }
 
+  /** How many devices it sees; 0 also where it cannot look: creating a buffer says why, as everywhere. */
+  get numDevices(): number {
+    capabilitiesStruct.pack({});
+    const code = this.#symbols.deepep_get_capabilities(0n, capabilitiesStruct.bytes, errorStruct.reset());
+    return code === constants.ERROR.OK[0] ? capabilitiesStruct.get("num_devices") : 0;
+  }
+
   /** What device `index` can do. */
   capabilities(index = 0): Capabilities {
     capabilitiesStruct.pack({});

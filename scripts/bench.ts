@@ -8,6 +8,7 @@
  * the naive way in bench/naive.ts.
  */
 import process from "node:process";
+import { EpError, LibraryError } from "../mod.ts";
 import { benchGpu } from "./bench/gpu/bench.ts";
 import { benchHost } from "./bench/host.ts";
 import { benchLowLatency } from "./bench/low_latency.ts";
@@ -64,6 +65,8 @@ async function main(): Promise<number> {
     return 0;
   } catch (error) {
     if (error instanceof VerificationError) console.error(`Refused to time a wrong result: ${error.message}`);
+    else if (error instanceof LibraryError) console.error(error.message);
+    else if (error instanceof EpError && error.op === "create") console.error(error.message);
     else console.error((error as Error).stack ?? error);
     return 1;
   }

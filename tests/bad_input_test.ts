@@ -3,6 +3,8 @@
  * concerned, with nothing corrupted and the buffer good for the next call. Peers that die or stay away are in
  * failure_test.ts and process_test.ts, strangers on the rendezvous port in group_tcp_test.ts.
  */
+import { existsSync } from "node:fs";
+import process from "node:process";
 import { describe, test } from "node:test";
 import { assert, assertEquals, assertRejects, assertThrows } from "@std/assert";
 import {
@@ -16,7 +18,10 @@ import {
   type Stream,
   Tensor,
 } from "@deepep/deepep";
+import { cudaCapabilities } from "./support/cuda.ts";
 import { reasonOf, tiny, withRanks } from "./support/ranks.ts";
+
+const cudaLibrary = new URL(`../lib/native/${process.platform}-${process.arch}/libdeepep_cuda.so`, import.meta.url);
 
 const rows = (b: EpBuffer, n = 2) => b.tensor("bf16", [n, 16], new Float32Array(n * 16).fill(b.rank + 1));
 const idx = (b: EpBuffer, values = [0, 7, 2, 3]) => b.tensor("i32", [values.length / 2, 2], Int32Array.from(values));
@@ -113,6 +118,14 @@ describe("creation", () => {
     await using b = await EpBuffer.create(Group.local(1)[0]!, { ...options, backend: "auto" });
     assertEquals(b.backend, "cpu");
     assert(b.backendReason.includes("not of cuda"), b.backendReason);
+  });
+  const unseen = cudaCapabilities ? "there is a GPU" : !existsSync(cudaLibrary) && "there is no cuda library";
+  test("no GPU: creating a buffer says so, whether a device was named or not", { skip: unseen }, async () => {
+    for (const options of [tiny, { ...tiny, device: 0 }]) {
+      const reason = await reasonOf(EpBuffer.create(Group.local(1)[0]!, { ...options, backend: "cuda" }));
+      assert(reason instanceof EpError && reason.op === "create", String(reason));
+      assert(reason.message.startsWith("Cannot create a buffer: no "), reason.message);
+    }
   });
   test("an unknown backend", async () => {
     const [group] = Group.local(1);
