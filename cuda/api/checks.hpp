@@ -83,6 +83,14 @@ struct ScaleStrides {
 // Row-major, or column-major with every column padded to 16 bytes so that TMA can load it; as in lib/layout.ts.
 ScaleStrides scale_strides(uint32_t max_rows, uint32_t num_scales, uint32_t elem_bytes, bool column_major);
 
+// How the scales of one row or of many are copied.
+struct ScaleCopy {
+  uint32_t num_scales = 0;
+  uint32_t elem_bytes = 0;
+  ScaleStrides to;
+  uint64_t from_elem_stride = 0;
+};
+
 // Checks a dispatch; answers the plan of its routing: its own, or with CACHED that of `handle`, which may be nullptr without.
 RoutingPlan check_dispatch(const Buffer& buffer, const deepep_dispatch_args& args, const HandleFacts* handle);
 // Writes the [out] fields for args.slot. host_counts is where the device counts are: a backend that has them elsewhere says so.

@@ -14,14 +14,15 @@
 
 namespace deepep {
 
+struct LowLatencySlot;
+
 // One result's worth of memory.
 struct Slot {
   bool held = false;
   bool borrowed = false;        // by an operation that gives it back itself
-  uint64_t dispatch_epoch = 0;  // of the dispatch that filled it last; written by the operations
   uint64_t combine_epoch = 0;   // of the last combine that used its expert-output region; 0 after a recovery
-  std::shared_ptr<void> state;  // the operations' record; empty when a slot was just taken
-  int32_t holder_op = 0;        // who holds it, for messages
+  std::shared_ptr<LowLatencySlot> state;  // of a low-latency dispatch that holds it; empty when a slot was just taken
+  int32_t holder_op = 0;                  // who holds it, for messages
   uint64_t holder_epoch = 0;
   std::shared_ptr<Record> reusable;  // the next holder's operation waits for it: deepep_slot_release's stream
 };

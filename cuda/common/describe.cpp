@@ -88,7 +88,19 @@ Failure describe(const Finding& f, uint32_t rank) {
       set_message(failure, "Cannot %s: rank %u would receive %llu rows, a buffer holds %u", what, peer, shown(f.seen),
                   number(f.expected));
       break;
+    case Reason::expert_capacity:
+      set_message(failure, "Cannot %s: rank %u would receive %llu rows for expert %d, a buffer holds %u an expert", what, peer,
+                  shown(f.seen), f.a, number(f.expected));
+      break;
+    case Reason::changed_entry:
+      set_message(failure, "Cannot %s: entry %d of token %d is expert %lld, it was %lld in the dispatch", what, f.b, f.a,
+                  static_cast<long long>(f.seen), static_cast<long long>(f.expected));
+      break;
     case Reason::no_routing: set_message(failure, "Cannot %s: the handle holds no routing: its dispatch failed", what); break;
+    case Reason::no_dispatch: set_message(failure, "Cannot %s: the slot's dispatch failed", what); break;
+    case Reason::no_send:
+      set_message(failure, "Cannot %s: the send half of call %llu did not come to its end", what, shown(f.expected));
+      break;
     case Reason::no_rows_given:
       set_message(failure, "Cannot %s: neither x nor a slot is given, but there are %llu rows", what, shown(f.seen));
       break;

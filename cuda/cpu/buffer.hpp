@@ -105,6 +105,7 @@ class Buffer : public std::enable_shared_from_this<Buffer> {
   void mask_now(uint32_t peer);
   // A failure half-way: calls answer NEEDS_RECOVERY until recover(), or until the rank to blame is masked.
   std::atomic<bool> failed{false};
+  bool has_failed() const { return failed; }
   // Flags and aborts of an epoch <= base_epoch are from before a recovery and mean nothing.
   std::atomic<uint64_t> base_epoch{0};
   Counters counters;

@@ -44,10 +44,6 @@ uint64_t Buffer::enqueue(int32_t op_kind, const StreamFields& fields, bool colle
     Rejected rejected{needs_recovery(first_failure_, rank)};
     throw rejected;
   }
-  if (epoch_of_send != 0 && epoch_of_send <= base_epoch) {
-    reject(DEEPEP_ERROR_ABORTED, "its send half, epoch %llu, was given up in a recovery at epoch %llu",
-           static_cast<unsigned long long>(epoch_of_send), static_cast<unsigned long long>(base_epoch.load()));
-  }
   check_id(fields.done_id, "done_id");
   check_id(counts_id, "counts_id");
   std::shared_ptr<Event> event;

@@ -8,11 +8,11 @@
 #include <utility>
 
 #include "../api/checks.hpp"
+#include "../api/low_latency.hpp"
 #include "../api/operations.hpp"
 #include "exchange.hpp"
 #include "expert_region.hpp"
 #include "handle.hpp"
-#include "low_latency.hpp"
 #include "rows.hpp"
 #include "wait.hpp"
 

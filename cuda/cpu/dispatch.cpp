@@ -28,7 +28,6 @@ void dispatch(Buffer& buffer, deepep_dispatch_args& args) {
       DEEPEP_OP_DISPATCH, stream_fields(args), true,
       [job = std::move(job)](Operation& op) { guarded(op, [&] { run_dispatch(op, job); }); },
       args.counts_id);
-  buffer.slots[static_cast<size_t>(slot)].dispatch_epoch = epoch;
   if (handle) handle->plan = plan;
   if (handle && plan.epoch == 0) handle->plan.epoch = epoch;
   args = out;

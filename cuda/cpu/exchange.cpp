@@ -1,7 +1,6 @@
 // The first synchronisation of a call; see exchange.hpp.
 #include "exchange.hpp"
 
-#include <cstdarg>
 #include <cstring>
 
 #include "../common/routing.hpp"
@@ -97,18 +96,6 @@ bool agree_on_view(Operation& op, PeerWait wait, Exchange& exchanged) {
 }
 
 }  // namespace
-
-void refuse(Operation& op, int32_t code, const char* format, ...) {
-  op.failure.code = code;
-  op.failure.op = op.op;
-  op.failure.phase = op.phase;
-  op.agreed = true;
-  const int begin = std::snprintf(op.failure.message, sizeof op.failure.message, "Cannot %s: ", doing(op.op));
-  va_list list;
-  va_start(list, format);
-  std::vsnprintf(op.failure.message + begin, sizeof op.failure.message - static_cast<size_t>(begin), format, list);
-  va_end(list);
-}
 
 void publish(Operation& op, const Draft& draft, uint32_t to) {
   Buffer& buffer = op.buffer;

@@ -30,9 +30,6 @@ struct Exchange {
   std::array<MessageHeader*, DEEPEP_MAX_RANKS> from{};  // by rank, nullptr outside the view; valid during the call
 };
 
-// Fills op.failure with an error of this rank's own arguments; exchange() then tells the peers and fails everywhere.
-[[gnu::format(printf, 3, 4)]] void refuse(Operation& op, int32_t code, const char* format, ...);
-
 // Publishes the draft to one rank, with op.failure's code. Does not ring.
 void publish(Operation& op, const Draft& draft, uint32_t to);
 

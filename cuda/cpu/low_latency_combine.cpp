@@ -4,26 +4,22 @@
 // earlier readers of the region are gone, copy in, announce), and in the receive half REDUCE (wait for the peers'
 // announcements, pull). The receive half may come many calls later, so announcements have lines of their own instead of the
 // message ring (protocol.hpp), and weights and routing are taken over in the send half. Called by the API layer.
-#include <cstring>
-#include <utility>
 
-#include "../api/checks.hpp"
 #include "../api/operations.hpp"
 #include "../api/registry.hpp"
 #include "exchange.hpp"
 #include "expert_region.hpp"
 #include "layout.hpp"
-#include "low_latency.hpp"
+#include "low_latency_slot.hpp"
 #include "rows.hpp"
 #include "wait.hpp"
 
 namespace deepep {
-namespace {
 
 // One combine, from its checks to the end of its receive half.
 struct LowLatencyCombine {
   deepep_low_latency_combine_args args;
-  std::shared_ptr<LowLatencyState> state;
+  const LowLatencySlot* state = nullptr;  // which holds this: work that was enqueued holds it
   uint32_t slot = 0;
   bool one_piece = false;  // no receive half: x may be read until the end
 
@@ -34,11 +30,13 @@ struct LowLatencyCombine {
   bool announced = false;        // the send half has come to its end
 };
 
+namespace {
+
 // Takes routing and weights over. An entry must be the dispatch's or -1.
 void take_routing(Operation& op, LowLatencyCombine& job) {
   const Routing& routing = job.state->routing;
   if (!routing.valid) {
-    refuse(op, DEEPEP_ERROR_INVALID_ARGUMENT, "the slot's dispatch failed");
+    op.fail({.code = DEEPEP_ERROR_INVALID_ARGUMENT, .reason = Reason::no_dispatch, .agreed = 1});
     return;
   }
   const size_t count = size_t{job.state->plan.num_tokens} * job.state->plan.num_topk;
@@ -47,10 +45,13 @@ void take_routing(Operation& op, LowLatencyCombine& job) {
   for (size_t i = 0; i < count; ++i) {
     const int64_t value = topk.at(i);
     if (value != -1 && value != routing.experts[i]) {
-      refuse(op, DEEPEP_ERROR_INVALID_ARGUMENT, "entry %zu of token %zu is expert %lld, it was %d in the dispatch",
-             i % topk.num_topk, i / topk.num_topk, static_cast<long long>(value), routing.experts[i]);
-      op.failure.expected = routing.experts[i];
-      op.failure.seen = value;
+      op.fail({.code = DEEPEP_ERROR_INVALID_ARGUMENT,
+               .reason = Reason::changed_entry,
+               .agreed = 1,
+               .a = static_cast<int32_t>(i / topk.num_topk),
+               .b = static_cast<int32_t>(i % topk.num_topk),
+               .expected = routing.experts[i],
+               .seen = value});
       return;
     }
     job.experts[i] = static_cast<int32_t>(value);
@@ -91,7 +92,7 @@ void copy_in(Buffer& buffer, const LowLatencyCombine& job) {
 void announce_outputs(Operation& op, const LowLatencyCombine& job) {
   Buffer& buffer = op.buffer;
   const uint64_t masked = buffer.masked.load(std::memory_order_relaxed);
-  const LowLatencyState& state = *job.state;
+  const LowLatencySlot& state = *job.state;
   Draft draft;
   draft.agreed[kAgreedOp] = DEEPEP_OP_LOW_LATENCY_COMBINE;
   draft.slot = job.slot;
@@ -204,83 +205,43 @@ void receive(Operation& op, LowLatencyCombine& job) {
   }
 }
 
-// ---- On the caller's thread ----
-
-void check_combine(Buffer& buffer, const deepep_low_latency_combine_args& args, const LowLatencyState& state) {
-  check_routing(buffer, args, buffer.options.max_low_latency_tokens_per_rank);
-  if ((args.flags & DEEPEP_FLAG_LOGFMT) != 0) reject(DEEPEP_ERROR_UNSUPPORTED, "the cpu backend has no LOGFMT");
-  if (!state.received) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the receive half of the dispatch in slot %d is still to come", args.slot);
-  }
-  check_no_pending_combine(buffer, args.slot);
-  const uint64_t row_bytes = uint64_t{buffer.options.hidden} * 2;
-  check_expert_rows(buffer, static_cast<uint32_t>(args.slot), args.x, row_bytes, row_bytes);
-  if (static_cast<uint32_t>(args.num_tokens) != state.plan.num_tokens ||
-      static_cast<uint32_t>(args.num_topk) != state.plan.num_topk) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "topk_idx is [%d, %d], it was [%u, %u] in the dispatch", args.num_tokens,
-           args.num_topk, state.plan.num_tokens, state.plan.num_topk);
-  }
-  if (args.num_tokens > 0 && args.num_topk > 0 && args.topk_idx == 0) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "topk_idx is missing");
-  }
-  if (args.num_tokens > 0 && args.out == 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "out is missing");
-}
-
-// A slot is released: a combine in it whose receive half never came says that it will read nothing.
-void give_up_pending_combine(Buffer& buffer, int32_t slot) {
-  const auto state = std::static_pointer_cast<LowLatencyState>(buffer.slots.held(slot).state);
-  if (state == nullptr || state->combine == nullptr || buffer.failed) return;
-  const auto job = std::static_pointer_cast<LowLatencyCombine>(state->combine);
-  state->combine = nullptr;
-  StreamFields alone;
-  alone.flags = DEEPEP_FLAG_RECEIVE_HOOK;  // half a call: it is not counted as a combine that ended
-  buffer.enqueue(
-      DEEPEP_OP_LOW_LATENCY_COMBINE, alone, false,
-      [job](Operation& op) {
-        for (uint32_t rank = 0; rank < op.buffer.options.num_ranks; ++rank) {
-          if (in_view(job->state->routing.view, rank)) end_reading(op, rank, job->state->slots[rank]);
-        }
-      },
-      0, state->combine_epoch);
-}
-
 }  // namespace
 
-void check_no_pending_combine(Buffer& buffer, int32_t slot) {
-  const auto state = std::static_pointer_cast<LowLatencyState>(buffer.slots.held(slot).state);
-  if (state == nullptr || state->combine == nullptr) return;
-  reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the receive half of a combine of slot %d is still to come", slot);
-}
-
-void low_latency_combine(Buffer& buffer, const deepep_low_latency_combine_args& args) {
-  const auto state = low_latency_state(buffer, args.slot);
-  check_combine(buffer, args, *state);
-  auto job = std::make_shared<LowLatencyCombine>();
+uint64_t enqueue_combine(Buffer& buffer, const deepep_low_latency_combine_args& args,
+                         const std::shared_ptr<LowLatencySlot>& slot) {
+  const auto job = std::make_shared<LowLatencyCombine>();
   job->args = args;
-  job->state = state;
+  job->state = slot.get();
   job->slot = static_cast<uint32_t>(args.slot);
   job->one_piece = (args.flags & DEEPEP_FLAG_RECEIVE_HOOK) == 0;
-  const uint64_t epoch = buffer.enqueue(DEEPEP_OP_LOW_LATENCY_COMBINE, stream_fields(args), true, [job](Operation& op) {
+  const uint64_t epoch = buffer.enqueue(DEEPEP_OP_LOW_LATENCY_COMBINE, stream_fields(args), true, [job, slot](Operation& op) {
     guarded(op, [&] {
       if (send(op, *job) && job->one_piece) receive(op, *job);
     });
   });
-  if (job->one_piece) return;
-  state->combine = job;
-  state->combine_epoch = epoch;
+  if (!job->one_piece) slot->combine = job;
+  return epoch;
 }
 
-void low_latency_combine_receive(Buffer& buffer, const deepep_receive_args& args) {
-  const auto state = low_latency_state(buffer, args.slot);
-  if (state->combine == nullptr) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "slot %d awaits no receive half of a combine", args.slot);
-  }
-  const auto job = std::static_pointer_cast<LowLatencyCombine>(state->combine);
+void enqueue_combine_receive(Buffer& buffer, const deepep_receive_args& args, const std::shared_ptr<LowLatencySlot>& slot) {
   buffer.enqueue(
       DEEPEP_OP_LOW_LATENCY_COMBINE, stream_fields(args), false,
-      [job](Operation& op) { guarded(op, [&] { receive(op, *job); }); }, 0,
-      state->combine_epoch);
-  state->combine = nullptr;
+      [job = slot->combine, slot](Operation& op) { guarded(op, [&] { receive(op, *job); }); }, 0, slot->combine_epoch);
+  slot->combine = nullptr;
+}
+
+void enqueue_combine_give_up(Buffer& buffer, int32_t, const std::shared_ptr<LowLatencySlot>& slot) {
+  StreamFields alone;
+  alone.flags = DEEPEP_FLAG_RECEIVE_HOOK;  // half a call: it is not counted as a combine that ended
+  buffer.enqueue(
+      DEEPEP_OP_LOW_LATENCY_COMBINE, alone, false,
+      [job = slot->combine, slot](Operation& op) {
+        for (uint32_t rank = 0; rank < op.buffer.options.num_ranks; ++rank) {
+          if (in_view(job->state->routing.view, rank)) end_reading(op, rank, job->state->slots[rank]);
+        }
+      },
+      0, slot->combine_epoch);
+  slot->combine = nullptr;
 }
 
 void release_slot(Buffer& buffer, const deepep_slot_release_args& args) {

@@ -4,16 +4,15 @@
 // counts, source tokens and ranges. Phases on the communication stream: NOTIFY (count, exchange), SEND (cast and push), and in
 // the receive half ARRIVE (wait for everyone's rows); without RECEIVE_HOOK the two halves are one operation. Counts are
 // exchanged first, as in normal mode, so rows are packed and nothing is gathered afterwards. Called by the API layer.
-#include "low_latency.hpp"
+#include "low_latency_slot.hpp"
 
 #include <cstring>
-#include <utility>
 
-#include "../api/checks.hpp"
-#include "../api/operations.hpp"
 #include "exchange.hpp"
 #include "layout.hpp"
+#include "payload.hpp"
 #include "rows.hpp"
+#include "scales.hpp"
 #include "wait.hpp"
 
 namespace deepep {
@@ -25,7 +24,7 @@ constexpr uint32_t kAgreedFlagBits =
 
 struct SendJob {
   deepep_low_latency_dispatch_args args;
-  std::shared_ptr<LowLatencyState> state;
+  std::shared_ptr<LowLatencySlot> state;
   uint32_t slot = 0;
 };
 
@@ -69,7 +68,7 @@ class LowLatencySend {
   const Options& options_;
   const SendJob& job_;
   const deepep_low_latency_dispatch_args& args_;
-  LowLatencyState& state_;
+  LowLatencySlot& state_;
   Routing& routing_;
   const LowLatencyLayout& layout_;
   const Payload payload_;
@@ -102,11 +101,13 @@ bool LowLatencySend::check_capacity() {
     const uint32_t dst = expert_rank(e, options_.num_experts, options_.num_ranks);
     const uint32_t need = entries_before(matrix, options_.num_ranks, e);
     if (need <= layout_.max_rows || !in_view(routing_.view, dst)) continue;
-    refuse(op_, DEEPEP_ERROR_CAPACITY, "rank %u would receive %u rows for expert %u, a buffer holds %u an expert", dst, need, e,
-           layout_.max_rows);
-    op_.failure.peer = static_cast<int32_t>(dst);
-    op_.failure.expected = layout_.max_rows;
-    op_.failure.seen = need;
+    op_.fail({.code = DEEPEP_ERROR_CAPACITY,
+              .peer = static_cast<int32_t>(dst),
+              .reason = Reason::expert_capacity,
+              .agreed = 1,
+              .a = static_cast<int32_t>(e),
+              .expected = layout_.max_rows,
+              .seen = need});
     return false;
   }
   return true;
@@ -220,7 +221,7 @@ bool LowLatencySend::send() {
 
 // A rank that died between its counts and its rows: the places of its rows become zeros without a source, the others stay
 // where they are, because every rank has computed with them.
-void forget_rows_of(Operation& op, const LowLatencyState& state, uint32_t slot, uint32_t src) {
+void forget_rows_of(Operation& op, const LowLatencySlot& state, uint32_t slot, uint32_t src) {
   Buffer& buffer = op.buffer;
   uint8_t* base = buffer.symmetric(buffer.rank) + slot_offset(buffer.regions, slot);
   const CountMatrix matrix = state.routing.matrix(buffer.options);
@@ -241,7 +242,7 @@ void forget_rows_of(Operation& op, const LowLatencyState& state, uint32_t slot, 
 }
 
 // The receive half.
-bool receive(Operation& op, LowLatencyState& state, uint32_t slot) {
+bool receive(Operation& op, LowLatencySlot& state, uint32_t slot) {
   if (!state.routing.valid) {
     if (state.failure.code == 0) {
       fail_without_send(op);
@@ -252,7 +253,7 @@ bool receive(Operation& op, LowLatencyState& state, uint32_t slot) {
     return false;
   }
   if (!inject(op, DEEPEP_PHASE_ARRIVE)) return false;
-  PeerWait wait(op, 0, state.wait_stats);
+  PeerWait wait(op, 0, reinterpret_cast<int64_t*>(state.wait_stats));
   for (uint32_t src = 0; src < op.buffer.options.num_ranks; ++src) {
     if (src == op.buffer.rank || !in_view(state.routing.view, src)) continue;
     const Arrival arrival = wait_pushed(op, wait, src, slot, state.routing.view);
@@ -262,120 +263,25 @@ bool receive(Operation& op, LowLatencyState& state, uint32_t slot) {
   return true;
 }
 
-// ---- On the caller's thread ----
-
-void check_fp8(const Buffer& buffer, const deepep_low_latency_dispatch_args& args) {
-  const bool fp8 = (args.flags & DEEPEP_FLAG_FP8) != 0;
-  const bool round = (args.flags & DEEPEP_FLAG_ROUND_SCALE) != 0;
-  const bool ue8m0 = (args.flags & DEEPEP_FLAG_UE8M0) != 0;
-  if (!fp8 && (round || ue8m0)) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "ROUND_SCALE and UE8M0 need FP8");
-  if (ue8m0 && !round) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "UE8M0 needs ROUND_SCALE");
-  if (!fp8) return;
-  if (args.num_scales != 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "num_scales is %u, but FP8 makes its own", args.num_scales);
-  if (args.row_bytes / 2 % 16 != 0) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "x has %u channels: rows cast to FP8 must be a multiple of 16 bytes", args.row_bytes / 2);
-  }
-  const uint64_t blocks = ceil_div(args.row_bytes / 2, kFp8BlockChannels);
-  const uint64_t bytes = ue8m0 ? align_up(blocks, 4) : blocks * 4;
-  if (bytes > buffer.options.max_scale_bytes) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "FP8 makes %llu bytes of scales a row, the buffer holds %u",
-           static_cast<unsigned long long>(bytes), buffer.options.max_scale_bytes);
-  }
-}
-
-LowLatencyLayout make_layout(const Buffer& buffer, const deepep_low_latency_dispatch_args& args) {
-  LowLatencyLayout layout;
-  const bool column_major = (args.flags & DEEPEP_FLAG_SCALES_COLUMN_MAJOR) != 0;
-  layout.max_rows = buffer.regions.low_latency_rows;
-  layout.row_bytes = args.row_bytes;
-  ScaleCopy& scales = layout.scales;
-  scales.num_scales = args.num_scales;
-  scales.elem_bytes = args.num_scales > 0 ? args.scale_elem_bytes : 0;
-  scales.from_elem_stride = args.scales_elem_stride;
-  if ((args.flags & DEEPEP_FLAG_FP8) != 0) {
-    const uint64_t blocks = ceil_div(args.row_bytes / 2, kFp8BlockChannels);
-    layout.row_bytes = args.row_bytes / 2;
-    scales.num_scales = static_cast<uint32_t>((args.flags & DEEPEP_FLAG_UE8M0) != 0 ? ceil_div(blocks, 4) : blocks);
-    scales.elem_bytes = scales.from_elem_stride = 4;
-  }
-  scales.to = scale_strides(layout.max_rows, scales.num_scales, scales.elem_bytes, column_major);
-  layout.expert_stride = column_major ? scales.num_scales * scales.to.elem : layout.max_rows * scales.to.row;
-  return layout;
-}
-
-void name_outputs(const Buffer& buffer, const LowLatencyLayout& layout, deepep_low_latency_dispatch_args& args) {
-  const Regions& regions = buffer.regions;
-  const auto base = reinterpret_cast<uint64_t>(buffer.symmetric(buffer.rank) +
-                                               slot_offset(regions, static_cast<uint32_t>(args.slot)));
-  args.max_rows = layout.max_rows;
-  args.recv_x = base + regions.recv_x;
-  args.recv_scales = layout.scales.num_scales > 0 ? base + regions.recv_scales : 0;
-  args.recv_scales_expert_stride = layout.expert_stride;
-  args.recv_scales_row_stride = layout.scales.to.row;
-  args.recv_scales_elem_stride = layout.scales.to.elem;
-  args.recv_count = base + regions.counts;
-  args.recv_src_info = base + regions.recv_src_idx;
-  args.recv_layout_range = base + regions.layout_range;
-}
-
 }  // namespace
 
-std::shared_ptr<LowLatencyState> low_latency_state(Buffer& buffer, int32_t slot) {
-  const Slot& held = buffer.slots.held(slot);
-  if (held.state == nullptr) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "slot %d holds no low-latency dispatch", slot);
-  return std::static_pointer_cast<LowLatencyState>(held.state);
+uint64_t enqueue_dispatch(Buffer& buffer, const deepep_low_latency_dispatch_args& args,
+                          const std::shared_ptr<LowLatencySlot>& slot) {
+  const SendJob job = {args, slot, static_cast<uint32_t>(args.slot)};
+  return buffer.enqueue(DEEPEP_OP_LOW_LATENCY_DISPATCH, stream_fields(args), true, [job](Operation& op) {
+    const bool both_halves = (job.args.flags & DEEPEP_FLAG_RECEIVE_HOOK) == 0;
+    guarded(op, [&] {
+      const bool sent = LowLatencySend(op, job).run();
+      if (sent && both_halves) receive(op, *job.state, job.slot);
+    });
+  });
 }
 
-void low_latency_dispatch(Buffer& buffer, deepep_low_latency_dispatch_args& args) {
-  if (buffer.options.max_low_latency_tokens_per_rank == 0) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the buffer has no low-latency mode: max_low_latency_tokens_per_rank is 0");
-  }
-  check_routing(buffer, args, buffer.options.max_low_latency_tokens_per_rank);
-  check_payload(buffer, args);
-  check_fp8(buffer, args);
-  if (args.num_tokens > 0 && args.num_topk > 0 && args.topk_idx == 0) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "topk_idx is missing");
-  }
-  SendJob job;
-  job.state = std::make_shared<LowLatencyState>();
-  LowLatencyState& state = *job.state;
-  state.plan = {true, RowSpace::region, 1, static_cast<uint32_t>(args.num_tokens), static_cast<uint32_t>(args.num_topk),
-                args.topk_idx_bytes};
-  state.layout = make_layout(buffer, args);
-  state.received = (args.flags & DEEPEP_FLAG_RECEIVE_HOOK) == 0;
-  state.wait_stats = reinterpret_cast<int64_t*>(args.wait_stats);
-  const int32_t slot = buffer.slots.take(args.slot);
-  deepep_low_latency_dispatch_args out = args;  // args stays as it was should enqueue reject
-  out.slot = slot;
-  name_outputs(buffer, state.layout, out);
-  job.args = out;
-  job.slot = static_cast<uint32_t>(slot);
-  const std::shared_ptr<LowLatencyState> kept = job.state;
-  kept->dispatch_epoch = buffer.enqueue(
-      DEEPEP_OP_LOW_LATENCY_DISPATCH, stream_fields(args), true, [job = std::move(job)](Operation& op) {
-        const bool both_halves = (job.args.flags & DEEPEP_FLAG_RECEIVE_HOOK) == 0;
-        guarded(op, [&] {
-          const bool sent = LowLatencySend(op, job).run();
-          if (sent && both_halves) receive(op, *job.state, job.slot);
-        });
-      });
-  Slot& taken = buffer.slots[static_cast<size_t>(slot)];
-  taken.state = kept;
-  taken.dispatch_epoch = kept->dispatch_epoch;
-  args = out;
-}
-
-void low_latency_dispatch_receive(Buffer& buffer, const deepep_receive_args& args) {
-  const auto state = low_latency_state(buffer, args.slot);
-  if (state->received) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "slot %d awaits no receive half: its dispatch had none, or it came already",
-           args.slot);
-  }
-  const auto slot = static_cast<uint32_t>(args.slot);
+void enqueue_dispatch_receive(Buffer& buffer, const deepep_receive_args& args, const std::shared_ptr<LowLatencySlot>& slot) {
+  const auto index = static_cast<uint32_t>(args.slot);
   buffer.enqueue(
       DEEPEP_OP_LOW_LATENCY_DISPATCH, stream_fields(args), false,
-      [state, slot](Operation& op) { guarded(op, [&] { receive(op, *state, slot); }); }, 0, state->dispatch_epoch);
-  state->received = true;
+      [slot, index](Operation& op) { guarded(op, [&] { receive(op, *slot, index); }); }, 0, slot->dispatch_epoch);
 }
 
 }  // namespace deepep

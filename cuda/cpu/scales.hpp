@@ -11,14 +11,6 @@
 
 namespace deepep {
 
-// How the scales of one row or of many are copied.
-struct ScaleCopy {
-  uint32_t num_scales = 0;
-  uint32_t elem_bytes = 0;
-  ScaleStrides to;
-  uint64_t from_elem_stride = 0;
-};
-
 // Copies the scales of one row.
 void put_scales(const ScaleCopy& copy, uint8_t* to, const uint8_t* from);
 // Copies the scales of `count` consecutive rows; `from` has where each row's scales are.

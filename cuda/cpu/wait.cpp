@@ -102,12 +102,7 @@ void fail_left_out(Operation& op, uint32_t by) {
 }
 
 void fail_without_send(Operation& op) {
-  op.agreed = true;
-  op.failure.code = DEEPEP_ERROR_ABORTED;
-  op.failure.op = op.op;
-  op.failure.phase = op.phase;
-  set_message(op.failure, "Cannot %s: the send half of call %llu did not come to its end", doing(op.op),
-              static_cast<unsigned long long>(op.epoch));
+  op.fail({.code = DEEPEP_ERROR_ABORTED, .reason = Reason::no_send, .agreed = 1, .expected = static_cast<int64_t>(op.epoch)});
 }
 
 bool is_overtaken(Operation& op) {

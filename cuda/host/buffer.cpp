@@ -14,14 +14,16 @@
 #include "../kernels/launch.hpp"
 #include "graph.hpp"
 #include "handle.hpp"
+#include "low_latency_slot.hpp"
 #include "watchdog.hpp"
 
 namespace deepep {
 namespace {
 
-// What peers do not see, in one block: the state, scratch memory of the kernels, the routing of dispatches without a handle.
+// What peers do not see, in one block: the state, scratch memory of the kernels, the routing of dispatches without a handle,
+// and for each slot what low latency remembers.
 struct Local {
-  uint64_t scratch = 0, routing = 0, bytes = 0;
+  uint64_t scratch = 0, routing = 0, low_latency = 0, low_latency_bytes = 0, bytes = 0;
 
   explicit Local(const Options& options) {
     scratch = align_up(sizeof(DeviceState), kRegionAlignment);
@@ -29,7 +31,9 @@ struct Local {
     routing = align_up(scratch + (kScratchRows + kMaxBlocks) * row * sizeof(uint32_t), kRegionAlignment);
     uint64_t routing_bytes = 0;
     cut_routing(nullptr, options, options.max_tokens_per_rank, options.num_topk, routing_bytes);
-    bytes = routing + routing_bytes;
+    low_latency = routing + routing_bytes;
+    cut_low_latency_routing(nullptr, options, low_latency_bytes);
+    bytes = low_latency + options.num_slots * low_latency_bytes;
   }
 };
 
@@ -80,6 +84,11 @@ void Buffer::allocate(const deepep_buffer_create_args& args) {
   own_routing_ =
       cut_routing(local_->data() + layout.routing, options, options.max_tokens_per_rank, options.num_topk, routing_bytes);
   own_routing_.name = 1;
+  for (uint32_t slot = 0; slot < options.num_slots; ++slot) {
+    uint8_t* const base = local_->data() + layout.low_latency + slot * layout.low_latency_bytes;
+    uint64_t bytes = 0;
+    low_latency_routing_[slot] = cut_low_latency_routing(base, options, bytes);
+  }
   call_.scratch = reinterpret_cast<uint32_t*>(local_->data() + layout.scratch);
   host_ = new (pinned_pool->allocate_own(sizeof(HostState))) HostState{};
   const uint64_t counts_bytes = options.num_slots * num_counts() * sizeof(int32_t);
@@ -131,7 +140,7 @@ void Buffer::connect() {
   const char* const tma = getenv("DEEPEP_CUDA_TMA");
   if (tma && std::strcmp(tma, "0") == 0 && topology.compute_capability >= 90) topology.compute_capability = 89;
   const uint32_t hops = options.num_topk < options.num_ranks ? options.num_topk : options.num_ranks;
-  default_sms = plan(DEEPEP_OP_DISPATCH, options.max_row_bytes, hops, 0).sms;
+  default_sms = plan({.op = DEEPEP_OP_DISPATCH, .row_bytes = options.max_row_bytes, .hops = hops}).sms;
   fill_call();
   connected_ = true;
 }
@@ -194,6 +203,7 @@ void Buffer::info(deepep_buffer_info& out) {
   const std::lock_guard lock(mutex);
   check_open();
   reap();
+  const DeviceState* const state = look();
   out.rank = rank;
   out.num_ranks = options.num_ranks;
   out.num_local_experts = num_local_experts;
@@ -201,24 +211,30 @@ void Buffer::info(deepep_buffer_info& out) {
   out.failed = failed_ ? 1 : 0;
   out.free_slots = slots.free_bits();
   out.max_recv_tokens = options.max_recv_tokens;
-  out.masked_ranks = shown_masked();
-  out.epoch = shown_epoch();
+  out.masked_ranks = shown_masked(state);
+  out.epoch = shown_epoch(state);
   out.num_sms = default_sms;
   out.ranks_on_device = topology.ranks_on_device;
   out.comm_stream = reinterpret_cast<uint64_t>(comm_);
-  out.wait_ns = reinterpret_cast<uint64_t>(host_->wait_ns);
-  out.num_dispatches = host_->num_dispatches;
-  out.num_combines = host_->num_combines;
-  out.rows_sent = host_->rows_sent;
-  out.bytes_sent = host_->bytes_sent;
-  out.rows_pulled = host_->rows_pulled;
-  out.num_failures = host_->num_failures;
+  out.wait_ns = reinterpret_cast<uint64_t>(state ? seen_.wait_ns : host_->wait_ns);
+  const auto count = [&out](const auto& counted) {
+    out.num_dispatches = counted.num_dispatches;
+    out.num_combines = counted.num_combines;
+    out.rows_sent = counted.rows_sent;
+    out.bytes_sent = counted.bytes_sent;
+    out.rows_pulled = counted.rows_pulled;
+    out.num_failures = counted.num_failures;
+  };
+  if (state)
+    count(*state);
+  else
+    count(*host_);
 }
 
 void Buffer::recover(const deepep_buffer_recover_args& args) {
   const std::lock_guard lock(mutex);
   enter();
-  check_recovery(*this, args, shown_epoch(), num_under_way());
+  check_recovery(*this, args, shown_epoch(look()), num_under_way());
   update({.state = nullptr,
           .host = nullptr,
           .mask = args.masked_ranks,
@@ -226,7 +242,7 @@ void Buffer::recover(const deepep_buffer_recover_args& args) {
           .epoch = args.epoch,
           .recover = 1,
           .clear_failed = 1});
-  epoch_ = tail_epoch_ = args.epoch;
+  epoch_ = base_epoch = args.epoch;
   masked_ = args.masked_ranks;
   failed_peer_ = -1;
   failed_ = false;
@@ -240,7 +256,7 @@ void Buffer::mask(const deepep_mask_args& args) {
   const bool mask_it = args.masked != 0;
   // What was enqueued before still ends with NEEDS_RECOVERY: the update comes after it.
   const bool forgives = mask_it && failed_ && failed_peer_ == static_cast<int32_t>(args.rank);
-  const uint64_t before = shown_masked();
+  const uint64_t before = shown_masked(look());
   update({.state = nullptr,
           .host = nullptr,
           .mask = mask_it ? bit : 0,

@@ -41,10 +41,15 @@ namespace deepep {
 
 struct Graph;
 
+// Which part of a call an operation is. Calls of normal mode are whole.
+enum class Halves { both, send, receive, none };
+
 // What an operation is, for enqueue().
 struct Enqueued {
   int32_t op = 0;
   bool collective = false;                // it takes the next epoch
+  Halves halves = Halves::both;           // whose phases it enters
+  CaptureId send_capture = 0;             // of a receive half: the capture that its send half is part of
   uint64_t counts_id = 0;                 // queued when the host counts are filled, or at the end
   int32_t borrowed_slot = -1;             // given back when the operation has ended
   std::shared_ptr<void> needs = nullptr;  // must live until then, and as long as a graph that has captured it
@@ -95,8 +100,8 @@ class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
   // all this is recorded. Returns the operation's epoch as far as the host knows. Rejects with NEEDS_RECOVERY, CLOSED or
   // INVALID_ARGUMENT, and has then enqueued nothing. The caller holds `mutex`.
   uint64_t enqueue(const StreamFields& fields, Enqueued what, const Launch& launch);
-  // Multiprocessors for an operation that asked for `asked`, or 0; rejects what does not fit beside the other ranks.
-  Plan plan(int32_t op, uint32_t row_bytes, uint32_t hops, int32_t asked) const;
+  // How an operation is launched; work.num_sms is what it asked for, or 0. Rejects what does not fit beside the other ranks.
+  Plan plan(Work work) const;
   // The same for a kernel that has no plan.
   int32_t sms(int32_t asked) const;
   // Rejects more multiprocessors than all ranks of the device can have at once, with the arithmetic.
@@ -152,9 +157,13 @@ class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
   void note_replay(std::shared_ptr<Record> ended, uint64_t done_id, std::shared_ptr<void> graph, uint64_t num_collective);
   // Rejects when the buffer needs a recovery. The caller holds `mutex`.
   void check_good() const;
+  bool has_failed() const { return failed_; }
+  // Of the last recovery: calls up to it were given up. Under mutex.
+  uint64_t base_epoch = 0;
 
-  // Memory of a dispatch that has no handle, and how the device's part of a slot's counts reach the host.
+  // Memory of a dispatch that has no handle, or of low latency; how the device's part of a slot's counts reach the host.
   RoutingParams own_routing() const { return own_routing_; }
+  LowLatencyRouting low_latency_routing(uint32_t slot) const { return low_latency_routing_[slot]; }
   int32_t* host_counts(uint32_t slot) const { return host_counts_ + size_t{slot} * num_counts(); }
   size_t num_counts() const { return 2 + num_local_experts + options.num_ranks; }
 
@@ -168,6 +177,11 @@ class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
     uint64_t counts_id = 0;                    // not yet queued; 0 afterwards
     std::shared_ptr<Record> record = nullptr;  // of the event that the call was given
     std::shared_ptr<void> needs = nullptr;
+  };
+  // What look() has seen of the device.
+  struct Seen {
+    DeviceState state;
+    int64_t wait_ns[2 * DEEPEP_MAX_RANKS];  // as HostState's
   };
   // Something that ends when a record is done.
   struct Watched {
@@ -199,8 +213,11 @@ class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
   void poll_watched();
   void fail_everything(cudaError_t error);
   void note_pending();
-  uint64_t shown_epoch();
-  uint64_t shown_masked();
+  const DeviceState* look();
+  uint64_t epoch_beyond(uint64_t ended) const;
+  uint64_t shown_epoch() const;
+  uint64_t shown_epoch(const DeviceState* state) const;
+  uint64_t shown_masked(const DeviceState* state);
   uint64_t num_under_way() const;
   void update(UpdateParams params);
 
@@ -210,8 +227,10 @@ class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
   std::shared_ptr<DeviceBlock> local_;  // what peers do not see: state, scratch, own routing
   HostState* host_ = nullptr;           // pinned, from pinned_pool, as is the next
   int32_t* host_counts_ = nullptr;      // [num_slots, num_counts()]
+  Seen seen_ = {};
   DeviceState* state_ = nullptr;
   RoutingParams own_routing_ = {};
+  LowLatencyRouting low_latency_routing_[kMaxSlots] = {};
   CallParams call_ = {};  // what does not change from call to call
   cudaStream_t comm_ = nullptr;
   cudaStream_t last_ = nullptr;        // where the last operation was launched: comm_, or a stream of deepep_stream_create
@@ -226,8 +245,7 @@ class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
   std::deque<Pending> pending_;
   std::vector<Watched> watched_;
   uint64_t findings_seen_ = 0;
-  uint64_t epoch_ = 0;               // collective calls enqueued so far, without those that replays make
-  uint64_t tail_epoch_ = 0;          // of the last collective call enqueued, with those of the replays enqueued here
+  uint64_t epoch_ = 0;               // of the last collective call enqueued, with those of the replays enqueued here
   uint64_t masked_ = 0;              // what deepep_mask and recoveries come to, while an update is under way
   std::shared_ptr<Record> updated_;  // the end of the last update
   CaptureId capture_ = 0;            // that the communication stream has joined last

@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "../api/checks.hpp"
+#include "../api/low_latency.hpp"
 #include "../api/operations.hpp"
 #include "../kernels/launch.hpp"
 #include "buffer.hpp"
@@ -19,7 +20,8 @@ void dispatch(Buffer& buffer, deepep_dispatch_args& args) {
   if (args.handle != 0) handle = find_handle(buffer, args.handle);
   RoutingPlan routing = check_dispatch(buffer, args, handle.get());
   const uint32_t width = routing.width(buffer.options.num_ranks);
-  const Plan plan = buffer.plan(DEEPEP_OP_DISPATCH, args.row_bytes, width, args.num_sms);
+  const Plan plan = buffer.plan(
+      {.op = DEEPEP_OP_DISPATCH, .row_bytes = args.row_bytes, .hops = width, .num_sms = args.num_sms});
   const int32_t slot = buffer.slots.take(args.slot);
   deepep_dispatch_args out = args;  // args stays as it was should enqueue reject
   out.slot = slot;
@@ -36,7 +38,6 @@ void dispatch(Buffer& buffer, deepep_dispatch_args& args) {
         params.call.slot = static_cast<uint32_t>(slot);
         return launch_dispatch(params, stream);
       });
-  buffer.slots[static_cast<size_t>(slot)].dispatch_epoch = epoch;
   if (routing.epoch == 0) routing.epoch = epoch;
   if (handle) handle->plan = routing;
   out.num_topk = args.num_topk;
@@ -50,10 +51,13 @@ void combine(Buffer& buffer, const deepep_combine_args& args) {
   check_combine(buffer, args, routing);
   const bool has_slot = args.slot != -1;
   if (has_slot) {
-    buffer.slots.held(args.slot);
+    check_no_pending_combine(buffer, args.slot);
     check_expert_rows(buffer, static_cast<uint32_t>(args.slot), args.x, args.x_stride, uint64_t{args.hidden} * 2);
   }
-  const Plan plan = buffer.plan(DEEPEP_OP_COMBINE, args.hidden * 2, routing.width(buffer.options.num_ranks), args.num_sms);
+  const Plan plan = buffer.plan({.op = DEEPEP_OP_COMBINE,
+                                 .row_bytes = args.hidden * 2,
+                                 .hops = routing.width(buffer.options.num_ranks),
+                                 .num_sms = args.num_sms});
   const int32_t borrowed = has_slot ? -1 : buffer.slots.take(-1);
   const auto slot = static_cast<uint32_t>(has_slot ? args.slot : borrowed);
   buffer.enqueue(stream_fields(args), {.op = DEEPEP_OP_COMBINE, .collective = true, .borrowed_slot = borrowed, .needs = handle},

@@ -1,11 +1,12 @@
-// The operations of the CUDA backend but for dispatch and combine: each is checked, made into params, and launched.
+// The operations of the CUDA backend but for dispatch and combine of either mode: each is checked, made into params, and
+// launched.
 //
-// In: args structs of the ABI; Buffer::mutex is held. Out: one kernel each. Low-latency mode is refused: this backend has none
-// yet, and says so in its capabilities.
+// In: args structs of the ABI; Buffer::mutex is held. Out: one kernel each.
 
 #include "../api/operations.hpp"
 
 #include "../api/checks.hpp"
+#include "../api/low_latency.hpp"
 #include "../kernels/launch.hpp"
 #include "buffer.hpp"
 
@@ -35,7 +36,7 @@ void refuse_call(Buffer& buffer, const deepep_refuse_args& args) {
 }
 
 void expert_output(Buffer& buffer, deepep_expert_output_args& args) {
-  buffer.slots.held(args.slot);
+  check_no_pending_combine(buffer, args.slot);
   const auto slot = static_cast<uint32_t>(args.slot);
   buffer.enqueue(stream_fields(args), {.op = DEEPEP_OP_EXPERT_OUTPUT}, [&](const CallParams& call, cudaStream_t stream) {
     ReadersParams params = {.call = call};
@@ -49,32 +50,20 @@ void expert_output(Buffer& buffer, deepep_expert_output_args& args) {
 
 void release_slot(Buffer& buffer, const deepep_slot_release_args& args) {
   buffer.slots.held(args.slot);
+  const cudaStream_t stream = stream_of(args.stream, "stream");
+  if (stream && capture_of(stream) != 0) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT,
+           "the stream is being captured: a captured slot is released when its graph is replayed "
+           "no more");
+  }
+  give_up_pending_combine(buffer, args.slot);
   std::shared_ptr<Record> readers;
-  if (args.stream != 0) {
-    const cudaStream_t stream = stream_of(args.stream, "stream");
-    if (capture_of(stream) != 0) {
-      reject(DEEPEP_ERROR_INVALID_ARGUMENT,
-             "the stream is being captured: a captured slot is released when its graph is replayed "
-             "no more");
-    }
+  if (stream) {
     if (stream == buffer.comm() && buffer.present_capture() == 0) buffer.settle();
     readers = std::make_shared<Record>(buffer.device->index);
     readers->mark(stream, 0);
   }
   buffer.slots.give(args.slot, std::move(readers));
 }
-
-namespace {
-
-[[noreturn]] void reject_low_latency() {
-  reject(DEEPEP_ERROR_UNSUPPORTED, "the cuda backend of this version has no low-latency mode");
-}
-
-}  // namespace
-
-void low_latency_dispatch(Buffer&, deepep_low_latency_dispatch_args&) { reject_low_latency(); }
-void low_latency_dispatch_receive(Buffer&, const deepep_receive_args&) { reject_low_latency(); }
-void low_latency_combine(Buffer&, const deepep_low_latency_combine_args&) { reject_low_latency(); }
-void low_latency_combine_receive(Buffer&, const deepep_receive_args&) { reject_low_latency(); }
 
 }  // namespace deepep

@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "buffer.hpp"
+#include "read_device.hpp"
 #include "watchdog.hpp"
 
 namespace deepep {
@@ -205,14 +206,14 @@ void Buffer::call_when_done(std::shared_ptr<Record> record, std::function<void()
 
 void Buffer::note_replay(std::shared_ptr<Record> ended, uint64_t done_id, std::shared_ptr<void> graph,
                          uint64_t num_collective) {
-  if (num_under_way() == 0) tail_epoch_ = shown_epoch();  // Others may have started replays meanwhile.
+  if (num_under_way() == 0) epoch_ = shown_epoch();  // Others may have started replays meanwhile.
   watched_.push_back({.record = std::move(ended),
                       .id = done_id,
                       .needs = std::move(graph),
                       .is_replay = true,
-                      .first_epoch = tail_epoch_ + 1,
-                      .end_epoch = tail_epoch_ + 1 + num_collective});
-  tail_epoch_ += num_collective;
+                      .first_epoch = epoch_ + 1,
+                      .end_epoch = epoch_ + 1 + num_collective});
+  epoch_ += num_collective;
   note_pending();
   watchdog_wake();
 }
@@ -229,18 +230,36 @@ uint64_t Buffer::num_under_way() const {
   return pending_.size() + replays;
 }
 
-// Where replays make calls too, only the device knows how many; those that are pending come on top.
-uint64_t Buffer::shown_epoch() {
-  if (!is_captured_) return epoch_;
-  uint64_t epoch = load(host_->epoch);
-  for (const Pending& op : pending_) epoch += op.collective ? 1 : 0;
-  return epoch > epoch_ ? epoch : epoch_;
+// Collective calls enqueued so far, of which the device has ended `ended`: others may start replays, too.
+uint64_t Buffer::epoch_beyond(uint64_t ended) const {
+  for (const Pending& op : pending_) ended += op.collective ? 1 : 0;
+  return ended > epoch_ ? ended : epoch_;
 }
 
+// As far as the host has heard.
+uint64_t Buffer::shown_epoch() const { return is_captured_ ? epoch_beyond(load(host_->epoch)) : epoch_; }
+
+uint64_t Buffer::shown_epoch(const DeviceState* state) const { return state ? epoch_beyond(state->epoch) : shown_epoch(); }
+
 // The device knows best, but for what is still under way to it.
-uint64_t Buffer::shown_masked() {
+uint64_t Buffer::shown_masked(const DeviceState* state) {
   if (updated_ && updated_->done()) updated_ = nullptr;
-  return updated_ ? masked_ : load(host_->masked);
+  return updated_ ? masked_ : state ? state->masked : load(host_->masked);
+}
+
+// What the device has counted, as of now, where replays tell the host nothing: low latency has no time for it. nullptr where
+// the host is told everything, or the device does not answer. The copy needs no multiprocessor, so kernels that spin do not
+// hold it up; should something else do, the host's figures must serve.
+const DeviceState* Buffer::look() {
+  if (!is_captured_ || is_lost_) return nullptr;
+  static_assert(sizeof(DeviceState) <= kMostRead);
+  if (!read_device(device->index, &seen_.state, state_, sizeof(DeviceState))) return nullptr;
+  for (uint32_t kind = 0; kind < 2; ++kind) {
+    for (uint32_t r = 0; r < options.num_ranks; ++r) {
+      seen_.wait_ns[kind * options.num_ranks + r] = seen_.state.wait_ns[kind][r];
+    }
+  }
+  return &seen_.state;
 }
 
 bool Buffer::watch() noexcept {

@@ -15,6 +15,12 @@ namespace {
 // Counting a routing touches no peer, so it goes on when the buffer has failed.
 bool needs_peers(int32_t op) { return op != DEEPEP_OP_LAYOUT; }
 
+// Whether what deepep_inject wants in a phase is for this part of a call.
+bool enters(Halves halves, int32_t phase) {
+  const bool receives = phase == DEEPEP_PHASE_ARRIVE || phase == DEEPEP_PHASE_REDUCE;
+  return halves == Halves::both || halves == (receives ? Halves::receive : Halves::send);
+}
+
 }  // namespace
 
 CaptureId Buffer::present_capture() {
@@ -68,6 +74,10 @@ CaptureId Buffer::check_capture(const StreamFields& fields, const Enqueued& what
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the buffer's calls are being captured, but stream 0x%llx takes no part in it",
            static_cast<unsigned long long>(fields.stream));
   }
+  if (what.halves == Halves::receive && theirs != what.send_capture) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "its send half %s captured: both halves are part of the same graph, or of none",
+           what.send_capture != 0 ? "was" : "was not");
+  }
   if (theirs == 0) return 0;
   if (fields.done_id != 0 || what.counts_id != 0) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "a captured call has no %s: a replay completes none",
@@ -91,7 +101,7 @@ CallParams Buffer::call_params(const StreamFields& fields, const Enqueued& what,
   call.timeout_ns = fields.timeout_ms ? uint64_t{fields.timeout_ms} * 1'000'000 : timeout_ns;
   for (int32_t phase = DEEPEP_PHASE_NOTIFY; phase <= DEEPEP_PHASE_REDUCE; ++phase) {
     deepep_inject_args injection;
-    if (!injections.take(what.op, phase, injection)) continue;
+    if (!enters(what.halves, phase) || !injections.take(what.op, phase, injection)) continue;
     Injection& wanted = call.inject[phase];
     wanted.wanted = 1 + injection.action;
     if (injection.action == DEEPEP_INJECT_DELAY) wanted.ns = uint64_t{injection.delay_us} * 1000;
@@ -159,12 +169,13 @@ uint64_t Buffer::enqueue(const StreamFields& fields, Enqueued what, const Launch
   }
   if (capture == 0) {
     seq_ = call.seq;
-    if (collective) epoch_ += 1, tail_epoch_ += 1;
+    if (collective) epoch_ += 1;
     note_pending();
   } else if (collective && capturing) {
     capturing->num_collective += 1;
   }
-  const uint64_t epoch = shown_epoch();
+  // Of a captured call that of its first replay, at least.
+  const uint64_t epoch = shown_epoch() + (capture != 0 && collective ? 1 : 0);
   slots.hold_taken(op, epoch, borrowed);
   if (record) {
     record->belong_to_operation();
@@ -197,9 +208,10 @@ void Buffer::update(UpdateParams params) {
   updated_ = std::move(record);
 }
 
-Plan Buffer::plan(int32_t op, uint32_t row_bytes, uint32_t hops, int32_t asked) const {
-  if (asked < 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "num_sms is %d, at least 0", asked);
-  const Plan plan = make_plan({op, row_bytes, hops, asked > 0 ? asked : wanted_sms}, topology);
+Plan Buffer::plan(Work work) const {
+  if (work.num_sms < 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "num_sms is %d, at least 0", work.num_sms);
+  if (work.num_sms == 0) work.num_sms = wanted_sms;
+  const Plan plan = make_plan(work, topology);
   check_sms(plan.sms);
   return plan;
 }
