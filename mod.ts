@@ -38,6 +38,7 @@ export {
   type LaunchPlan,
   launchPlan,
   type LaunchPlanOptions,
+  type PlannedOp,
 } from "./lib/launch_plan.ts";
 export { type DeviceCounts, type DispatchOptions, DispatchResult } from "./lib/dispatch.ts";
 export type { DispatchLayout } from "./lib/dispatch_layout.ts";

@@ -240,7 +240,7 @@ export class EpBuffer implements AsyncDisposable {
   }
 
   /**
-   * How a dispatch or combine would be launched: blocks, warps, shared memory. `formatLaunchPlan` makes a line of it.
+   * How a dispatch or combine of either mode would be launched: blocks, warps, shared memory. `formatLaunchPlan` makes a line of it.
    *
    * @throws {EpError} `unsupported` on the cpu backend, `invalidArgument` when `numSms` does not fit beside the ranks of the device
    */

@@ -11,26 +11,43 @@ import type { RowLayout } from "./handle.ts";
 
 const planStruct = struct("deepep_plan_args");
 
+/** An operation that has a launch plan. */
+export type PlannedOp = "dispatch" | "combine" | "lowLatencyDispatch" | "lowLatencyCombine";
+const planned = {
+  dispatch: "DISPATCH",
+  combine: "COMBINE",
+  lowLatencyDispatch: "LOW_LATENCY_DISPATCH",
+  lowLatencyCombine: "LOW_LATENCY_COMBINE",
+} as const satisfies Record<PlannedOp, keyof typeof constants.OP>;
+
 /** What `EpBuffer.plan` is asked. */
 export interface BufferPlanOptions {
   /** The operation. */
-  op: "dispatch" | "combine";
-  /** Payload bytes a row. Default: the buffer's `2 * hidden` (bf16). */
+  op: PlannedOp;
+  /** Payload bytes a row, before a cast to FP8. Default: the buffer's `2 * hidden` (bf16). */
   rowBytes?: number;
-  /** Row layout. Default `"rank"`. */
+  /** Row layout, in normal mode. Default `"rank"`. */
   layout?: RowLayout;
+  /** Low latency: tokens of this rank. Default: the buffer's `maxLowLatencyTokensPerRank`. */
+  numTokens?: number;
+  /** `"lowLatencyDispatch"`: rows are cast to FP8. Default true, as for a dispatch of bf16 rows. */
+  fp8?: boolean;
   /** Multiprocessors asked for. Default: the buffer's. */
   numSms?: number;
 }
 
 /** What {@linkcode launchPlan} is asked: the same, with the shapes and topology that a buffer would know. */
 export interface LaunchPlanOptions extends BufferPlanOptions {
-  /** Payload bytes a row. */
+  /** Payload bytes a row, before a cast to FP8. */
   rowBytes: number;
   /** Ranks in the group. */
   numRanks: number;
   /** Experts a token. */
   numTopk: number;
+  /** Experts in all: `"lowLatencyDispatch"` needs it. */
+  numExperts?: number;
+  /** Low latency: tokens of a rank. Default 128. */
+  numTokens?: number;
   /** Multiprocessors of the device. */
   deviceSms: number;
   /** Ranks that share the device. Default 1. */
@@ -48,7 +65,7 @@ export interface LaunchPlanOptions extends BufferPlanOptions {
 /** How an operation is launched. */
 export interface LaunchPlan {
   /** The operation. */
-  readonly op: "dispatch" | "combine";
+  readonly op: PlannedOp;
   /** Payload bytes a row. */
   readonly rowBytes: number;
   /** Rows a token becomes at most. */
@@ -71,12 +88,16 @@ function ask(
   device: Device,
   buffer: bigint,
   o: BufferPlanOptions,
-  values: StructInput<"deepep_plan_args"> & { row_bytes: number; hops: number },
+  values: StructInput<"deepep_plan_args"> & { row_bytes: number; hops: number; num_tokens: number },
 ): LaunchPlan {
-  if (o.op !== "dispatch" && o.op !== "combine") {
-    throw new RangeError(`Cannot plan: op is ${JSON.stringify(o.op)}, needs "dispatch" or "combine"`);
+  const op = Object.hasOwn(planned, o.op) ? planned[o.op] : undefined;
+  if (!op) {
+    const known = Object.keys(planned).map((name) => JSON.stringify(name)).join(", ");
+    throw new RangeError(`Cannot plan: op is ${JSON.stringify(o.op)}, needs one of ${known}`);
   }
-  planStruct.pack({ ...values, op: constants.OP[o.op === "dispatch" ? "DISPATCH" : "COMBINE"][0] });
+  const num_tokens = op.startsWith("LOW_LATENCY") ? values.num_tokens : 0;
+  const fp8 = op === "LOW_LATENCY_DISPATCH" && (o.fp8 ?? true) ? 1 : 0;
+  planStruct.pack({ ...values, num_tokens, fp8, op: constants.OP[op][0] });
   device.call("deepep_plan", buffer, planStruct, "plan");
   const { sms, warps, stages, chunk_bytes, block_bytes, tma } = planStruct.read();
   return {
@@ -93,16 +114,19 @@ function ask(
 }
 
 /** Rows a token becomes at most: one a rank that it goes to, or one an expert. Without top-k it may go to every rank. */
-const hopsOf = (layout: RowLayout | undefined, numRanks: number, numTopk: number): number =>
-  layout === "expert" ? numTopk : numTopk === 0 ? numRanks : Math.min(numRanks, numTopk);
+function hopsOf(o: BufferPlanOptions, numRanks: number, numTopk: number): number {
+  if (o.layout === "expert" || o.op === "lowLatencyDispatch" || o.op === "lowLatencyCombine") return numTopk;
+  return numTopk === 0 ? numRanks : Math.min(numRanks, numTopk);
+}
 
 /** The plan of an operation on a buffer. */
 export function bufferPlan(core: Core, o: BufferPlanOptions): LaunchPlan {
   core.open("plan");
-  const { numTopk, hidden } = core.options;
+  const { numTopk, hidden, maxLowLatencyTokensPerRank } = core.options;
   return ask(core.device, core.native, o, {
     row_bytes: o.rowBytes ?? 2 * hidden,
-    hops: hopsOf(o.layout, core.numRanks, numTopk),
+    hops: hopsOf(o, core.numRanks, numTopk),
+    num_tokens: o.numTokens ?? maxLowLatencyTokensPerRank,
     num_sms: o.numSms ?? core.info().num_sms,
   });
 }
@@ -117,7 +141,9 @@ export async function launchPlan(o: LaunchPlanOptions): Promise<LaunchPlan> {
   const device = await openDevice(o.backend ?? "cuda", { path: o.library });
   return ask(device, 0n, o, {
     row_bytes: o.rowBytes,
-    hops: hopsOf(o.layout, o.numRanks, o.numTopk),
+    hops: hopsOf(o, o.numRanks, o.numTopk),
+    num_tokens: o.numTokens ?? 128,
+    num_experts: o.numExperts ?? 0,
     num_sms: o.numSms ?? 0,
     device_sms: o.deviceSms,
     ranks_on_device: o.ranksOnDevice ?? 1,

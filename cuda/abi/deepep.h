@@ -327,12 +327,12 @@ static_assert(offsetof(deepep_measure_copy_args, memcpy_ns) == 32, "memcpy_ns");
 typedef struct deepep_plan_args {
   /* [in] sizeof this struct */
   uint32_t size;
-  /* [in] DEEPEP_OP_DISPATCH or DEEPEP_OP_COMBINE */
+  /* [in] DEEPEP_OP_DISPATCH or DEEPEP_OP_COMBINE, or those of low latency */
   int32_t op;
-  /* [in] payload bytes a row */
+  /* [in] payload bytes a row; with `fp8` those of bf16 */
   uint32_t row_bytes;
   /* [in] rows a token becomes at most: ranks or num_topk, whichever is smaller (rank layout), num_topk (expert
-   * layout) */
+   * layout, low latency) */
   uint32_t hops;
   /* [in] multiprocessors asked for; 0 = the default */
   int32_t num_sms;
@@ -356,10 +356,14 @@ typedef struct deepep_plan_args {
   uint32_t block_bytes;
   /* [out] 1 = bulk copies by the tensor memory accelerator, 0 = loads and stores */
   uint32_t tma;
-  /* [in] 0 */
-  uint32_t reserved;
+  /* [in] low latency: tokens of this rank; otherwise 0 */
+  uint32_t num_tokens;
+  /* [in] low-latency dispatch: experts in all; 0 = the buffer's */
+  uint32_t num_experts;
+  /* [in] low-latency dispatch: 1 = rows are cast to FP8; otherwise 0 */
+  uint32_t fp8;
 } deepep_plan_args;
-static_assert(sizeof(deepep_plan_args) == 64, "size");
+static_assert(sizeof(deepep_plan_args) == 72, "size");
 static_assert(offsetof(deepep_plan_args, size) == 0, "size");
 static_assert(offsetof(deepep_plan_args, op) == 4, "op");
 static_assert(offsetof(deepep_plan_args, row_bytes) == 8, "row_bytes");
@@ -375,7 +379,9 @@ static_assert(offsetof(deepep_plan_args, stages) == 44, "stages");
 static_assert(offsetof(deepep_plan_args, chunk_bytes) == 48, "chunk_bytes");
 static_assert(offsetof(deepep_plan_args, block_bytes) == 52, "block_bytes");
 static_assert(offsetof(deepep_plan_args, tma) == 56, "tma");
-static_assert(offsetof(deepep_plan_args, reserved) == 60, "reserved");
+static_assert(offsetof(deepep_plan_args, num_tokens) == 60, "num_tokens");
+static_assert(offsetof(deepep_plan_args, num_experts) == 64, "num_experts");
+static_assert(offsetof(deepep_plan_args, fp8) == 68, "fp8");
 
 /* An entry of a completion queue. 16 bytes. */
 typedef struct deepep_completion {
@@ -574,7 +580,8 @@ typedef struct deepep_buffer_info {
   uint32_t ranks_on_device;
   /* [out] the communication stream; an event recorded on it stands for every operation so far, wherever it ran */
   uint64_t comm_stream;
-  /* [out] host address of i64 [2, num_ranks]: nanoseconds waited for each peer in dispatch and combine */
+  /* [out] host address of i64 [2, num_ranks]: nanoseconds waited for each peer in dispatch and combine; where graphs
+   * replay calls, as of this call */
   uint64_t wait_ns;
   /* [out] dispatches that ended, either mode */
   uint64_t num_dispatches;

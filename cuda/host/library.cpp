@@ -59,7 +59,8 @@ void fill_capabilities(uint64_t index, deepep_capabilities& out) {
   out.abi_version = DEEPEP_ABI_VERSION;
   out.backend = backend();
   out.num_devices = num_devices();
-  out.features = DEEPEP_FEATURE_NORMAL | DEEPEP_FEATURE_PROCESSES | DEEPEP_FEATURE_GRAPHS | DEEPEP_FEATURE_INJECT;
+  out.features = DEEPEP_FEATURE_NORMAL | DEEPEP_FEATURE_LOW_LATENCY | DEEPEP_FEATURE_PROCESSES | DEEPEP_FEATURE_GRAPHS |
+                 DEEPEP_FEATURE_INJECT;
   out.max_ranks = DEEPEP_MAX_RANKS;
   out.max_topk = DEEPEP_MAX_TOPK;
   out.max_slots = DEEPEP_MAX_SLOTS;
@@ -118,6 +119,10 @@ void plan_operation(Buffer* buffer, deepep_plan_args& args) {
                                                                  : nullptr;
   if (missing)
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s is not given, and there is no connected buffer to take it from", missing);
+  const bool low_latency = args.op == DEEPEP_OP_LOW_LATENCY_DISPATCH || args.op == DEEPEP_OP_LOW_LATENCY_COMBINE;
+  if (args.op != DEEPEP_OP_DISPATCH && args.op != DEEPEP_OP_COMBINE && !low_latency) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "op is %d, which has no plan", args.op);
+  }
   if (args.row_bytes == 0 || args.row_bytes % 16 != 0 || args.row_bytes > DEEPEP_MAX_ROW_BYTES) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "row_bytes is %u, it must be a multiple of 16 up to %u", args.row_bytes,
            DEEPEP_MAX_ROW_BYTES);
@@ -126,8 +131,25 @@ void plan_operation(Buffer* buffer, deepep_plan_args& args) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "hops is %u, it must be 1 … %u", args.hops, DEEPEP_MAX_RANKS);
   }
   if (args.num_sms < 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "num_sms is %d, at least 0", args.num_sms);
-  const int32_t wanted = args.num_sms > 0 ? args.num_sms : buffer ? buffer->wanted_sms : 0;
-  const Plan plan = make_plan({args.op, args.row_bytes, args.hops, wanted}, topology);
+  if (args.num_tokens > DEEPEP_MAX_TOKENS) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "num_tokens is %u, at most %u", args.num_tokens, DEEPEP_MAX_TOKENS);
+  }
+  if (args.num_experts > DEEPEP_MAX_EXPERTS) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "num_experts is %u, at most %u", args.num_experts, DEEPEP_MAX_EXPERTS);
+  }
+  if (args.fp8 > 1) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "fp8 is %u, at most 1", args.fp8);
+  const uint32_t num_experts = args.num_experts != 0 || !buffer ? args.num_experts : buffer->options.num_experts;
+  if (args.op == DEEPEP_OP_LOW_LATENCY_DISPATCH && num_experts == 0) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "num_experts is not given, and there is no buffer to take it from");
+  }
+  const Plan plan = make_plan({.op = args.op,
+                               .row_bytes = args.row_bytes,
+                               .hops = args.hops,
+                               .num_sms = args.num_sms > 0 ? args.num_sms : buffer ? buffer->wanted_sms : 0,
+                               .num_tokens = args.num_tokens,
+                               .num_experts = num_experts,
+                               .fp8 = args.fp8 != 0},
+                              topology);
   args.sms = plan.sms;
   args.warps = plan.warps;
   args.stages = plan.stages;

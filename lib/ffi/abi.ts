@@ -292,12 +292,12 @@ export const structs = {
     doc: "How an operation would be launched: a pure function of shapes and topology.",
     fields: {
       size,
-      op: ["i32", "in", "DEEPEP_OP_DISPATCH or DEEPEP_OP_COMBINE"],
-      row_bytes: ["u32", "in", "payload bytes a row"],
+      op: ["i32", "in", "DEEPEP_OP_DISPATCH or DEEPEP_OP_COMBINE, or those of low latency"],
+      row_bytes: ["u32", "in", "payload bytes a row; with `fp8` those of bf16"],
       hops: [
         "u32",
         "in",
-        "rows a token becomes at most: ranks or num_topk, whichever is smaller (rank layout), num_topk (expert layout)",
+        "rows a token becomes at most: ranks or num_topk, whichever is smaller (rank layout), num_topk (expert layout, low latency)",
       ],
       num_sms: ["i32", "in", "multiprocessors asked for; 0 = the default"],
       device_sms: ["i32", "in", "multiprocessors of the device; 0 = the buffer's device"],
@@ -310,7 +310,9 @@ export const structs = {
       chunk_bytes: ["u32", "out", "bytes of a piece of a row"],
       block_bytes: ["u32", "out", "shared memory a block uses"],
       tma: ["u32", "out", "1 = bulk copies by the tensor memory accelerator, 0 = loads and stores"],
-      reserved,
+      num_tokens: ["u32", "in", "low latency: tokens of this rank; otherwise 0"],
+      num_experts: ["u32", "in", "low-latency dispatch: experts in all; 0 = the buffer's"],
+      fp8: ["u32", "in", "low-latency dispatch: 1 = rows are cast to FP8; otherwise 0"],
     },
   },
   deepep_completion: {
@@ -387,7 +389,7 @@ export const structs = {
       wait_ns: [
         "u64",
         "out",
-        "host address of i64 [2, num_ranks]: nanoseconds waited for each peer in dispatch and combine",
+        "host address of i64 [2, num_ranks]: nanoseconds waited for each peer in dispatch and combine; where graphs replay calls, as of this call",
       ],
       num_dispatches: ["u64", "out", "dispatches that ended, either mode"],
       num_combines: ["u64", "out", "combines that ended, either mode"],
