@@ -40,8 +40,8 @@ struct DispatchShared {
 };
 
 __device__ inline ScaleUnits scale_units(const deepep_dispatch_args& args) {
-  return scale_units({args.num_scales, args.scale_elem_bytes, args.scales_elem_stride, args.recv_scales_elem_stride,
-                      args.scales | args.scales_row_stride | args.recv_scales_row_stride});
+  return scale_units(ScaleRows{args.num_scales, args.scale_elem_bytes, args.scales_elem_stride, args.recv_scales_elem_stride,
+                               args.scales | args.scales_row_stride | args.recv_scales_row_stride});
 }
 
 struct Dispatch {

@@ -1,0 +1,68 @@
+/**
+ * Ceilings that move rows as the calls do: a plain scatter for dispatches, a plain pull for combines.
+ *
+ * In: a stage of the main size. Out: figures, each compared with the naive way byte by byte before it is timed. Called by bench.ts,
+ * before the calls. A copy reads and writes one stream of memory; a dispatch writes several rows for each that it reads, which the
+ * memory does faster or slower. So the best kernel of either kind is what shares are taken of, see report.ts. The kernels run one a
+ * rank, without any word between the ranks: some blocks that stay, and a block a token, of which the faster counts.
+ */
+import { NaiveCombine, NaiveDispatch, type NaiveWork, PlainPull, PlainScatter } from "./naive.ts";
+import { type NewContext, World } from "./main_phase.ts";
+import type { GpuFigure } from "./report.ts";
+import type { Routing } from "./routes.ts";
+
+/** Blocks of a rank's kernel: a few that stay on its share of the multiprocessors, or one a token. */
+const RESIDENT_BLOCKS_A_SM = 4;
+const BLOCK_A_TOKEN = 65535;
+
+/** All patterns that goals are about. */
+export async function plainCeilings(newContext: NewContext, routing: Routing): Promise<void> {
+  for (const layout of ["rank", "expert"] as const) {
+    const context = await newContext(), { naive: library, stage } = context;
+    if (typeof library === "string") return;
+    const world = new World(context, routing, "ceiling"), { loaded } = world, route = routing[layout];
+    const work: NaiveWork = { library, stage, loaded, route };
+    try {
+      for (const dtype of ["bf16", "fp8"] as const) await scatters(world, work, dtype);
+      await pulls(world, work);
+      world.release();
+    } catch (error) {
+      context.failed(`ceiling: ${layout} layout`, error);
+    }
+  }
+}
+
+type Facts = Omit<GpuFigure, "op" | "phase" | "form" | "ranks" | "tokens" | "us" | "measured">;
+
+async function scatters(world: World, work: NaiveWork, dtype: "bf16" | "fp8"): Promise<void> {
+  const { stage, route } = work, rows = stage.rows(dtype), { numSms } = stage.ranks.buffers[0]!.capabilities;
+  if (rows.partBytes.some((bytes) => bytes % 16 !== 0)) return; // its vectors are of 16 bytes
+  const facts: Facts = {
+    numSms: 0,
+    dtype: rows.dtype,
+    layout: route.layout,
+    bytes: world.bytes(route, rows.partBytes.reduce((a, b) => a + b, 0)),
+  };
+  using naive = new NaiveDispatch(work, rows);
+  await naive.once();
+  for (const blocks of [Math.ceil(RESIDENT_BLOCKS_A_SM * numSms / stage.numRanks), BLOCK_A_TOKEN]) {
+    using plain = new PlainScatter(work, rows, blocks);
+    await plain.once();
+    await plain.compare(`plain scatter of ${dtype}, ${route.layout} layout`, world.context.verifier, naive);
+    await world.time(plain.chain, { op: "plain_scatter", ...facts, more: { blocks } });
+  }
+}
+
+async function pulls(world: World, work: NaiveWork): Promise<void> {
+  const { stage, route, loaded } = work, weights = route.layout === "expert" ? loaded.topkWeights : undefined;
+  using rows = new NaiveDispatch(work, stage.rows("bf16"));
+  await rows.once();
+  const y = rows.result.map(([address]) => address!);
+  using naive = new NaiveCombine(work, y, weights);
+  await naive.once();
+  using plain = new PlainPull(work, y, weights);
+  await plain.once();
+  await plain.compare(`plain pull, ${route.layout} layout`, world.context.verifier, naive);
+  const bytes = world.bytes(route, 2 * stage.hidden);
+  await world.time(plain.chain, { op: "plain_pull", numSms: 0, dtype: "bf16", layout: route.layout, bytes });
+}
