@@ -50,7 +50,8 @@ constexpr uint32_t kPushStages = 3;
 constexpr uint32_t kPushHeaderBytes = 16;   // of a stage of a push, before its destinations
 constexpr uint32_t kPullPieceBytes = 2048;  // a warp sums that much of its rows in registers
 constexpr uint32_t kLeastPullStages = 4;
-constexpr uint32_t kPullBatch = 6;  // pieces that a warp waits for at once, at most
+constexpr uint32_t kPullBatch = 6;     // pieces that a warp waits for at once, at most
+constexpr uint32_t kRoundTokens = 64;  // low latency: tokens that a block finds places for at once, at most
 
 // What a stage of a push takes: a piece of a row, and the addresses it goes to.
 DEEPEP_HOST_DEVICE constexpr uint32_t push_stage_bytes(uint32_t chunk_bytes, uint32_t hops) {
@@ -83,25 +84,70 @@ DEEPEP_HOST_DEVICE constexpr Plan copy_plan(const Plan& plan, uint32_t row_bytes
   return plan.tma != 0 ? cut_for_push(plan, row_bytes, 1, plan.block_bytes) : plan;
 }
 
+// Shared memory in which a block of a low-latency dispatch counts: four words an expert, two an entry of a round.
+DEEPEP_HOST_DEVICE constexpr uint32_t low_latency_table_bytes(uint32_t num_experts, uint32_t num_topk) {
+  return static_cast<uint32_t>(align_up(16 * uint64_t{num_experts} + 8 * uint64_t{kRoundTokens} * num_topk, 128));
+}
+
+// What a row of `channels` takes there once it is cast to FP8: the row, then its scales.
+DEEPEP_HOST_DEVICE constexpr uint32_t cast_row_bytes(uint32_t channels) {
+  return static_cast<uint32_t>(align_up(align_up(channels, 16) + 4 * align_up(ceil_div(channels, kFp8BlockChannels), 4), 128));
+}
+
+constexpr bool is_low_latency(int32_t op) {
+  return op == DEEPEP_OP_LOW_LATENCY_DISPATCH || op == DEEPEP_OP_LOW_LATENCY_COMBINE;
+}
+
+// Blocks that low latency has work for: a block more is one more to wait for.
+constexpr int32_t useful_blocks(const Work& work) {
+  constexpr uint32_t kPieceBytes = 1024;  // of a row that a warp of a combine reduces at once
+  const uint64_t pieces = work.op == DEEPEP_OP_LOW_LATENCY_DISPATCH
+                              ? work.num_tokens
+                              : ceil_div(uint64_t{work.num_tokens} * ceil_div(work.row_bytes, kPieceBytes), kMaxWarps);
+  return pieces < 1 ? 1 : static_cast<int32_t>(pieces < kMaxBlocks ? pieces : kMaxBlocks);
+}
+
+// A dispatch that casts: whole rows wait in shared memory. No stages = a row does not fit.
+constexpr Plan plan_cast(Plan plan, const Work& work, uint32_t table_bytes, uint32_t bytes) {
+  const uint32_t row = cast_row_bytes(work.row_bytes / 2);
+  const uint64_t wanted = ceil_div(work.num_tokens, static_cast<uint64_t>(plan.sms));
+  const uint64_t most = wanted < 1 ? 1 : wanted < kRoundTokens ? wanted : kRoundTokens;
+  plan.stages = static_cast<uint32_t>(bytes / row < most ? bytes / row : most);
+  plan.chunk_bytes = row;
+  plan.block_bytes = table_bytes + plan.stages * row;
+  return plan;
+}
+
 constexpr Plan make_plan(const Work& work, const Topology& topology) {
   Plan plan;
   const uint32_t ranks = topology.ranks_on_device > 0 ? topology.ranks_on_device : 1;
   const int32_t share = topology.device_sms / static_cast<int32_t>(ranks);
   plan.sms = work.num_sms != 0 ? work.num_sms : share < 1 ? 1 : share < kDefaultSms ? share : kDefaultSms;
+  if (is_low_latency(work.op) && useful_blocks(work) < plan.sms) plan.sms = useful_blocks(work);
   plan.warps = kMaxWarps;
-  const bool push = work.op == DEEPEP_OP_DISPATCH;
+  const bool push = work.op == DEEPEP_OP_DISPATCH || work.op == DEEPEP_OP_LOW_LATENCY_DISPATCH;
+  const uint32_t table_bytes =
+      work.op == DEEPEP_OP_LOW_LATENCY_DISPATCH ? low_latency_table_bytes(work.num_experts, work.hops) : 0;
+  const uint32_t taken = kReservedShared + table_bytes;
+  const uint32_t bytes = topology.shared_bytes > taken ? topology.shared_bytes - taken : 0;
+  plan.tma = topology.compute_capability >= 90;
+  if (work.op == DEEPEP_OP_LOW_LATENCY_DISPATCH && work.fp8) return plan_cast(plan, work, table_bytes, bytes);
   // With little shared memory fewer warps, each with room for what it cannot do without.
-  const uint32_t bytes = topology.shared_bytes > kReservedShared ? topology.shared_bytes - kReservedShared : 0;
   const uint32_t least = push ? kPushStages * push_stage_bytes(1024, work.hops) : kLeastPullStages * pull_stage_bytes();
   while (plan.warps > 4 && bytes / plan.warps < least) plan.warps /= 2;
-  plan.tma = topology.compute_capability >= 90 && bytes / plan.warps >= least;
-  if (plan.tma == 0) {
+  if (plan.tma == 0 || bytes / plan.warps < least) {
+    plan.tma = 0;
     plan.warps = kMaxWarps;
     plan.stages = 1;
     plan.chunk_bytes = push ? 2048 : 1024;
+    plan.block_bytes = table_bytes;
     return plan;
   }
-  if (push) return cut_for_push(plan, work.row_bytes, work.hops, bytes);
+  if (push) {
+    plan = cut_for_push(plan, work.row_bytes, work.hops, bytes);
+    plan.block_bytes += table_bytes;
+    return plan;
+  }
   plan.chunk_bytes = kPullPieceBytes;
   plan.stages = bytes / plan.warps / pull_stage_bytes();
   if (plan.stages > kMaxBarriers / plan.warps) plan.stages = kMaxBarriers / plan.warps;

@@ -125,9 +125,9 @@ struct CallEnd {
   bool counts;       // as a dispatch or a combine that has ended, should it have gone well
 };
 
-// The last thing in a kernel, one warp of the leader's block, when all blocks have met at kMeetEnd: moves the state on and tells
-// the host. What went well in a graph is not told: a store to the host's memory holds up the next kernel, and whoever asks
-// reads the state itself.
+// The last thing in a kernel, one warp of the leader's block, when all blocks have met at kMeetEnd: moves the state on and
+// tells the host. What went well in a graph is not told: a store to the host's memory holds up the next kernel, and whoever
+// asks reads the state itself.
 __device__ inline void call_end(const CallParams& p, CallShared& s, const CallEnd& end) {
   const uint32_t lane = threadIdx.x % kWarpLanes;
   const bool tells = p.seq != 0 || s.code != 0 || s.skipped;

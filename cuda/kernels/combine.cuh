@@ -33,6 +33,16 @@ __device__ inline void wait_for_readers(Leader& leader, uint32_t slot, int32_t k
                   [&](uint32_t peer) { return slot_word_at(own_memory(leader.p), leader.p.regions.pulled, peer, slot); });
 }
 
+// This rank has read all it wants of a combine: tells the ranks in the view. One warp.
+__device__ inline void end_reading(const CallParams& p, uint64_t view, const uint32_t* slots, uint64_t epoch) {
+  for (uint32_t rank = threadIdx.x % kWarpLanes; rank < p.options.num_ranks; rank += kWarpLanes) {
+    if (rank == p.rank || !in_view(view, rank)) continue;
+    // Reads come before a release; pairs with wait_for_readers() of `rank`.
+    store_release_sys(slot_word_at(p.symmetric[rank], p.regions.pulled, p.rank, slots[rank]), epoch);
+  }
+  __syncwarp();
+}
+
 struct Combine {
   const CombineParams& params;
   CombineShared& s;
@@ -248,17 +258,6 @@ struct Combine {
     });
   }
 
-  // This rank has read all it wants: tells the ranks in the view.
-  __device__ void end_reading(const Leader& leader) const {
-    for (uint32_t rank = leader.lane; rank < p().options.num_ranks; rank += kWarpLanes) {
-      if (rank == p().rank || !in_view(s.call.view & ~s.call.lost, rank)) continue;
-      // Reads come before a release; pairs with wait_for_readers() of `rank`.
-      store_release_sys(slot_word_at(p().symmetric[rank], p().regions.pulled, p().rank, p().state->peer_slots[rank]),
-                        s.call.epoch);
-    }
-    __syncwarp();
-  }
-
   // One warp: rows that this rank has pulled.
   __device__ uint64_t rows_pulled() const {
     const uint32_t lane = threadIdx.x % kWarpLanes;
@@ -278,7 +277,7 @@ struct Combine {
     if (threadIdx.x >= kWarpLanes) return;
     Leader leader(p(), s.call);
     if (went && !leader.is_overtaken()) {
-      end_reading(leader);
+      end_reading(p(), s.call.view & ~s.call.lost, p().state->peer_slots, s.call.epoch);
       const uint64_t pulled = rows_pulled();
       if (leader.lane == 0) p().state->rows_pulled += pulled;
     }

@@ -401,7 +401,7 @@ struct Dispatch {
     uint32_t looks = 0;
     bool stopped = false;
     const auto to = [&](uint32_t token, uint32_t hop) -> uint8_t* {
-      if (++looks % kTokensBetweenLooks == 0) stopped = stopped || must_stop(p(), s.call);
+      if (++looks % kTokensBetweenLooks == 0) stopped = stopped || must_stop(p(), s.call, s.call.view);
       const Row row = row_of(token, hop);
       return stopped || row.slot == nullptr ? nullptr : row.slot + p().regions.recv_x + row.row * params.args.row_bytes;
     };

@@ -5,6 +5,8 @@
 #include "copy.cuh"
 #include "dispatch.cuh"
 #include "launch.hpp"
+#include "low_latency_combine.cuh"
+#include "low_latency_dispatch.cuh"
 #include "small.cuh"
 
 namespace deepep {
@@ -19,13 +21,23 @@ const void* const kKernels[] = {
     reinterpret_cast<const void*>(combine_kernel<true, true>),
     reinterpret_cast<const void*>(combine_kernel<false, false>),
     reinterpret_cast<const void*>(combine_kernel<false, true>),
+    reinterpret_cast<const void*>(low_latency_dispatch_kernel<true, true>),
+    reinterpret_cast<const void*>(low_latency_dispatch_kernel<true, false>),
+    reinterpret_cast<const void*>(low_latency_dispatch_kernel<false, true>),
+    reinterpret_cast<const void*>(low_latency_dispatch_kernel<false, false>),
+    reinterpret_cast<const void*>(low_latency_combine_kernel<true, false>),
+    reinterpret_cast<const void*>(low_latency_combine_kernel<true, true>),
+    reinterpret_cast<const void*>(low_latency_combine_kernel<false, false>),
+    reinterpret_cast<const void*>(low_latency_combine_kernel<false, true>),
+    reinterpret_cast<const void*>(low_latency_receive_kernel),
+    reinterpret_cast<const void*>(low_latency_give_up_kernel),
     reinterpret_cast<const void*>(message_kernel),
     reinterpret_cast<const void*>(readers_kernel),
     reinterpret_cast<const void*>(layout_kernel),
     reinterpret_cast<const void*>(update_kernel),
     reinterpret_cast<const void*>(copy_kernel<kCopyVectors>),
 };
-constexpr size_t kNumWithDynamicShared = 6;  // the first of them
+constexpr size_t kNumWithDynamicShared = 14;  // the first of them
 
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), const Params& params, uint32_t blocks, uint32_t threads, uint64_t shared,
@@ -75,6 +87,37 @@ cudaError_t launch_combine(const CombineParams& given, cudaStream_t stream) {
                                            : (weighted ? combine_kernel<false, true> : combine_kernel<false, false>);
   return launch(kernel, params, static_cast<uint32_t>(params.plan.sms), params.plan.warps * kWarpLanes, params.plan.block_bytes,
                 stream);
+}
+
+cudaError_t launch_low_latency_dispatch(const LowLatencyDispatchParams& params, cudaStream_t stream) {
+  const bool casts = (params.args.flags & DEEPEP_FLAG_FP8) != 0;
+  const auto kernel = params.plan.tma != 0
+                          ? (casts ? low_latency_dispatch_kernel<true, true> : low_latency_dispatch_kernel<true, false>)
+                          : (casts ? low_latency_dispatch_kernel<false, true> : low_latency_dispatch_kernel<false, false>);
+  return launch(kernel, params, static_cast<uint32_t>(params.plan.sms), (params.plan.warps + 1) * kWarpLanes,
+                params.plan.block_bytes, stream);
+}
+
+cudaError_t launch_low_latency_receive(const LowLatencyReceiveParams& params, cudaStream_t stream) {
+  return launch(low_latency_receive_kernel, params, 1, kWarpLanes, 0, stream);
+}
+
+cudaError_t launch_low_latency_combine(const LowLatencyCombineParams& params, cudaStream_t stream) {
+  const CallParams& call = params.call;
+  const auto region =
+      reinterpret_cast<uint64_t>(call.symmetric[call.rank]) + slot_offset(call.regions, call.slot) + call.regions.expert_output;
+  // To announce what is there takes no more than one block.
+  const bool moves = params.receives != 0 || (params.args.x != 0 && params.args.x != region);
+  const bool weighted = params.args.topk_weights != 0;
+  const auto kernel = params.plan.tma != 0
+                          ? (weighted ? low_latency_combine_kernel<true, true> : low_latency_combine_kernel<true, false>)
+                          : (weighted ? low_latency_combine_kernel<false, true> : low_latency_combine_kernel<false, false>);
+  return launch(kernel, params, moves ? static_cast<uint32_t>(params.plan.sms) : 1, (params.plan.warps + 1) * kWarpLanes,
+                params.plan.block_bytes, stream);
+}
+
+cudaError_t launch_low_latency_give_up(const LowLatencyReceiveParams& params, cudaStream_t stream) {
+  return launch(low_latency_give_up_kernel, params, 1, kWarpLanes, 0, stream);
 }
 
 cudaError_t launch_message(const MessageParams& params, cudaStream_t stream) {

@@ -9,14 +9,14 @@
 namespace deepep {
 
 // Whether a peer has left this rank out, as one lane for each rank sees it; the leader makes the failure of it at the end.
-__device__ inline bool must_stop(const CallParams& p, const CallShared& s) {
+__device__ inline bool must_stop(const CallParams& p, const CallShared& s, uint64_t view) {
   bool stop = false;
   for (uint32_t from = threadIdx.x % kWarpLanes; from < p.options.num_ranks; from += kWarpLanes) {
     if (from == p.rank) continue;
     // A hint of what announce() of that rank says; the leader acquires it at the end.
     const Abort abort = abort_from_word(load_relaxed_sys(abort_at(own_memory(p), p.regions, from)));
     stop = stop || (abort.culprit == p.rank && abort.epoch != 0 && abort.epoch <= s.epoch && abort.epoch > s.base_epoch &&
-                    in_view(s.view, from));
+                    in_view(view, from));
   }
   return __any_sync(kAllLanes, stop);
 }

@@ -139,16 +139,17 @@ struct Waits {
     bool satisfied_by_abort;  // over, too, once the peer has given up in that epoch or a later one: it reads no more
   };
 
-  // Waits until has_come(peer) for every peer of the set; it must not change back. Returns those that came; the others were left out, unless failed(). `seen(peer)` is for the finding.
-  template <class HasCome, class Seen>
-  __device__ uint64_t wait_until(uint64_t peers, const Awaited& awaited, HasCome has_come, Seen seen) {
+  // Waits until all peers of the set have come; come(set) says which of some have, and must not change its mind. Returns those
+  // that came; the others were left out, unless failed(). `seen(peer)` is for the finding.
+  template <class Come, class Seen>
+  __device__ uint64_t wait_until(uint64_t peers, const Awaited& awaited, Come come, Seen seen) {
     uint64_t pending = peers & ~s.masked & ~rank_bit(p.rank);
     uint64_t came = 0;
     const uint64_t begin_ns = __shfl_sync(kAllLanes, global_time_ns(), 0);  // one for all: it steers the loop
     uint64_t looked_ns = (pending & s.lost) != 0 ? 0 : begin_ns;            // For those that are gone nobody waits.
     uint64_t asked_ns = begin_ns;
     for (;;) {
-      const uint64_t arrived = ranks_where([&](uint32_t peer) { return in_view(pending, peer) && has_come(peer); });
+      const uint64_t arrived = come(pending);
       account(arrived, awaited.kind, begin_ns);
       came |= arrived;
       pending &= ~arrived;
@@ -178,7 +179,8 @@ struct Waits {
         __syncwarp();
       }
       // Once more: a peer may finish its part and go.
-      const uint64_t ended = ranks_where([&](uint32_t peer) { return in_view(pending & s.lost, peer) && !has_come(peer); });
+      const uint64_t gone = pending & s.lost;
+      const uint64_t ended = gone != 0 ? gone & ~come(gone) : 0;
       if (ended != 0) give_up(ended, DEEPEP_ERROR_PEER_LOST, awaited, now - begin_ns, seen);
       if (!failed() && now >= s.deadline_ns) time_out(pending, awaited, now - begin_ns, seen);
       if (failed()) break;
@@ -194,9 +196,11 @@ struct Waits {
   template <class Word>
   __device__ uint64_t wait_for(uint64_t peers, const Awaited& awaited, Word word) {
     // Pairs with the release of the peer that raises the word.
-    return wait_until(
-        peers, awaited, [&](uint32_t peer) { return load_acquire_sys(word(peer)) >= awaited.at_least; },
-        [&](uint32_t peer) { return load_acquire_sys(word(peer)); });
+    const auto seen = [&](uint32_t peer) { return load_acquire_sys(word(peer)); };
+    const auto come = [&](uint64_t pending) {
+      return ranks_where([&](uint32_t peer) { return in_view(pending, peer) && seen(peer) >= awaited.at_least; });
+    };
+    return wait_until(peers, awaited, come, seen);
   }
 
   // ---- what a wait does now and then
