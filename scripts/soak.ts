@@ -24,12 +24,14 @@ const USAGE = `Usage: soak.ts [options]      (bun scripts/soak.ts, or deno run -
   --topk N                  default 8
   --seed N                  default 1
   --look N                  on cuda: steps between two looks of the host, default 1000
+  --halves                  send and receive in two calls each
   --plain                   on cuda: plain calls instead of a graph
   --corrupt                 believe that experts do another thing: the first step must be found wrong (for its test)
   --help                    this text
 `;
 
-interface Options {
+/** What to run, and how it is checked. */
+export interface SoakOptions {
   readonly backend: Backend | "auto";
   readonly steps: number;
   readonly seconds: number;
@@ -37,6 +39,7 @@ interface Options {
   readonly shape: DecodeShape;
   readonly seed: number;
   readonly look: number;
+  readonly recvHook: boolean;
   readonly graph: boolean;
   readonly corrupt: boolean;
 }
@@ -50,7 +53,7 @@ class Mismatch extends Error {
   }
 }
 
-function parse(args: string[]): Options | undefined {
+function parse(args: string[]): SoakOptions | undefined {
   const text = { type: "string" } as const, flag = { type: "boolean", default: false } as const;
   const { values } = parseArgs({
     args,
@@ -65,13 +68,14 @@ function parse(args: string[]): Options | undefined {
       topk: { ...text, default: "8" },
       seed: { ...text, default: "1" },
       look: { ...text, default: "1000" },
+      halves: flag,
       plain: flag,
       corrupt: flag,
       help: flag,
     },
   });
   if (values.help) return undefined;
-  const whole = (name: Exclude<keyof typeof values, "plain" | "corrupt" | "help">): number => {
+  const whole = (name: Exclude<keyof typeof values, "halves" | "plain" | "corrupt" | "help">): number => {
     const value = Number(values[name]);
     if (Number.isSafeInteger(value) && value >= 1) return value;
     throw new RangeError(`Cannot soak: --${name} is ${values[name]}, needs a whole number from 1`);
@@ -80,37 +84,39 @@ function parse(args: string[]): Options | undefined {
     throw new RangeError(`Cannot soak: --backend is ${values.backend}, needs auto, cpu or cuda`);
   }
   return {
-    backend: values.backend as Options["backend"],
+    backend: values.backend as SoakOptions["backend"],
     steps: whole("steps"),
     seconds: whole("seconds"),
     ranks: whole("ranks"),
     shape: { tokens: whole("tokens"), hidden: whole("hidden"), experts: whole("experts"), topk: whole("topk") },
     seed: whole("seed"),
     look: whole("look"),
+    recvHook: values.halves,
     graph: !values.plain,
     corrupt: values.corrupt,
   };
 }
 
-/** All ranks, and what they have done. */
-class Soak implements AsyncDisposable {
-  readonly #options: Options;
+/** All ranks in this thread, and what they have done. */
+export class Soak implements AsyncDisposable {
+  readonly #options: SoakOptions;
   readonly #buffers: readonly EpBuffer[];
   readonly #ranks: readonly DecodeStep[];
   #step = 0;
 
-  private constructor(options: Options, buffers: readonly EpBuffer[]) {
+  private constructor(options: SoakOptions, buffers: readonly EpBuffer[]) {
     this.#options = options;
     this.#buffers = buffers;
-    const { shape, seed, graph } = options;
-    this.#ranks = buffers.map((buffer) => new DecodeStep(buffer, shape, { seed, graph, ...this.#believed }));
+    const { shape, seed, graph, recvHook } = options, how = { seed, graph, recvHook, ...this.#believed };
+    this.#ranks = buffers.map((buffer) => new DecodeStep(buffer, shape, how));
   }
 
-  static async create(options: Options): Promise<Soak> {
+  static async create(options: SoakOptions): Promise<Soak> {
     const buffer = { ...decodeBuffer(options.shape), backend: options.backend, timeoutMs: 60_000 };
     return new Soak(options, await Promise.all(Group.local(options.ranks).map((g) => EpBuffer.create(g, buffer))));
   }
 
+  /** What does the work. */
   get backend(): Backend {
     return this.#buffers[0]!.backend;
   }
@@ -186,7 +192,7 @@ async function main(): Promise<number> {
     console.log(USAGE);
     return 0;
   }
-  const { steps: wanted, seconds: limit, look, ranks, shape, seed, graph } = options;
+  const { steps: wanted, seconds: limit, look, ranks, shape, seed, graph, recvHook } = options;
   const soak = await Soak.create(options), began = performance.now();
   const seconds = () => (performance.now() - began) / 1000;
   const usPerStep = () => Number((seconds() * 1e6 / Math.max(1, soak.steps)).toFixed(2));
@@ -204,7 +210,7 @@ async function main(): Promise<number> {
     wrong = error.at;
   }
   const { steps, backend } = soak, runtime = "Bun" in globalThis ? "bun" : "deno";
-  const facts = { backend, runtime, ranks, ...shape, seed, graph: graph && backend !== "cpu" };
+  const facts = { backend, runtime, ranks, ...shape, seed, halves: recvHook, graph: graph && backend !== "cpu" };
   const times = { seconds: Number(seconds().toFixed(1)), usPerStep: usPerStep() };
   console.log(JSON.stringify({ soak: wrong ? "failed" : "passed", ...facts, steps, wanted, ...times, ...wrong }));
   await soak[Symbol.asyncDispose]();

@@ -25,10 +25,13 @@ async function soak(...flags: string[]) {
 }
 
 test("soak: every step is checked, and a line of JSON says so", bounded, async () => {
-  const run = await soak("--steps", "300", "--seed", "5");
-  assertEquals([run.code, run.stderr], [0, ""]);
-  const { soak: how, backend, steps, wanted, seed, ranks } = JSON.parse(run.stdout);
-  assertEquals([how, backend, steps, wanted, seed, ranks], ["passed", "cpu", 300, 300, 5, 3]);
+  for (const flags of [[], ["--halves"]]) {
+    const run = await soak("--steps", "300", "--seed", "5", ...flags);
+    assertEquals([run.code, run.stderr], [0, ""]);
+    const { soak: how, backend, halves, steps, wanted, seed, ranks } = JSON.parse(run.stdout);
+    assertEquals([how, backend, halves, steps, wanted], ["passed", "cpu", flags.length === 1, 300, 300]);
+    assertEquals([seed, ranks], [5, 3]);
+  }
 });
 
 test("soak: the first mismatch ends it, with its step, rank and token", bounded, async () => {

@@ -20,6 +20,8 @@ export interface DecodeOptions {
   readonly standIn?: StandIn;
   /** What the check believes the experts do; another thing than they do makes it fail. */
   readonly believed?: StandIn;
+  /** Send and receive in two calls each. Default false. */
+  readonly recvHook?: boolean;
   /** On cuda: capture the step as a graph. Default true. */
   readonly graph?: boolean;
 }
@@ -98,12 +100,14 @@ export class DecodeStep implements Disposable {
   }
 
   #enqueue(operations: Operations, stream: Stream): { recv: LowLatencyResult; event: EpEvent } {
-    const { topkIdx, topkWeights, out } = this, kernels = this.#kernels;
+    const { topkIdx, topkWeights, out } = this, kernels = this.#kernels, { recvHook = false } = this.#options;
     this.#draw(stream);
     const fp8 = kernels !== undefined && (this.#options.fp8 ?? true);
-    const recv: LowLatencyResult = operations.lowLatencyDispatch(this.x, { topkIdx, fp8 });
+    const recv: LowLatencyResult = operations.lowLatencyDispatch(this.x, { topkIdx, fp8, recvHook });
+    recv.hook();
     const y = kernels ? this.#experts(kernels, recv, stream) : recv.x as Tensor<"bf16">;
-    const { event } = operations.lowLatencyCombine(y, { topkIdx, topkWeights, handle: recv.handle, out });
+    const { handle } = recv;
+    const event = operations.lowLatencyCombine(y, { topkIdx, topkWeights, handle, out, recvHook }).hook();
     this.#check(stream);
     return { recv, event };
   }

@@ -8,6 +8,7 @@ import process from "node:process";
 import type { Capabilities } from "@deepep/deepep";
 import { openDevice } from "../../lib/device.ts";
 import { constants } from "../../lib/ffi/abi.ts";
+import { decodeKernels } from "../../scripts/decode/kernels.ts";
 
 async function look(): Promise<Capabilities | string> {
   try {
@@ -36,6 +37,11 @@ export const noCudaLowLatency: string | false = noCuda ||
 
 /** Why graphs cannot be tested. */
 export const noCudaGraphs: string | false = noCuda || (has("GRAPHS") ? false : "the cuda library has no graphs");
+
+/** Why decode steps cannot be tested: they need low latency, and kernels that nvcc compiles. */
+export const noCudaDecode: string | false = noCudaLowLatency || ((kernels) => typeof kernels === "string" && kernels)(
+  decodeKernels(),
+);
 
 const alone = cudaCapabilities !== undefined && !cudaCapabilities.mps && cudaCapabilities.numDevices < 8 &&
   process.env["DEEPEP_ALLOW_TIME_SLICING"] !== "1";

@@ -26,6 +26,36 @@ const stridesOf = ({ strides, dtype }: Tensor, rows: number): ScaleStrides => ({
   elem: strides[rows + 1]! * itemSize[dtype],
 });
 
+/** What a low-latency dispatch received, each expert's rows by themselves. */
+export async function readLowLatency(recv: LowLatencyResult, stats?: Tensor<"i32">): Promise<HostLowLatency> {
+  const [counts, srcInfo] = await Promise.all([recv.count.read(), recv.srcInfo.read()]);
+  const maxRows = recv.srcInfo.shape[1]!;
+  const { data, scales } = "data" in recv.x ? recv.x : { data: recv.x, scales: undefined };
+  const rows = bytesOf(await data.read()), scaleBytes = scales && bytesOf(await scales.read());
+  const rowBytes = data.shape[2]! * itemSize[data.dtype];
+  const perRow = scales ? scales.shape[2]! * itemSize[scales.dtype] : 0;
+  const experts = [...counts].map((n, e): ExpertRows => ({
+    x: rows.slice(e * maxRows * rowBytes, (e * maxRows + n) * rowBytes),
+    ...(scaleBytes && { scales: scaleBytes.slice(e * maxRows * perRow, (e * maxRows + n) * perRow) }),
+    srcInfo: srcInfo.slice(e * maxRows, e * maxRows + n),
+  }));
+  const output = {
+    experts,
+    numTokensPerExpert: counts,
+    layoutRange: await recv.layoutRange.read(),
+    expertStats: stats ? await stats.read() : new Int32Array(counts.length),
+  };
+  return { output, scaleStrides: scales && stridesOf(scales, 1) };
+}
+
+/** Writes expert outputs, each expert's rows at the begin of its part of bf16 [experts, maxRows, hidden]. */
+export function writeExpertRows(region: Tensor<"bf16">, experts: readonly Uint16Array[]): void {
+  const flat = region.reshape(region.size), perExpert = region.shape[1]! * region.shape[2]!;
+  experts.forEach((rows, e) => {
+    if (rows.length > 0) flat.slice(e * perExpert, e * perExpert + rows.length).write(rows);
+  });
+}
+
 /** A call of a host by name, as it travels to workers and processes. */
 export type HostCall = {
   [M in keyof RankHost]: RankHost[M] extends (...args: infer A) => unknown ? { method: M; args: A } : never;
@@ -274,24 +304,7 @@ export class RankHost {
     const recv = this.#lowLatency.get(id)!, stats = this.#stats.get(id);
     try {
       await recv.received();
-      const counts = await recv.count.read(), maxRows = recv.srcInfo.shape[1]!;
-      const srcInfo = await recv.srcInfo.read();
-      const { data, scales } = "data" in recv.x ? recv.x : { data: recv.x, scales: undefined };
-      const rows = bytesOf(await data.read()), scaleBytes = scales && bytesOf(await scales.read());
-      const rowBytes = data.shape[2]! * itemSize[data.dtype];
-      const perRow = scales ? scales.shape[2]! * itemSize[scales.dtype] : 0;
-      const experts = [...counts].map((n, e): ExpertRows => ({
-        x: rows.slice(e * maxRows * rowBytes, (e * maxRows + n) * rowBytes),
-        ...(scaleBytes && { scales: scaleBytes.slice(e * maxRows * perRow, (e * maxRows + n) * perRow) }),
-        srcInfo: srcInfo.slice(e * maxRows, e * maxRows + n),
-      }));
-      const output = {
-        experts,
-        numTokensPerExpert: counts,
-        layoutRange: await recv.layoutRange.read(),
-        expertStats: stats ? await stats.read() : new Int32Array(counts.length),
-      };
-      return { output, scaleStrides: scales && stridesOf(scales, 1) };
+      return await readLowLatency(recv, stats);
     } catch (error) {
       this.release(id);
       throw error;
@@ -306,11 +319,7 @@ export class RankHost {
     const recv = this.#lowLatency.get(id)!, { numExperts, numRanks } = this.#options, { hidden } = call;
     const { count } = localExperts(numExperts, numRanks, this.#buffer.rank), maxRows = recv.srcInfo.shape[1]!;
     const region = call.zeroCopy ? recv.handle.expertOutput() : this.#tensor("bf16", [count, maxRows, hidden]);
-    const flatRegion = region.reshape(region.size);
-    input.x.forEach((rows, e) => {
-      const begin = e * maxRows * hidden;
-      if (rows.length > 0) flatRegion.slice(begin, begin + rows.length).write(rows);
-    });
+    writeExpertRows(region, input.x);
     const numTopk = input.numTokens === 0 ? this.#options.numTopk : input.topkIdx.length / input.numTokens;
     const shape = [input.numTokens, numTopk];
     const ones = new Float32Array(input.topkIdx.length).fill(1);
