@@ -62,7 +62,9 @@ int32_t deepep_plan(uint64_t handle, deepep_plan_args* args, deepep_error* error
   return cross("plan an operation", DEEPEP_OP_NONE, error, [&](Call& call) {
     check(args);
     const auto buffer = handle != 0 ? find_buffer(call, handle) : nullptr;
-    if (args->op != DEEPEP_OP_DISPATCH && args->op != DEEPEP_OP_COMBINE) {
+    const bool has_plan = args->op == DEEPEP_OP_DISPATCH || args->op == DEEPEP_OP_COMBINE ||
+                          args->op == DEEPEP_OP_LOW_LATENCY_DISPATCH || args->op == DEEPEP_OP_LOW_LATENCY_COMBINE;
+    if (!has_plan) {
       reject(DEEPEP_ERROR_INVALID_ARGUMENT, "op is %d, which has no plan", args->op);
     }
     plan_operation(buffer.get(), *args);

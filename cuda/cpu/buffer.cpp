@@ -12,32 +12,20 @@
 
 #include "../api/checks.hpp"
 #include "../api/options.hpp"
-#include "../api/queue.hpp"
 #include "../api/registry.hpp"
-#include "../common/partition.hpp"
 
 namespace deepep {
 
 std::shared_ptr<Buffer> Buffer::create(uint64_t device, deepep_buffer_create_args& args) {
-  const Options options = checked_options(device, args);
-  if (args.queue) queue_check(args.queue);
   std::shared_ptr<Buffer> buffer(new Buffer);
-  buffer->options = options;
-  buffer->regions = make_regions(options);
-  buffer->rank = args.rank;
-  const ExpertRange experts = local_experts(options.num_experts, options.num_ranks, args.rank);
-  buffer->first_expert = experts.first;
-  buffer->num_local_experts = experts.count;
-  buffer->mask_on_timeout = (args.flags & DEEPEP_BUFFER_MASK_ON_TIMEOUT) != 0;
-  buffer->queue_ = args.queue;
-  buffer->slots.resize(options.num_slots);
+  buffer->take_options(device, args);
+  const Options& options = buffer->options;
   buffer->peers_.resize(options.num_ranks);
   buffer->peers_[args.rank] = SharedMemory::create(buffer->regions.symmetric_bytes);
   void* const wait_ns = buffer->memory.allocate_own(local_bytes(options));
   memset(wait_ns, 0, local_bytes(options));
   buffer->wait_ns_ = static_cast<int64_t*>(wait_ns);
-  fill_sizes(args, options);
-  buffer->timeout_ns = uint64_t{args.timeout_ms} * 1'000'000;
+  buffer->tell_sizes(args);
   buffer->comm_ = Stream::start("ep" + std::to_string(args.rank) + "-comm");
   buffer->comm_->owned_by_buffer = true;
   buffer->comm_->owner = buffer;
@@ -63,10 +51,7 @@ void Buffer::export_handle(deepep_peer_handle& handle) {
 void Buffer::import_peer(const deepep_peer_handle& handle) {
   const std::lock_guard lock(mutex);
   check_open();
-  compare_options(handle, options, rank);
-  if (handle.rank >= options.num_ranks) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the handle's rank is %u, num_ranks %u", handle.rank, options.num_ranks);
-  }
+  check_handle(handle);
   if (handle.rank != rank && peers_[handle.rank]) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "rank %u was imported already", handle.rank);
   }
@@ -117,15 +102,10 @@ void Buffer::destroy() {
 void Buffer::info(deepep_buffer_info& out) {
   const std::lock_guard lock(mutex);
   check_open();
-  out.rank = rank;
-  out.num_ranks = options.num_ranks;
-  out.num_local_experts = num_local_experts;
-  out.first_local_expert = first_expert;
+  fill_facts(out);
   out.failed = failed ? 1 : 0;
-  out.free_slots = slots.free_bits();
   out.num_sms = 0;
   out.ranks_on_device = options.num_ranks;  // one PID namespace, so one machine
-  out.max_recv_tokens = options.max_recv_tokens;
   out.masked_ranks = masked_next_;
   out.epoch = epoch;
   out.comm_stream = comm_->id;
@@ -183,21 +163,6 @@ void Buffer::mask_now(uint32_t peer) {
   masked.fetch_or(uint64_t{1} << peer);
 }
 
-void Buffer::check_open() const {
-  if (closed_) reject(DEEPEP_ERROR_CLOSED, "the buffer was destroyed");
-}
-
-void Buffer::check_usable() const {
-  check_open();
-  if (!connected_) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the buffer is not connected");
-}
-
-void Buffer::check_id(uint64_t id, const char* name) const {
-  if (id == 0 || queue_ != 0) return;
-  reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s is %llu, but the buffer has no completion queue", name,
-         static_cast<unsigned long long>(id));
-}
-
 uint64_t Buffer::create_stream() {
   const std::lock_guard lock(mutex);
   check_open();
@@ -224,10 +189,6 @@ uint64_t Buffer::create_event() {
 void Buffer::forget_event(uint64_t id) {
   const std::lock_guard lock(mutex);
   events_.erase(id);
-}
-
-void Buffer::complete(uint64_t id, int32_t code) {
-  if (id != 0 && queue_ != 0) queue_push(queue_, id, code);
 }
 
 bool inject(Operation& op, int32_t phase) {

@@ -12,20 +12,16 @@
 #include <cstdint>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <string>
 #include <unordered_set>
 #include <vector>
 
 #include "../abi/deepep.h"
+#include "../api/buffer_base.hpp"
 #include "../api/fields.hpp"
-#include "../api/injections.hpp"
 #include "../api/shared_memory.hpp"
-#include "../api/slots.hpp"
-#include "../api/statuses.hpp"
 #include "../common/describe.hpp"
 #include "../common/failure.hpp"
-#include "../common/regions.hpp"
 #include "memory.hpp"
 #include "stream.hpp"
 
@@ -71,7 +67,7 @@ struct Counters {
 // (a stall that outlasted its own deadline): op.failure is filled, the operation ends as after a wait that failed.
 bool inject(Operation& op, int32_t phase);
 
-class Buffer : public std::enable_shared_from_this<Buffer> {
+class Buffer : public BufferBase, public std::enable_shared_from_this<Buffer> {
  public:
   // Life cycle; called by the API layer.
   static std::shared_ptr<Buffer> create(uint64_t device, deepep_buffer_create_args& args);
@@ -83,15 +79,6 @@ class Buffer : public std::enable_shared_from_this<Buffer> {
   void recover(const deepep_buffer_recover_args& args);
   void mask(const deepep_mask_args& args);
   ~Buffer();
-
-  // Facts. They do not change.
-  Options options;
-  Regions regions;
-  uint32_t rank = 0;
-  uint32_t first_expert = 0;
-  uint32_t num_local_experts = 0;
-  bool mask_on_timeout = false;
-  uint64_t timeout_ns = 0;
 
   // Rank r's symmetric memory as mapped here: regions' offsets count from it. Page-aligned. Valid once connected.
   uint8_t* symmetric(uint32_t r) const { return peers_[r]->data(); }
@@ -112,9 +99,7 @@ class Buffer : public std::enable_shared_from_this<Buffer> {
   // Nanoseconds waited for each rank, i64 [num_ranks]; kind 0 = dispatch, 1 = combine. Written by the communication stream.
   int64_t* wait_ns(int kind) { return wait_ns_ + static_cast<size_t>(kind) * options.num_ranks; }
 
-  std::mutex mutex;
-  Slots slots;              // under mutex
-  uint64_t epoch = 0;       // under mutex: collective calls enqueued so far
+  uint64_t epoch = 0;  // under mutex: collective calls enqueued so far
 
   // Runs `work` in order on the communication stream: first waits for previous_event, or for the present work of `stream`,
   // and for the earlier readers of slots that this call took; then works; then completes the record that `event` names,
@@ -128,26 +113,14 @@ class Buffer : public std::enable_shared_from_this<Buffer> {
   uint64_t enqueue(int32_t op, const StreamFields& fields, bool collective, std::function<void(Operation&)> work,
                    uint64_t counts_id = 0, uint64_t epoch_of_send = 0, int32_t borrowed_slot = -1);
 
-  // Queues a completion now; id 0 is none.
-  void complete(uint64_t id, int32_t code);
   // The failure with this id, or the latest for 0; nullptr when there is none.
   std::shared_ptr<const Status> status(uint64_t id) { return statuses.find(id); }
-
-  Statuses statuses;
-  Injections injections;
-
-  uint64_t queue() const { return queue_; }
 
   // Streams and events made from this buffer.
   uint64_t create_stream();
   uint64_t create_event();
   void forget_event(uint64_t id);
   const std::shared_ptr<Stream>& comm() const { return comm_; }
-  // Rejects an id other than 0 when the buffer has no completion queue.
-  void check_id(uint64_t id, const char* name) const;
-  // Reject with CLOSED; check_usable also before connect(). Hold `mutex` where the answer must last.
-  void check_open() const;
-  void check_usable() const;
   // What every call on a connected buffer begins with. The caller holds `mutex`.
   void enter() const { check_usable(); }
 
@@ -159,11 +132,8 @@ class Buffer : public std::enable_shared_from_this<Buffer> {
   void finish(Operation& op, Record& record, int32_t borrowed_slot);
   std::shared_ptr<const Status> make_status(Operation& op);
 
-  uint64_t queue_ = 0;
   int64_t* wait_ns_ = nullptr;
   std::vector<std::shared_ptr<SharedMemory>> peers_;  // by rank; fixed once connected
-  std::atomic<bool> connected_{false};
-  std::atomic<bool> closed_{false};
   std::shared_ptr<Stream> comm_;
 
   // Under mutex.

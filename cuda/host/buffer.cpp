@@ -10,7 +10,6 @@
 #include "../api/checks.hpp"
 #include "../api/options.hpp"
 #include "../api/registry.hpp"
-#include "../common/partition.hpp"
 #include "../kernels/launch.hpp"
 #include "graph.hpp"
 #include "handle.hpp"
@@ -42,26 +41,15 @@ struct Local {
 uint64_t local_bytes(const Options& options) { return Local(options).bytes; }
 
 std::shared_ptr<Buffer> Buffer::create(uint64_t device, deepep_buffer_create_args& args) {
-  const Options options = checked_options(device, args);
-  if (args.queue) queue_check(args.queue);
   std::shared_ptr<Buffer> buffer(new Buffer);
-  buffer->options = options;
-  buffer->regions = make_regions(options);
-  buffer->rank = args.rank;
-  const ExpertRange experts = local_experts(options.num_experts, options.num_ranks, args.rank);
-  buffer->first_expert = experts.first;
-  buffer->num_local_experts = experts.count;
-  buffer->mask_on_timeout_ = (args.flags & DEEPEP_BUFFER_MASK_ON_TIMEOUT) != 0;
-  buffer->queue_ = args.queue;
-  buffer->slots.resize(options.num_slots);
+  buffer->take_options(device, args);
   buffer->wanted_sms = args.num_sms;
   buffer->device = &prepare_device(device_of(device, args));
   if (args.num_sms > buffer->device->num_sms) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "num_sms is %d, %s has %d multiprocessors", args.num_sms,
            device_name(*buffer->device).c_str(), buffer->device->num_sms);
   }
-  fill_sizes(args, options);
-  buffer->timeout_ns = uint64_t{args.timeout_ms} * 1'000'000;
+  buffer->tell_sizes(args);
   buffer->allocate(args);
   watchdog_add(buffer);
   if (args.queue) queue_add_source(args.queue, buffer);
@@ -124,10 +112,7 @@ void Buffer::export_handle(deepep_peer_handle& handle) {
 void Buffer::import_peer(const deepep_peer_handle& handle) {
   const std::lock_guard lock(mutex);
   check_open();
-  compare_options(handle, options, rank);
-  if (handle.rank >= options.num_ranks) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the handle's rank is %u, num_ranks %u", handle.rank, options.num_ranks);
-  }
+  check_handle(handle);
   peers_->import(handle.bytes, handle.rank);
 }
 
@@ -154,7 +139,7 @@ void Buffer::fill_call() {
   call_.rank = rank;
   call_.first_expert = first_expert;
   call_.num_local_experts = num_local_experts;
-  call_.mask_on_timeout = mask_on_timeout_ ? 1 : 0;
+  call_.mask_on_timeout = mask_on_timeout ? 1 : 0;
 }
 
 // Ends what was made from this buffer, queues what is still to be queued, then says to the peers that it is gone, then lets go
@@ -177,7 +162,7 @@ void Buffer::destroy() {
     // Operations have deadlines, and what they wait for was enqueued before.
     if (const cudaError_t error = cudaStreamSynchronize(stream); error != cudaSuccess) failure = error;
   }
-  if (queue_) queue_remove_source(queue_, this);
+  if (queue()) queue_remove_source(queue(), this);
   const std::lock_guard lock(mutex);
   reap();
   if (!pending_.empty()) fail_everything(failure);  // CUDA itself has failed: they will not end.
@@ -204,13 +189,8 @@ void Buffer::info(deepep_buffer_info& out) {
   check_open();
   reap();
   const DeviceState* const state = look();
-  out.rank = rank;
-  out.num_ranks = options.num_ranks;
-  out.num_local_experts = num_local_experts;
-  out.first_local_expert = first_expert;
+  fill_facts(out);
   out.failed = failed_ ? 1 : 0;
-  out.free_slots = slots.free_bits();
-  out.max_recv_tokens = options.max_recv_tokens;
   out.masked_ranks = shown_masked(state);
   out.epoch = shown_epoch(state);
   out.num_sms = default_sms;
@@ -277,25 +257,10 @@ void Buffer::enter() {
   if (is_lost_) reject(DEEPEP_ERROR_SYSTEM, "%s", first_failure_.message);
 }
 
-void Buffer::check_open() const {
-  if (closed_) reject(DEEPEP_ERROR_CLOSED, "the buffer was destroyed");
-}
-
-void Buffer::check_usable() const {
-  check_open();
-  if (!connected_) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the buffer is not connected");
-}
-
 void Buffer::check_good() const {
   if (!failed_) return;
   Rejected rejected{needs_recovery(first_failure_, rank)};
   throw rejected;
-}
-
-void Buffer::check_id(uint64_t id, const char* name) const {
-  if (id == 0 || queue_ != 0) return;
-  reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s is %llu, but the buffer has no completion queue", name,
-         static_cast<unsigned long long>(id));
 }
 
 uint64_t Buffer::create_stream() {

@@ -19,16 +19,13 @@
 #include <deque>
 #include <functional>
 #include <memory>
-#include <mutex>
 #include <unordered_set>
 #include <vector>
 
 #include "../abi/deepep.h"
+#include "../api/buffer_base.hpp"
 #include "../api/fields.hpp"
-#include "../api/injections.hpp"
 #include "../api/queue.hpp"
-#include "../api/slots.hpp"
-#include "../api/statuses.hpp"
 #include "../common/describe.hpp"
 #include "../common/failure.hpp"
 #include "device.hpp"
@@ -58,7 +55,7 @@ struct Enqueued {
 // Launches an operation's kernel with the params that concern every operation.
 using Launch = std::function<cudaError_t(const CallParams&, cudaStream_t)>;
 
-class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
+class Buffer : public BufferBase, public Source, public std::enable_shared_from_this<Buffer> {
  public:
   // Life cycle; called by the API layer.
   static std::shared_ptr<Buffer> create(uint64_t device, deepep_buffer_create_args& args);
@@ -71,13 +68,7 @@ class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
   void mask(const deepep_mask_args& args);
   ~Buffer() override;
 
-  // Facts. They do not change; the last three are known once connected.
-  Options options;
-  Regions regions;
-  uint32_t rank = 0;
-  uint32_t first_expert = 0;
-  uint32_t num_local_experts = 0;
-  uint64_t timeout_ns = 0;
+  // Facts. They do not change; topology and default_sms are known once connected.
   const Device* device = nullptr;
   Topology topology;
   int32_t wanted_sms = 0;   // deepep_buffer_create_args.num_sms
@@ -86,10 +77,6 @@ class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
   // Rank r's symmetric memory as this device sees it: regions' offsets count from it.
   uint8_t* symmetric(uint32_t r) const { return peers_->symmetric(r); }
 
-  std::mutex mutex;
-  Slots slots;  // under mutex
-  Statuses statuses;
-  Injections injections;
   std::unique_ptr<MemoryPool> device_pool;
   std::unique_ptr<MemoryPool> pinned_pool;
 
@@ -110,12 +97,6 @@ class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
   // What every call on a connected buffer begins with: selects the device, takes note of what has ended, and rejects a buffer
   // that is not usable. The caller holds `mutex`.
   void enter();
-  // Reject with CLOSED; check_usable also before connect(). Hold `mutex` where the answer must last.
-  void check_open() const;
-  void check_usable() const;
-  // Rejects an id other than 0 when the buffer has no completion queue.
-  void check_id(uint64_t id, const char* name) const;
-
   // Takes note of what has ended. The caller holds `mutex`.
   void reap();
   // Source: the same from outside, and cheap when there is nothing new.
@@ -125,8 +106,6 @@ class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
   // itself has failed. True when it must look again soon.
   bool watch() noexcept;
 
-  // Queues a completion now; id 0 is none.
-  void complete(uint64_t id, int32_t code) const;
   // Queues `id` when the record is done, with its status, and keeps `needs` until then; an id of 0 does only that. The caller
   // holds `mutex`.
   void complete_when_done(std::shared_ptr<Record> record, uint64_t id, std::shared_ptr<void> needs = nullptr);
@@ -221,8 +200,6 @@ class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
   uint64_t num_under_way() const;
   void update(UpdateParams params);
 
-  uint64_t queue_ = 0;
-  bool mask_on_timeout_ = false;
   std::unique_ptr<Peers> peers_;
   std::shared_ptr<DeviceBlock> local_;  // what peers do not see: state, scratch, own routing
   HostState* host_ = nullptr;           // pinned, from pinned_pool, as is the next
@@ -236,8 +213,6 @@ class Buffer : public Source, public std::enable_shared_from_this<Buffer> {
   cudaStream_t last_ = nullptr;        // where the last operation was launched: comm_, or a stream of deepep_stream_create
   std::shared_ptr<Record> last_end_;   // its end, where that is not comm_
   cudaEvent_t order_event_ = nullptr;  // recorded again and again: a wait takes what it has recorded then
-  std::atomic<bool> connected_{false};
-  std::atomic<bool> closed_{false};
   std::unique_ptr<LiveBuffer> live_;
 
   // Under mutex.

@@ -119,10 +119,6 @@ void plan_operation(Buffer* buffer, deepep_plan_args& args) {
                                                                  : nullptr;
   if (missing)
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s is not given, and there is no connected buffer to take it from", missing);
-  const bool low_latency = args.op == DEEPEP_OP_LOW_LATENCY_DISPATCH || args.op == DEEPEP_OP_LOW_LATENCY_COMBINE;
-  if (args.op != DEEPEP_OP_DISPATCH && args.op != DEEPEP_OP_COMBINE && !low_latency) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "op is %d, which has no plan", args.op);
-  }
   if (args.row_bytes == 0 || args.row_bytes % 16 != 0 || args.row_bytes > DEEPEP_MAX_ROW_BYTES) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "row_bytes is %u, it must be a multiple of 16 up to %u", args.row_bytes,
            DEEPEP_MAX_ROW_BYTES);

@@ -188,10 +188,6 @@ void Buffer::poll_watched() {
   }
 }
 
-void Buffer::complete(uint64_t id, int32_t code) const {
-  if (id != 0 && queue_ != 0) queue_push(queue_, id, code);
-}
-
 void Buffer::complete_when_done(std::shared_ptr<Record> record, uint64_t id, std::shared_ptr<void> needs) {
   watched_.push_back({.record = std::move(record), .id = id, .needs = std::move(needs)});
   note_pending();
