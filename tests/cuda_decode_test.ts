@@ -1,24 +1,46 @@
 /**
  * Low latency in CUDA graphs. A decode step (dispatch, expert kernel, combine) captured once and replayed thousands of times: rows
  * and routing are drawn, and every element is checked, by kernels of the same graph. And each half of a step captured by itself and
- * replayed with what the host writes, compared with the reference bit for bit.
+ * replayed with what the host writes, compared with the reference bit for bit. And kernels that compute between the halves.
  */
 import process from "node:process";
 import { test } from "node:test";
-import { assertEquals } from "@std/assert";
+import { assert, assertEquals } from "@std/assert";
 import { EpBuffer, Group, type LowLatencyResult, type Tensor } from "@deepep/deepep";
 import { maxLocalExperts } from "../lib/layout.ts";
 import { referenceLowLatencyCombine, referenceLowLatencyDispatch } from "../lib/reference/mod.ts";
+import { type DecodeKernels, decodeKernels } from "../scripts/decode/kernels.ts";
 import { decodeBuffer, DecodeStep } from "../scripts/decode/step.ts";
 import { Soak, type SoakOptions } from "../scripts/soak.ts";
 import { assertLowLatencyDispatched, assertSame } from "./support/compare.ts";
 import { noCudaDecode, noCudaGraphs, noCudaLowLatency } from "./support/cuda.ts";
 import type { LowLatencyCall } from "./support/driver.ts";
 import { lowLatencyOutput } from "./support/experts.ts";
+import { type NewCompute, runOverlapCases } from "./support/overlap_cases.ts";
 import { Random, runSeed } from "./support/random.ts";
 import { readLowLatency, writeExpertRows } from "./support/rank_host.ts";
 import { suite } from "./support/suite.ts";
 import { makeWorld, type TestWorld, type WorldSpec } from "./support/worlds.ts";
+
+/** Arithmetic on more blocks than there are multiprocessors, with the device's times of its begin and end. */
+const arithmetic: NewCompute = (b) => {
+  const kernels = decodeKernels() as DecodeKernels, blocks = 2 * b.capabilities.numSms;
+  const sink = b.tensor("f32", [blocks, 256]), times = b.tensor("i64", [8], new BigInt64Array(8).fill(-1n, 0, 4));
+  let count = 0;
+  return {
+    enqueue() {
+      const begin = times.address + BigInt(8 * count++ % 32), fields = { begin, end: begin + 32n, sink: sink.address };
+      for (let i = 0; i < 20; i++) kernels.run("compute", { ...fields, steps: 20_000, blocks }, b.stream.address);
+    },
+    async check(begin, end) {
+      const stamps = await times.read(), ms = Number(stamps[4]! - stamps[0]!) / 1e6, room = end.elapsedSince(begin);
+      assert(ms > 0 && ms <= room, `computed for ${ms} ms in ${room} ms`);
+    },
+    [Symbol.dispose]: () => [sink, times].forEach((tensor: Tensor) => tensor.release()),
+  };
+};
+
+runOverlapCases({ name: "cuda", backend: "cuda", skip: noCudaDecode }, arithmetic);
 
 /** How often to replay: DEEPEP_TEST_REPLAYS at most, where it is set. */
 const times = (usual: number): number => Math.min(usual, Number(process.env["DEEPEP_TEST_REPLAYS"] || usual));
