@@ -27,7 +27,7 @@ struct Work {
   int32_t num_sms = 0;       // asked for; 0 = default
   uint32_t num_tokens = 0;   // low latency: few tokens want few blocks
   uint32_t num_experts = 0;  // low-latency dispatch, whose blocks all count
-  bool fp8 = false;          // low-latency dispatch that casts; row_bytes are those of bf16
+  bool fp8 = false;          // low latency that casts; row_bytes are those of bf16
 };
 
 // Fields as in deepep_plan_args.
@@ -107,10 +107,12 @@ constexpr int32_t useful_blocks(const Work& work) {
   return pieces < 1 ? 1 : static_cast<int32_t>(pieces < kMaxBlocks ? pieces : kMaxBlocks);
 }
 
-// A dispatch that casts: whole rows wait in shared memory. No stages = a row does not fit.
+// Rows that are cast wait in shared memory, whole. No stages = a row does not fit.
 constexpr Plan plan_cast(Plan plan, const Work& work, uint32_t table_bytes, uint32_t bytes) {
   const uint32_t row = cast_row_bytes(work.row_bytes / 2);
-  const uint64_t wanted = ceil_div(work.num_tokens, static_cast<uint64_t>(plan.sms));
+  // A combine casts what it has received, which only the device knows.
+  const uint64_t wanted =
+      work.op == DEEPEP_OP_LOW_LATENCY_DISPATCH ? ceil_div(work.num_tokens, static_cast<uint64_t>(plan.sms)) : kRoundTokens;
   const uint64_t most = wanted < 1 ? 1 : wanted < kRoundTokens ? wanted : kRoundTokens;
   plan.stages = static_cast<uint32_t>(bytes / row < most ? bytes / row : most);
   plan.chunk_bytes = row;
@@ -131,7 +133,7 @@ constexpr Plan make_plan(const Work& work, const Topology& topology) {
   const uint32_t taken = kReservedShared + table_bytes;
   const uint32_t bytes = topology.shared_bytes > taken ? topology.shared_bytes - taken : 0;
   plan.tma = topology.compute_capability >= 90;
-  if (work.op == DEEPEP_OP_LOW_LATENCY_DISPATCH && work.fp8) return plan_cast(plan, work, table_bytes, bytes);
+  if (is_low_latency(work.op) && work.fp8) return plan_cast(plan, work, table_bytes, bytes);
   // With little shared memory fewer warps, each with room for what it cannot do without.
   const uint32_t least = push ? kPushStages * push_stage_bytes(1024, work.hops) : kLeastPullStages * pull_stage_bytes();
   while (plan.warps > 4 && bytes / plan.warps < least) plan.warps /= 2;

@@ -99,6 +99,7 @@ static_assert(sizeof(View) <= kLineBytes);
 struct ReadyLine {
   uint64_t epoch;  // stored last, with release
   int32_t code;    // as in a message
+  uint32_t flags;  // DEEPEP_FLAG_FP8, which all ranks must say alike
 };
 static_assert(sizeof(ReadyLine) <= kLineBytes);
 

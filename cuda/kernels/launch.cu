@@ -25,10 +25,12 @@ const void* const kKernels[] = {
     reinterpret_cast<const void*>(low_latency_dispatch_kernel<true, false>),
     reinterpret_cast<const void*>(low_latency_dispatch_kernel<false, true>),
     reinterpret_cast<const void*>(low_latency_dispatch_kernel<false, false>),
-    reinterpret_cast<const void*>(low_latency_combine_kernel<true, false>),
-    reinterpret_cast<const void*>(low_latency_combine_kernel<true, true>),
-    reinterpret_cast<const void*>(low_latency_combine_kernel<false, false>),
-    reinterpret_cast<const void*>(low_latency_combine_kernel<false, true>),
+    reinterpret_cast<const void*>(low_latency_combine_kernel<true, false, false>),
+    reinterpret_cast<const void*>(low_latency_combine_kernel<true, true, false>),
+    reinterpret_cast<const void*>(low_latency_combine_kernel<false, false, false>),
+    reinterpret_cast<const void*>(low_latency_combine_kernel<false, true, false>),
+    reinterpret_cast<const void*>(low_latency_combine_kernel<false, false, true>),
+    reinterpret_cast<const void*>(low_latency_combine_kernel<false, true, true>),
     reinterpret_cast<const void*>(low_latency_receive_kernel),
     reinterpret_cast<const void*>(low_latency_give_up_kernel),
     reinterpret_cast<const void*>(message_kernel),
@@ -37,7 +39,7 @@ const void* const kKernels[] = {
     reinterpret_cast<const void*>(update_kernel),
     reinterpret_cast<const void*>(copy_kernel<kCopyVectors>),
 };
-constexpr size_t kNumWithDynamicShared = 14;  // the first of them
+constexpr size_t kNumWithDynamicShared = 16;  // the first of them
 
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), const Params& params, uint32_t blocks, uint32_t threads, uint64_t shared,
@@ -106,12 +108,15 @@ cudaError_t launch_low_latency_combine(const LowLatencyCombineParams& params, cu
   const CallParams& call = params.call;
   const auto region =
       reinterpret_cast<uint64_t>(call.symmetric[call.rank]) + slot_offset(call.regions, call.slot) + call.regions.expert_output;
+  const bool casts = (params.args.flags & DEEPEP_FLAG_FP8) != 0;
   // To announce what is there takes no more than one block.
-  const bool moves = params.receives != 0 || (params.args.x != 0 && params.args.x != region);
+  const bool moves = params.receives != 0 || casts || (params.args.x != 0 && params.args.x != region);
   const bool weighted = params.args.topk_weights != 0;
-  const auto kernel = params.plan.tma != 0
-                          ? (weighted ? low_latency_combine_kernel<true, true> : low_latency_combine_kernel<true, false>)
-                          : (weighted ? low_latency_combine_kernel<false, true> : low_latency_combine_kernel<false, false>);
+  auto kernel = weighted ? low_latency_combine_kernel<false, true, false> : low_latency_combine_kernel<false, false, false>;
+  if (casts)
+    kernel = weighted ? low_latency_combine_kernel<false, true, true> : low_latency_combine_kernel<false, false, true>;
+  else if (params.plan.tma != 0)
+    kernel = weighted ? low_latency_combine_kernel<true, true, false> : low_latency_combine_kernel<true, false, false>;
   return launch(kernel, params, moves ? static_cast<uint32_t>(params.plan.sms) : 1, (params.plan.warps + 1) * kWarpLanes,
                 params.plan.block_bytes, stream);
 }

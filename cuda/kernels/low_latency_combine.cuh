@@ -12,6 +12,7 @@
 
 #include "combine.cuh"
 #include "low_latency_count.cuh"
+#include "rows_pull_fp8.cuh"
 
 namespace deepep {
 
@@ -22,6 +23,8 @@ struct LowLatencyCombineShared {
   uint32_t num_rows;
   uint32_t stop;
   const uint8_t* regions[DEEPEP_MAX_RANKS];  // expert outputs, by rank
+  uint32_t rows[kRoundTokens];               // of this rank's region: those at hand
+  uint32_t num_found[2];
 };
 
 struct LowLatencyCombine {
@@ -39,8 +42,11 @@ struct LowLatencyCombine {
   }
   __device__ uint8_t* own_region() const { return const_cast<uint8_t*>(region_of(p().rank, p().slot)); }
   __device__ const uint8_t* x() const { return reinterpret_cast<const uint8_t*>(params.args.x); }
-  __device__ bool copies() const { return params.sends != 0 && x() != nullptr && x() != own_region(); }
-  __device__ bool one_piece() const { return params.sends != 0 && params.receives != 0; }
+  __device__ bool casts() const { return (params.args.flags & DEEPEP_FLAG_FP8) != 0; }
+  // Whether anything is written into this rank's region before it is announced.
+  __device__ bool copies() const { return params.sends != 0 && (casts() || (x() != nullptr && x() != own_region())); }
+  // Whether this rank reads its own rows where the caller has them.
+  __device__ bool reads_x() const { return params.sends != 0 && params.receives != 0 && x() != nullptr && !casts(); }
   __device__ bool is_led() const {
     return p().mask_on_timeout != 0 || p().inject[DEEPEP_PHASE_PUBLISH].wanted != 0 ||
            p().inject[DEEPEP_PHASE_REDUCE].wanted != 0;
@@ -59,7 +65,7 @@ struct LowLatencyCombine {
 
   // ---- workers ----
 
-  template <bool kTma, bool kWeighted>
+  template <bool kTma, bool kWeighted, bool kFp8>
   __device__ void work() {
     const uint64_t routed = header().valid != 0 ? header().view : 0;
     const uint64_t combine_epoch = header().combine_epoch;
@@ -71,10 +77,15 @@ struct LowLatencyCombine {
       bool goes = true;
       if (copies()) {
         goes = workers_await_leader(p(), s.call, kStepCounted);
-        if (goes) copy_in(routed);
+        if (goes && routed != 0) {
+          if constexpr (kFp8)
+            cast_in();
+          else
+            copy_in();
+        }
         workers_arrive(p(), kMeetCopied);
       }
-      if (params.receives != 0 && goes && routed != 0) reduce<kTma, kWeighted>(routed, combine_epoch);
+      if (params.receives != 0 && goes && routed != 0) reduce<kTma, kWeighted, kFp8>(routed, combine_epoch);
     }
     workers_arrive(p(), kMeetEnd);
   }
@@ -102,8 +113,7 @@ struct LowLatencyCombine {
 
   // Copies what the peers will pull; this rank's own rows too when x may be gone before the receive half. All warps of all
   // blocks share the rows.
-  __device__ void copy_in(uint64_t routed) const {
-    if (routed == 0) return;
+  __device__ void copy_in() const {
     const uint8_t* slot = own_memory(p()) + slot_offset(p().regions, p().slot);
     const auto* counts = reinterpret_cast<const int32_t*>(slot + p().regions.counts);
     const auto* ranges = reinterpret_cast<const int64_t*>(slot + p().regions.layout_range);
@@ -115,7 +125,7 @@ struct LowLatencyCombine {
       const auto own_begin = static_cast<uint32_t>(own >> 32), own_count = static_cast<uint32_t>(own);
       for (; row < count; row += gridDim.x * warps) {
         const bool is_own = row - own_begin < own_count;
-        if (!is_own || !one_piece()) copy_row(uint64_t{local} * p().regions.low_latency_rows + row);
+        if (!is_own || !reads_x()) copy_row(uint64_t{local} * p().regions.low_latency_rows + row);
       }
       row -= count;
     }
@@ -139,6 +149,53 @@ struct LowLatencyCombine {
     }
   }
 
+  // Casts all rows to FP8, from where they are, which can be the region itself: a row of it then begins with the e4m3 row, and
+  // its scales follow. Blocks share the rows.
+  __device__ void cast_in() {
+    const CastRows rows = {.channels = p().options.hidden, .round = false, .ue8m0 = false};
+    const uint32_t warps = num_workers() / kWarpLanes, at_once = min(params.plan.stages, kRoundTokens);
+    const uint8_t* from = x() != nullptr ? x() : own_region();
+    for (uint32_t first = blockIdx.x * at_once;; first += gridDim.x * at_once) {
+      const uint32_t count = find_rows(first, at_once);
+      if (count == 0) return;
+      cast_rows(rows, shared, params.plan.chunk_bytes, count, warps,
+                [&](uint32_t nth) { return from + s.rows[nth] * row_bytes(); });
+      workers_meet();
+      const uint32_t bytes =
+          CastRows::scales_offset(rows.channels) + static_cast<uint32_t>(align_up(rows.num_blocks() * 4, 16));
+      for (uint32_t nth = threadIdx.x / kWarpLanes; nth < count; nth += warps) {
+        const uint8_t* stage = shared + nth * params.plan.chunk_bytes;
+        uint8_t* to = own_region() + s.rows[nth] * row_bytes();
+        for (uint32_t at = lane_id() * 16; at < bytes; at += kWarpLanes * 16) {
+          store_stream(to + at, *reinterpret_cast<const uint4*>(stage + at));
+        }
+      }
+      workers_meet();
+    }
+  }
+
+  // Finds up to `most` rows from the first-th on, all experts' rows one after another. Returns how many there are.
+  __device__ uint32_t find_rows(uint32_t first, uint32_t most) {
+    const auto* counts =
+        reinterpret_cast<const int32_t*>(own_memory(p()) + slot_offset(p().regions, p().slot) + p().regions.counts);
+    bool found = false;
+    if (threadIdx.x < most) {
+      uint32_t row = first + threadIdx.x;
+      for (uint32_t local = 0; local < p().num_local_experts && !found; ++local) {
+        const auto count = static_cast<uint32_t>(counts[local]);
+        found = row < count;
+        if (found) s.rows[threadIdx.x] = local * p().regions.low_latency_rows + row;
+        row -= count;
+      }
+    }
+    if (threadIdx.x < 2 * kWarpLanes) {
+      const uint32_t in_warp = static_cast<uint32_t>(__popc(__ballot_sync(kAllLanes, found)));
+      if (lane_id() == 0) s.num_found[threadIdx.x / kWarpLanes] = in_warp;
+    }
+    workers_meet();
+    return s.num_found[0] + s.num_found[1];
+  }
+
   // Waits for the announcements of all ranks of the dispatch. False when the call stops.
   __device__ bool await_outputs(uint64_t routed, uint64_t epoch) {
     uint64_t view = routed & ~s.call.masked;
@@ -152,7 +209,7 @@ struct LowLatencyCombine {
     for (uint32_t src = threadIdx.x; src < p().options.num_ranks; src += num_workers()) {
       const bool counts = in_view(view, src);
       s.regions[src] = counts ? region_of(src, header().peer_slots[src]) : nullptr;
-      if (src == p().rank && one_piece() && x() != nullptr) s.regions[src] = x();
+      if (src == p().rank && reads_x()) s.regions[src] = x();
       if (!counts || src == p().rank || is_led()) continue;
       const ReadyLine* line = ready_at(own_memory(p()), p().regions, src, p().slot);
       // Pairs with announce() of src. Whether it refuses the call the leader sees; to read its rows then does no harm.
@@ -169,7 +226,7 @@ struct LowLatencyCombine {
   }
   static constexpr uint32_t kLooksBetween = 16;
 
-  template <bool kTma, bool kWeighted>
+  template <bool kTma, bool kWeighted, bool kFp8>
   __device__ void reduce(uint64_t routed, uint64_t combine_epoch) {
     const uint64_t epoch = params.sends != 0 ? s.call.epoch : combine_epoch;
     if (epoch == 0 || !await_outputs(routed, epoch)) return;
@@ -184,7 +241,7 @@ struct LowLatencyCombine {
                            .plan = params.plan,
                            .claims = &p().state->claims[kClaimPull]};
     const float* const weights_of = weights();
-    pull_rows<kTma, kWeighted>(pull, shared, barriers, [&](uint32_t token, uint32_t hop, float& weight) -> const uint16_t* {
+    const auto source = [&](uint32_t token, uint32_t hop, float& weight) -> const uint8_t* {
       if (hop >= num_topk) return nullptr;
       const uint32_t i = token * num_topk + hop;
       const int64_t wanted = params.sends != 0 ? entry(i) : params.routing.kept_experts[i];
@@ -196,9 +253,15 @@ struct LowLatencyCombine {
       const uint8_t* region = s.regions[owner];
       if (region == nullptr) return nullptr;
       const uint32_t first = local_experts(p().options.num_experts, p().options.num_ranks, owner).first;
-      const uint64_t at = uint64_t{static_cast<uint32_t>(expert) - first} * p().regions.low_latency_rows + row;
-      return reinterpret_cast<const uint16_t*>(region + at * row_bytes());
-    });
+      return region + (uint64_t{static_cast<uint32_t>(expert) - first} * p().regions.low_latency_rows + row) * row_bytes();
+    };
+    if constexpr (kFp8) {
+      pull_fp8_rows<kWeighted>(pull, source);
+    } else {
+      pull_rows<kTma, kWeighted>(pull, shared, barriers, [&](uint32_t token, uint32_t hop, float& weight) {
+        return reinterpret_cast<const uint16_t*>(source(token, hop, weight));
+      });
+    }
   }
 
   // ---- the last warp ----
@@ -284,6 +347,7 @@ struct LowLatencyCombine {
       if (peer == p().rank || !in_view(routed & ~gone, peer)) continue;
       ReadyLine* line = ready_at(p().symmetric[peer], p().regions, p().rank, header().peer_slots[peer]);
       store_relaxed_sys(&line->code, s.call.code);
+      store_relaxed_sys(&line->flags, params.args.flags & DEEPEP_FLAG_FP8);
       store_release_sys(&line->epoch, s.call.epoch);  // Pairs with await_outputs() and receive() of the peer.
     }
     uint32_t agreed[kNumAgreed] = {};
@@ -314,6 +378,9 @@ struct LowLatencyCombine {
     if (leader.lane == 0) p().state->view = view;
     const uint64_t refusing =
         leader.ranks_where([&](uint32_t src) { return in_view(came & view, src) && line(src)->code != 0; });
+    const uint32_t flags = params.args.flags & DEEPEP_FLAG_FP8;
+    const uint64_t differing =
+        leader.ranks_where([&](uint32_t src) { return in_view(came & view, src) && line(src)->flags != flags; });
     if (leader.failed()) {
       // Found while it waited.
     } else if (refusal.code != 0) {
@@ -323,6 +390,13 @@ struct LowLatencyCombine {
       finding.peer = static_cast<int32_t>(__ffsll(static_cast<long long>(refusing)) - 1);
       finding.a = line(static_cast<uint32_t>(finding.peer))->code;
       leader.refuse(DEEPEP_ERROR_ABORTED, Reason::refused, finding);
+    } else if (differing != 0) {
+      Finding finding;
+      finding.peer = static_cast<int32_t>(__ffsll(static_cast<long long>(differing)) - 1);
+      finding.a = kAgreedFlags;
+      finding.expected = flags;
+      finding.seen = line(static_cast<uint32_t>(finding.peer))->flags;
+      leader.refuse(DEEPEP_ERROR_MISMATCH, Reason::disagreement, finding);
     }
     // Found by every rank: the region has no readers after all.
     if (leader.failed() && leader.lane == 0) p().state->combine_epoch[p().slot] = 0;
@@ -333,15 +407,15 @@ struct LowLatencyCombine {
 
 // Low-latency combine of one rank: the send half, which is collective, the receive half, or both. Graph-safe. The last warp of
 // block 0 leads.
-template <bool kTma, bool kWeighted>
+template <bool kTma, bool kWeighted, bool kFp8>
 __global__ void __launch_bounds__(kMaxBlockThreads + kWarpLanes, 1)
     low_latency_combine_kernel(const __grid_constant__ LowLatencyCombineParams params) {
   extern __shared__ __align__(128) uint8_t dynamic_shared[];
   __shared__ LowLatencyCombineShared s;
-  __shared__ uint64_t barriers[kMaxBarriers];
+  __shared__ uint64_t barriers[kTma ? kMaxBarriers : 1];
   LowLatencyCombine combine{params, s, dynamic_shared, barriers};
   if (is_worker())
-    combine.template work<kTma, kWeighted>();
+    combine.template work<kTma, kWeighted, kFp8>();
   else
     combine.lead();
 }

@@ -211,12 +211,12 @@ struct LowLatencyDispatch {
   __device__ void prepare(TokenRange round) {
     counting().load_round(round);
     if constexpr (kCast) {
-      const CastRows rows = {.x = reinterpret_cast<const uint8_t*>(params.args.x),
-                             .x_stride = params.args.x_stride,
-                             .channels = params.row_bytes,
+      const CastRows rows = {.channels = params.row_bytes,
                              .round = (params.args.flags & DEEPEP_FLAG_ROUND_SCALE) != 0,
                              .ue8m0 = (params.args.flags & DEEPEP_FLAG_UE8M0) != 0};
-      cast_rows(rows, stages(), params.plan.chunk_bytes, round.begin, round.end - round.begin, num_workers() / kWarpLanes);
+      const auto* x = reinterpret_cast<const uint8_t*>(params.args.x);
+      cast_rows(rows, stages(), params.plan.chunk_bytes, round.end - round.begin, num_workers() / kWarpLanes,
+                [&](uint32_t nth) { return x + uint64_t{round.begin + nth} * params.args.x_stride; });
       if constexpr (kTma && kHasTma) fence_proxy_async_shared();
     }
     workers_meet();

@@ -259,6 +259,26 @@ __device__ __forceinline__ uint32_t e4m3_pair(float low, float high) {
 #endif
 }
 
+// Two e4m3 values as f32, exactly; the first one in the lower byte.
+__device__ __forceinline__ float2 floats_from_e4m3(uint16_t both) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  float2 values;
+  asm("{\n"
+      ".reg .b32 halves;\n"
+      ".reg .b16 low, high;\n"
+      "cvt.rn.f16x2.e4m3x2 halves, %2;\n"
+      "mov.b32 {low, high}, halves;\n"
+      "cvt.f32.f16 %0, low;\n"
+      "cvt.f32.f16 %1, high;\n"
+      "}"
+      : "=f"(values.x), "=f"(values.y)
+      : "h"(both));
+  return values;
+#else
+  return {f32_from_e4m3(static_cast<uint8_t>(both)), f32_from_e4m3(static_cast<uint8_t>(both >> 8))};
+#endif
+}
+
 // ---- within a block --------------------------------------------------------------------------------------------------------
 
 // A meeting of `threads` threads of the block, whole warps; `id` 1 … 15 (0 is __syncthreads).

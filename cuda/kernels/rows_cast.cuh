@@ -12,8 +12,6 @@
 namespace deepep {
 
 struct CastRows {
-  const uint8_t* x;  // bf16 [tokens, x_stride / 2], 16-byte aligned
-  uint64_t x_stride;
   uint32_t channels;  // a multiple of 16
   bool round;         // scales are powers of two
   bool ue8m0;         // and sent as exponents
@@ -64,9 +62,11 @@ __device__ __forceinline__ void cast_unit(const CastRows& rows, const uint4& v, 
   for (uint32_t pad = blocks; block + 1 == blocks && pad % 4 != 0; ++pad) scales[pad] = 0;
 }
 
-// Warps 0 … warps - 1: casts `count` rows from `first` on into as many stages. The caller's next barrier completes them.
-__device__ inline void cast_rows(const CastRows& rows, uint8_t* stages, uint32_t stage_bytes, uint32_t first, uint32_t count,
-                                 uint32_t warps) {
+// Warps 0 … warps - 1: casts `count` rows into as many stages; from(nth) is the nth of them, bf16 [channels], 16-byte aligned.
+// The caller's next barrier completes them.
+template <class From>
+__device__ inline void cast_rows(const CastRows& rows, uint8_t* stages, uint32_t stage_bytes, uint32_t count, uint32_t warps,
+                                 From from) {
   constexpr uint32_t kUnitChannels = 8 * kWarpLanes;
   constexpr uint32_t kUnits = 4;  // that a warp loads at once
   const uint32_t per_row = (rows.channels + kUnitChannels - 1) / kUnitChannels;
@@ -79,7 +79,7 @@ __device__ inline void cast_rows(const CastRows& rows, uint8_t* stages, uint32_t
       const uint32_t channel = at % per_row * kUnitChannels + 8 * lane_id();
       values[i] = {0, 0, 0, 0};
       if (at < units && channel < rows.channels) {
-        values[i] = load_stream(rows.x + uint64_t{first + at / per_row} * rows.x_stride + channel * 2);
+        values[i] = load_stream(from(at / per_row) + channel * 2);
       }
     }
 #pragma unroll
