@@ -37,7 +37,8 @@ struct DeviceState {
   uint64_t num_rows;   // this rank's rows in the running call, padding included
   int64_t wait_ns[2][DEEPEP_MAX_RANKS];
   uint64_t num_dispatches, num_combines, rows_sent, bytes_sent, rows_pulled, num_failures;
-  Finding finding;  // of the running call
+  uint64_t lost;    // HostState::lost, as waits have last seen it
+  Finding finding;  // of the running call; empty between calls
 };
 
 // Pinned. Each word has one writer.
@@ -85,7 +86,7 @@ struct CallParams {
   uint32_t mask_on_timeout;
   uint64_t seq;         // 0 = captured
   uint64_t timeout_ns;  // of each wait
-  uint64_t lost;        // HostState::lost when the call was enqueued; a captured call looks for itself
+  uint64_t lost;        // HostState::lost when the call was enqueued
   Injection inject[kNumPhases];
 };
 

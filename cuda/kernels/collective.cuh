@@ -68,13 +68,12 @@ __device__ inline void read_call(const CallParams& p, CallShared& s, bool collec
   s.meeting = state.num_blocks + gridDim.x;
   s.masked = state.masked;
   s.view = 0;
-  s.lost = p.seq != 0 || !is_leader() || !needs_peers ? p.lost : load_relaxed_sys(&p.host->lost);
+  s.lost = p.lost | state.lost;
   s.code = 0;
   s.phase = DEEPEP_PHASE_NONE;
   s.skipped = needs_peers && state.failed != 0;
   s.extended = 0;
   s.go = 0;
-  if (is_leader()) p.state->finding = Finding{};
 }
 
 // The first thing in a kernel, by all threads.
@@ -170,6 +169,7 @@ __device__ inline void call_end(const CallParams& p, CallShared& s, const CallEn
     host.findings[state.num_failures % kNumFailuresKept] = finding;
     state.num_failures += 1;
     store_release_sys(&host.num_failures, state.num_failures);  // Pairs with the host's poll.
+    state.finding = Finding{};
   }
   if (p.seq != 0) store_release_sys(&host.ended_seq, p.seq);  // The same.
 }

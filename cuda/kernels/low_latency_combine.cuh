@@ -277,10 +277,10 @@ struct LowLatencyCombine {
     leader.wait_stats = reinterpret_cast<int64_t*>(params.args.wait_stats);
     const bool sends = params.sends != 0, receives = params.receives != 0;
     const uint64_t routed = header().valid != 0 ? header().view : 0;
-    if (sends && leader.lane == 0) header().combine_epoch = 0;
-    __syncwarp();
     bool goes = !s.call.skipped;
     if (goes && sends) goes = send(leader, routed);
+    if (!goes && leader.lane == 0) header().combine_epoch = 0;
+    __syncwarp();
     uint64_t view = 0;
     if (goes && receives) goes = receive(leader, routed, view);
     if (!s.call.skipped && (!goes || (is_led() && receives))) stop_or_release(kStepGo, goes);
@@ -311,13 +311,13 @@ struct LowLatencyCombine {
       if (leader.failed()) return false;
     }
     check_entries(leader);
-    if (leader.lane == 0) p().state->combine_epoch[p().slot] = s.call.epoch;
     if (copies()) {
       stop_or_release(kStepCounted, true);
       leader.await_blocks(kMeetCopied, false);
     }
     announce(leader, routed);
     if (leader.lane == 0) {
+      p().state->combine_epoch[p().slot] = s.call.epoch;
       header().refusal = leader.failed() ? p().state->finding : Finding{};
       header().num_rows = s.num_rows;
       header().combine_epoch = s.call.epoch;

@@ -175,7 +175,7 @@ struct Waits {
         asked_ns = now;
         // Written by the host's watchdog.
         const uint64_t lost = __shfl_sync(kAllLanes, load_relaxed_sys(&p.host->lost), 0);
-        if (lane == 0) s.lost |= lost;
+        if (lane == 0) p.state->lost = s.lost |= lost;  // Captured calls know it from there.
         __syncwarp();
       }
       // Once more: a peer may finish its part and go.
