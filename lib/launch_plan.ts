@@ -30,7 +30,7 @@ export interface BufferPlanOptions {
   layout?: RowLayout;
   /** Low latency: tokens of this rank. Default: the buffer's `maxLowLatencyTokensPerRank`. */
   numTokens?: number;
-  /** `"lowLatencyDispatch"`: rows are cast to FP8. Default true, as for a dispatch of bf16 rows. */
+  /** Low latency: rows are cast to FP8. Default as for the call: true for a dispatch, false for a combine. */
   fp8?: boolean;
   /** Multiprocessors asked for. Default: the buffer's. */
   numSms?: number;
@@ -96,7 +96,7 @@ function ask(
     throw new RangeError(`Cannot plan: op is ${JSON.stringify(o.op)}, needs one of ${known}`);
   }
   const num_tokens = op.startsWith("LOW_LATENCY") ? values.num_tokens : 0;
-  const fp8 = op === "LOW_LATENCY_DISPATCH" && (o.fp8 ?? true) ? 1 : 0;
+  const fp8 = o.fp8 ?? op === "LOW_LATENCY_DISPATCH" ? 1 : 0;
   planStruct.pack({ ...values, num_tokens, fp8, op: constants.OP[op][0] });
   device.call("deepep_plan", buffer, planStruct, "plan");
   const { sms, warps, stages, chunk_bytes, block_bytes, tma } = planStruct.read();

@@ -309,6 +309,11 @@ export interface LowLatencyCombineOptions extends OperationOptions {
   handle: LowLatencyHandle;
   /** bf16 `[numTokens, hidden]` to write to. Default: a new tensor, yours to release. */
   out?: Tensor<"bf16">;
+  /**
+   * Expert outputs travel as e4m3 with one scale per 128 channels: half the bytes, at the error of e4m3. The same on every
+   * rank; hidden must be a multiple of 16. What `expertOutput()` gave is cast in place. Default false.
+   */
+  fp8?: boolean;
   /** Only send; `received()` or `hook()` enqueues the receiving half. Default false. */
   recvHook?: boolean;
   /** i64 `[numRanks]`: nanoseconds waited for each peer are added to it, by both halves of a call with `recvHook`. */
@@ -367,7 +372,10 @@ function enqueueCombine(core: Core, y: Tensor, o: LowLatencyCombineOptions): Low
   const wait_stats = flat(core, op, "waitStats", o.waitStats, ["i64"], [core.numRanks]);
   const shape = [routing.num_tokens, core.options.hidden];
   flat(core, op, "out", o.out, ["bf16"], shape);
-  const operation = core.operation(op, o, o.recvHook ? FLAG.RECEIVE_HOOK[0] : 0);
+  if (o.fp8 && core.options.hidden % 16 !== 0) {
+    throw new RangeError(`Cannot ${op}: hidden is ${core.options.hidden}, rows of fp8 need a multiple of 16`);
+  }
+  const operation = core.operation(op, o, (o.recvHook ? FLAG.RECEIVE_HOOK[0] : 0) | (o.fp8 ? FLAG.FP8[0] : 0));
   let made: Tensor<"bf16"> | undefined;
   const release = () => made?.release();
   try {

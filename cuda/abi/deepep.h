@@ -165,7 +165,9 @@ extern "C" {
  * (per expert in low-latency mode) */
 #define DEEPEP_FLAG_SCALES_COLUMN_MAJOR 16
 #define DEEPEP_FLAG_RECEIVE_HOOK 32      /* only send; the matching *_receive call waits for the arrival */
-/* low latency: x is bf16 and is cast to e4m3 with one scale per 128 channels; hidden must be a multiple of 16 */
+/* low latency: x is bf16 and is cast to e4m3 with one scale per 128 channels; hidden must be a multiple of 16.
+ * Combine: rows travel so, half the bytes; the same on every rank; the slot's expert-output region then holds cast
+ * rows and not the caller's */
 #define DEEPEP_FLAG_FP8 64
 #define DEEPEP_FLAG_ROUND_SCALE 128      /* FP8: scales are rounded up to powers of two */
 /* FP8, with ROUND_SCALE: scales are 8-bit exponents, four to an i32, instead of f32 */
@@ -360,7 +362,7 @@ typedef struct deepep_plan_args {
   uint32_t num_tokens;
   /* [in] low-latency dispatch: experts in all; 0 = the buffer's */
   uint32_t num_experts;
-  /* [in] low-latency dispatch: 1 = rows are cast to FP8; otherwise 0 */
+  /* [in] low latency: 1 = rows are cast to FP8; otherwise 0 */
   uint32_t fp8;
 } deepep_plan_args;
 static_assert(sizeof(deepep_plan_args) == 72, "size");

@@ -92,7 +92,7 @@ constexpr uint32_t kFlagsOf<deepep_low_latency_dispatch_args> =
     DEEPEP_FLAG_FP8 | DEEPEP_FLAG_ROUND_SCALE | DEEPEP_FLAG_UE8M0;
 template <>
 constexpr uint32_t kFlagsOf<deepep_low_latency_combine_args> =
-    DEEPEP_FLAG_ASYNC_FINISH | DEEPEP_FLAG_RECEIVE_HOOK | DEEPEP_FLAG_LOGFMT;
+    DEEPEP_FLAG_ASYNC_FINISH | DEEPEP_FLAG_RECEIVE_HOOK | DEEPEP_FLAG_FP8 | DEEPEP_FLAG_LOGFMT;
 
 // The args, once their size is right and what is reserved is 0.
 template <class Args>

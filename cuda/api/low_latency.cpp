@@ -55,6 +55,9 @@ void check_dispatch(const Buffer& buffer, const deepep_low_latency_dispatch_args
 void check_combine(Buffer& buffer, const deepep_low_latency_combine_args& args, const LowLatencyFacts& facts) {
   check_topk(buffer, args);
   if ((args.flags & DEEPEP_FLAG_LOGFMT) != 0) reject(DEEPEP_ERROR_UNSUPPORTED, "this backend has no LOGFMT");
+  if ((args.flags & DEEPEP_FLAG_FP8) != 0 && buffer.options.hidden % 16 != 0) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "hidden is %u: rows cast to FP8 must be a multiple of 16", buffer.options.hidden);
+  }
   if (!facts.received) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the receive half of the dispatch in slot %d is still to come", args.slot);
   }

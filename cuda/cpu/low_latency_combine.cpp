@@ -5,6 +5,8 @@
 // announcements, pull). The receive half may come many calls later, so announcements have lines of their own instead of the
 // message ring (protocol.hpp), and weights and routing are taken over in the send half. Called by the API layer.
 
+#include <cstring>
+
 #include "../api/operations.hpp"
 #include "../api/registry.hpp"
 #include "exchange.hpp"
@@ -12,6 +14,7 @@
 #include "layout.hpp"
 #include "low_latency_slot.hpp"
 #include "rows.hpp"
+#include "rows_fp8.hpp"
 #include "wait.hpp"
 
 namespace deepep {
@@ -60,22 +63,24 @@ void take_routing(Operation& op, LowLatencyCombine& job) {
   if (weights != nullptr) job.weights.assign(weights, weights + count);
 }
 
+bool casts(const LowLatencyCombine& job) { return (job.args.flags & DEEPEP_FLAG_FP8) != 0; }
+
+uint8_t* own_region(Buffer& buffer, const LowLatencyCombine& job) {
+  return buffer.symmetric(buffer.rank) + slot_offset(buffer.regions, job.slot) + buffer.regions.expert_output;
+}
+
 void copy_rows(Buffer& buffer, const LowLatencyCombine& job, uint32_t local, uint64_t begin, uint64_t end) {
   const uint64_t row_bytes = uint64_t{buffer.options.hidden} * 2;
   const auto* x = reinterpret_cast<const uint8_t*>(job.args.x);
-  uint8_t* region =
-      buffer.symmetric(buffer.rank) + slot_offset(buffer.regions, job.slot) + buffer.regions.expert_output;
   for (uint64_t row = begin; row < end; ++row) {
     const uint64_t at = region_row(buffer, local, row) * row_bytes;
-    stream_row(region + at, x + at, row_bytes);
+    stream_row(own_region(buffer, job) + at, x + at, row_bytes);
   }
 }
 
 // Copies what the peers will pull; this rank's own rows too when x may be gone before the receive half.
 void copy_in(Buffer& buffer, const LowLatencyCombine& job) {
-  const uint8_t* region =
-      buffer.symmetric(buffer.rank) + slot_offset(buffer.regions, job.slot) + buffer.regions.expert_output;
-  if (job.args.x == 0 || reinterpret_cast<const uint8_t*>(job.args.x) == region) return;
+  if (job.args.x == 0 || reinterpret_cast<const uint8_t*>(job.args.x) == own_region(buffer, job)) return;
   const CountMatrix matrix = job.state->routing.matrix(buffer.options);
   for (uint32_t local = 0; local < buffer.num_local_experts; ++local) {
     const uint32_t expert = buffer.first_expert + local;
@@ -86,6 +91,23 @@ void copy_in(Buffer& buffer, const LowLatencyCombine& job) {
     copy_rows(buffer, job, local, own_end, entries_before(matrix, buffer.options.num_ranks, expert));
   }
   stream_fence();  // stream_row() may have used non-temporal stores, which the announcement does not order by itself.
+}
+
+// The same cast to FP8: all rows, from where they are, which can be the region itself.
+void cast_in(Buffer& buffer, const LowLatencyCombine& job) {
+  const uint32_t hidden = buffer.options.hidden;
+  const auto* x = job.args.x != 0 ? reinterpret_cast<const uint8_t*>(job.args.x) : own_region(buffer, job);
+  const CountMatrix matrix = job.state->routing.matrix(buffer.options);
+  std::vector<uint8_t> cast(fp8_row_bytes(hidden));
+  for (uint32_t local = 0; local < buffer.num_local_experts; ++local) {
+    const uint32_t num_rows = entries_before(matrix, buffer.options.num_ranks, buffer.first_expert + local);
+    for (uint32_t row = 0; row < num_rows; ++row) {
+      const uint64_t at = region_row(buffer, local, row) * hidden * 2;
+      cast_row_to_fp8(reinterpret_cast<const uint16_t*>(x + at), hidden, false, false, cast.data(),
+                      cast.data() + fp8_scales_offset(hidden));
+      std::memcpy(own_region(buffer, job) + at, cast.data(), cast.size());
+    }
+  }
 }
 
 // Tells the ranks of the dispatch; a header in the ring as well, so that a rank which is in another call notices.
@@ -102,6 +124,7 @@ void announce_outputs(Operation& op, const LowLatencyCombine& job) {
     if (!in_view(state.routing.view, peer)) continue;
     ReadyLine* line = ready_at(buffer.symmetric(peer), buffer.regions, buffer.rank, state.slots[peer]);
     line->code = op.failure.code;
+    line->flags = job.args.flags & DEEPEP_FLAG_FP8;
     store_release(&line->epoch, op.epoch);  // Pairs with the acquire in receive() of the peer.
   }
   for (uint32_t peer = 0; peer < buffer.options.num_ranks; ++peer) {
@@ -116,7 +139,10 @@ bool send(Operation& op, LowLatencyCombine& job) {
   if (!wait_for_readers(op, job.slot, wait)) return false;
   take_routing(op, job);
   begin_reading(op, job.slot);
-  if (op.failure.code == 0) copy_in(op.buffer, job);
+  if (op.failure.code == 0) {
+    if (casts(job)) cast_in(op.buffer, job);
+    else copy_in(op.buffer, job);
+  }
   announce_outputs(op, job);
   job.refusal = op.failure;
   job.announced = true;
@@ -126,7 +152,8 @@ bool send(Operation& op, LowLatencyCombine& job) {
 // Waits for the outputs of every rank that takes part. False when the call fails, on all ranks alike or half-way.
 bool wait_for_outputs(Operation& op, const LowLatencyCombine& job, PeerWait& wait, uint64_t& view) {
   Buffer& buffer = op.buffer;
-  int32_t refused = -1;
+  const uint32_t flags = job.args.flags & DEEPEP_FLAG_FP8;
+  int32_t refused = -1, differs = -1;
   for (uint32_t src = 0; src < buffer.options.num_ranks; ++src) {
     if (src == buffer.rank || !in_view(view, src)) continue;
     const ReadyLine* line = ready_at(buffer.symmetric(buffer.rank), buffer.regions, src, job.slot);
@@ -137,6 +164,7 @@ bool wait_for_outputs(Operation& op, const LowLatencyCombine& job, PeerWait& wai
     if (arrival == Arrival::failed) return false;
     if (arrival == Arrival::left_out) view &= ~(uint64_t{1} << src);
     else if (line->code != 0 && refused < 0) refused = static_cast<int32_t>(src);
+    else if (line->flags != flags && differs < 0) differs = static_cast<int32_t>(src);
   }
   if (job.refusal.code != 0) {
     op.failure = job.refusal;
@@ -144,6 +172,15 @@ bool wait_for_outputs(Operation& op, const LowLatencyCombine& job, PeerWait& wai
   } else if (refused >= 0) {
     const auto by = static_cast<uint32_t>(refused);
     fail_refused(op, by, ready_at(buffer.symmetric(buffer.rank), buffer.regions, by, job.slot)->code);
+  } else if (differs >= 0) {
+    const auto by = static_cast<uint32_t>(differs);
+    op.fail({.code = DEEPEP_ERROR_MISMATCH,
+             .peer = differs,
+             .reason = Reason::disagreement,
+             .agreed = 1,
+             .a = kAgreedFlags,
+             .expected = flags,
+             .seen = ready_at(buffer.symmetric(buffer.rank), buffer.regions, by, job.slot)->flags});
   }
   return op.failure.code == 0;
 }
@@ -160,7 +197,7 @@ bool reduce(Operation& op, const LowLatencyCombine& job, uint64_t view) {
   for (uint32_t rank = 0; rank < options.num_ranks; ++rank) {
     regions[rank] = buffer.symmetric(rank) + slot_offset(buffer.regions, job.state->slots[rank]) + buffer.regions.expert_output;
   }
-  if (job.one_piece && job.args.x != 0) regions[buffer.rank] = reinterpret_cast<const uint8_t*>(job.args.x);
+  if (job.one_piece && job.args.x != 0 && !casts(job)) regions[buffer.rank] = reinterpret_cast<const uint8_t*>(job.args.x);
   const uint16_t* rows[DEEPEP_MAX_TOPK];
   float weights[DEEPEP_MAX_TOPK];
   uint64_t rows_pulled = 0;
@@ -177,11 +214,13 @@ bool reduce(Operation& op, const LowLatencyCombine& job, uint64_t view) {
       if (!job.weights.empty()) weights[count] = job.weights[i];
       count += 1;
     }
-    reduce_rows({.rows = rows,
-                 .weights = job.weights.empty() ? nullptr : weights,
-                 .num_rows = count,
-                 .hidden = options.hidden,
-                 .out = reinterpret_cast<uint16_t*>(job.args.out) + size_t{token} * options.hidden});
+    const Reduction reduction = {.rows = rows,
+                                 .weights = job.weights.empty() ? nullptr : weights,
+                                 .num_rows = count,
+                                 .hidden = options.hidden,
+                                 .out = reinterpret_cast<uint16_t*>(job.args.out) + size_t{token} * options.hidden};
+    if (casts(job)) reduce_fp8_rows(reduction);
+    else reduce_rows(reduction);
     rows_pulled += count;
   }
   buffer.counters.rows_pulled += rows_pulled;

@@ -45,12 +45,13 @@ LowLatencyReceiveParams receive_params(const Buffer& buffer, const CallParams& c
 // A plan needs at least one row a token.
 uint32_t hops_of(const LowLatencyFacts& facts) { return facts.plan.num_topk > 0 ? facts.plan.num_topk : 1; }
 
-Plan plan_combine(const Buffer& buffer, const LowLatencyFacts& facts, int32_t num_sms) {
+Plan plan_combine(const Buffer& buffer, const LowLatencyFacts& facts, uint32_t flags, int32_t num_sms) {
   return buffer.plan({.op = DEEPEP_OP_LOW_LATENCY_COMBINE,
                       .row_bytes = buffer.options.hidden * 2,
                       .hops = hops_of(facts),
                       .num_sms = num_sms,
-                      .num_tokens = facts.plan.num_tokens});
+                      .num_tokens = facts.plan.num_tokens,
+                      .fp8 = (flags & DEEPEP_FLAG_FP8) != 0});
 }
 
 cudaError_t launch_combine(const Buffer& buffer, const CallParams& call, const LowLatencySlot& slot,
@@ -125,7 +126,7 @@ void enqueue_dispatch_receive(Buffer& buffer, const deepep_receive_args& args, c
 
 uint64_t enqueue_combine(Buffer& buffer, const deepep_low_latency_combine_args& args,
                          const std::shared_ptr<LowLatencySlot>& slot) {
-  const Plan plan = plan_combine(buffer, *slot, args.num_sms);
+  const Plan plan = plan_combine(buffer, *slot, args.flags, args.num_sms);
   const Halves halves = (args.flags & DEEPEP_FLAG_RECEIVE_HOOK) == 0 ? Halves::both : Halves::send;
   const uint64_t epoch = buffer.enqueue(
       stream_fields(args), {.op = DEEPEP_OP_LOW_LATENCY_COMBINE, .collective = true, .halves = halves},
@@ -138,7 +139,7 @@ uint64_t enqueue_combine(Buffer& buffer, const deepep_low_latency_combine_args& 
 }
 
 void enqueue_combine_receive(Buffer& buffer, const deepep_receive_args& args, const std::shared_ptr<LowLatencySlot>& slot) {
-  const Plan plan = plan_combine(buffer, *slot, args.num_sms);
+  const Plan plan = plan_combine(buffer, *slot, slot->combine.flags, args.num_sms);
   buffer.enqueue(stream_fields(args),
                  {.op = DEEPEP_OP_LOW_LATENCY_COMBINE, .halves = Halves::receive, .send_capture = slot->combine_capture},
                  [&](const CallParams& call, cudaStream_t stream) {

@@ -213,6 +213,10 @@ Plan Buffer::plan(Work work) const {
   if (work.num_sms == 0) work.num_sms = wanted_sms;
   const Plan plan = make_plan(work, topology);
   check_sms(plan.sms);
+  if (plan.stages == 0) {
+    reject(DEEPEP_ERROR_UNSUPPORTED, "rows of %u channels do not fit in the shared memory of %s to be cast to FP8",
+           work.row_bytes / 2, device_name(*device).c_str());
+  }
   return plan;
 }
 

@@ -128,7 +128,7 @@ export const constants = {
     RECEIVE_HOOK: [32, "only send; the matching *_receive call waits for the arrival"],
     FP8: [
       64,
-      "low latency: x is bf16 and is cast to e4m3 with one scale per 128 channels; hidden must be a multiple of 16",
+      "low latency: x is bf16 and is cast to e4m3 with one scale per 128 channels; hidden must be a multiple of 16. Combine: rows travel so, half the bytes; the same on every rank; the slot's expert-output region then holds cast rows and not the caller's",
     ],
     ROUND_SCALE: [128, "FP8: scales are rounded up to powers of two"],
     UE8M0: [256, "FP8, with ROUND_SCALE: scales are 8-bit exponents, four to an i32, instead of f32"],
@@ -312,7 +312,7 @@ export const structs = {
       tma: ["u32", "out", "1 = bulk copies by the tensor memory accelerator, 0 = loads and stores"],
       num_tokens: ["u32", "in", "low latency: tokens of this rank; otherwise 0"],
       num_experts: ["u32", "in", "low-latency dispatch: experts in all; 0 = the buffer's"],
-      fp8: ["u32", "in", "low-latency dispatch: 1 = rows are cast to FP8; otherwise 0"],
+      fp8: ["u32", "in", "low latency: 1 = rows are cast to FP8; otherwise 0"],
     },
   },
   deepep_completion: {

@@ -5,7 +5,7 @@
  * weighted sum. Called by tests as the oracle of every backend. A backend's tensors are [numLocalExperts, maxRows, …]; here an
  * expert has an array of its own that ends where its rows end, because what follows them is not defined.
  */
-import { bf16FromF32, bytesOf, castToFp8, f32FromBf16, viewAs } from "../dtype.ts";
+import { bf16FromF32, bytesOf, castToFp8, f32FromBf16, f32FromE4m3, FP8_BLOCK, viewAs } from "../dtype.ts";
 import { expertRank, localExperts } from "../layout.ts";
 import { allEntries, checkInputs, type Entry, isMasked, type RankInput, type TopkIdx, type World } from "./world.ts";
 
@@ -125,16 +125,17 @@ function receive(entries: readonly Entry[], sent: readonly RankInput[]): ExpertR
 
 /**
  * Combines a world in low-latency mode: the sum, from 0 and in ascending k, of weight * row, every product and every sum rounded
- * to f32, the end to bf16. Entries of -1 and of experts on masked ranks are left out. Gives bf16 [numTokens, hidden] for each rank.
+ * to f32, the end to bf16. Entries of -1 and of experts on masked ranks are left out. With `fp8` rows travel as e4m3: a value is
+ * then what was cast times its scale, rounded to f32. Gives bf16 [numTokens, hidden] for each rank.
  *
  * @throws {TypeError} When an array has not the length of its shape.
  */
 export function referenceLowLatencyCombine(
   ranks: readonly LowLatencyCombineInput[],
-  options: LowLatencyOptions & { hidden: number },
+  options: World & { readonly hidden: number; readonly fp8?: boolean },
 ): Uint16Array[] {
   const { hidden, numTopk } = options;
-  const values = ranks.map((input) => input.x.map(f32FromBf16));
+  const values = ranks.map((input) => input.x.map((x) => options.fp8 ? throughFp8(x, hidden) : f32FromBf16(x)));
   const sums = ranks.map((input, r) => new Float32Array(isMasked(options, r) ? 0 : input.numTokens * hidden));
   rowsOfExperts(ranks, options).forEach((entries, expert) => {
     const rank = expertRank(expert, options.numExperts, ranks.length);
@@ -159,6 +160,13 @@ export function referenceLowLatencyCombine(
   });
   return sums.map(bf16FromF32);
 }
+
+function throughFp8(x: Uint16Array, hidden: number): Float32Array {
+  const rows = x.length / hidden;
+  const { data, scales, numScales } = castToFp8(x, rows, hidden);
+  return f32FromE4m3(data).map((value, i) => value * scales[Math.floor(i / hidden) * numScales + blockOf(i % hidden)]!);
+}
+const blockOf = (channel: number): number => Math.floor(channel / FP8_BLOCK);
 
 /** For each rank the rows that its entries became, ordered by (token, k). */
 function placesOf(ranks: readonly LowLatencyCombineInput[], options: World): Place[][] {

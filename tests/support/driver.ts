@@ -103,6 +103,7 @@ export interface LowLatencyCombineCall {
   readonly hidden: number;
   readonly zeroCopy?: boolean;
   readonly recvHook?: boolean;
+  readonly fp8?: boolean;
 }
 
 /** An accident to inject once: a delay, silence, or the end of the process. Names are those of the ABI, in camelCase. */
@@ -218,7 +219,7 @@ class ReferenceDriver implements WorldDriver {
     inputs: readonly LowLatencyCombineInput[],
     call: LowLatencyCombineCall,
   ): Promise<Receive<Uint16Array[]>> {
-    const options = { ...this.#calls.get(from)!, ...call, masked: this.#masked };
+    const options = { ...this.#calls.get(from)!, ...call, fp8: call.fp8 ?? false, masked: this.#masked };
     return this.#run(() => {
       const sums = referenceLowLatencyCombine(inputs, options);
       return () => Promise.resolve(sums);

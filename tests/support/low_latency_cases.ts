@@ -94,7 +94,9 @@ async function checkedReturnHalf(
   const { hidden, numTopk } = world;
   const inputs = expertOutputs(world, from.ranks, call);
   const maxTokensPerRank = driver.options.maxLowLatencyTokensPerRank ?? 0;
-  const expected = referenceLowLatencyCombine(inputs, { ...driver.options, maxTokensPerRank, numTopk, hidden, masked });
+  const fp8 = about.combine?.fp8 ?? false;
+  const options = { ...driver.options, maxTokensPerRank, numTopk, hidden, masked, fp8 };
+  const expected = referenceLowLatencyCombine(inputs, options);
   const receive = await driver.lowLatencyCombine(from, inputs, { hidden, ...about.combine });
   return async () => {
     const actual = await receive();
@@ -142,6 +144,9 @@ const fp8Ways: Way[] = [
   [{ fp8: true, round: true, scalesColumnMajor: true }, { zeroCopy: true }],
   [{ fp8: true, round: true, ue8m0: true, recvHook: true }, { recvHook: true }],
   [{ fp8: true, round: true, ue8m0: true, scalesColumnMajor: true, inputStrides: { rowGap: 32 } }, {}],
+  [{}, { fp8: true }],
+  [{ fp8: true, wild: true }, { fp8: true, recvHook: true }],
+  [{ weights: false }, { fp8: true, zeroCopy: true }],
 ];
 
 /** There and back in every way. */

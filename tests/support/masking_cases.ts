@@ -152,7 +152,7 @@ class Hosts implements AsyncDisposable {
     const counted = where !== undefined && where.phase !== "notify" && masked.includes(SILENT);
     const full = counted ? referenceLowLatencyDispatch(inputs, reference) : [];
     const kept = counted ? outputs.map((input, rank) => withoutPlaces(input, full[rank]!)) : outputs;
-    const sums = referenceLowLatencyCombine(kept, { ...reference, hidden, masked });
+    const sums = referenceLowLatencyCombine(kept, { ...reference, hidden, masked, fp8: false });
     for (const rank of watched) {
       assertSame(`rank ${rank}, combined x`, await back[combining.indexOf(rank)], sums[rank]!, { width: hidden });
     }

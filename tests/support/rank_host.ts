@@ -330,6 +330,7 @@ export class RankHost {
       topkWeights,
       handle: recv.handle,
       ...(call.recvHook && { recvHook: true }),
+      ...(call.fp8 && { fp8: true }),
     });
     // The receiving half reads the routing and the weights: they stay until then.
     this.#combines.set(id, { out, uses: this.#garbage.splice(0) });
