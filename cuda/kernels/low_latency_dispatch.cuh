@@ -280,8 +280,8 @@ struct LowLatencyDispatch {
 
   __device__ ScaleUnits units(uint64_t alignment) const {
     const LowLatencyScales& scales = params.scales;
-    return scale_units({scales.num, scales.elem_bytes, scales.from_elem_stride, scales.to_elem_stride,
-                        alignment | scales.to_row_stride | scales.expert_stride});
+    return scale_units(ScaleRows{scales.num, scales.elem_bytes, scales.from_elem_stride, scales.to_elem_stride,
+                                 alignment | scales.to_row_stride | scales.expert_stride});
   }
 
   // Rows that were cast: each entry's is copied out of shared memory by one warp.
