@@ -1,0 +1,68 @@
+/** scripts/serve.ts as it is run: it asks itself and gets every row back; it answers others, refuses nonsense, and ends when told. */
+import process from "node:process";
+import { test } from "node:test";
+import { assert, assertEquals, assertMatch } from "@std/assert";
+import { exactRow, route } from "../scripts/serve/messages.ts";
+import { bounded, startChild, until } from "./support/group_worlds.ts";
+import { Random } from "./support/random.ts";
+
+const SHAPE = { ranks: 2, tokens: 6, hidden: 256, experts: 10, topk: 3 };
+const flags = Object.entries(SHAPE).flatMap(([name, value]) => [`--${name}`, String(value)]);
+const start = (...more: string[]) =>
+  startChild("scripts/serve.ts", ["--backend", "cpu", "--port", "0", ...flags, ...more]);
+
+test("serve: clients get their rows back from decode steps, and delays are measured", bounded, async () => {
+  const child = start("--load", "3", "--seconds", "2"), { code } = await child.ended;
+  assertEquals(code, 0, child.output.stderr);
+  const report = JSON.parse(child.output.stdout);
+  const { serve, backend, ranks, wrong, errors, failures, maskedRanks, requests, steps, eventLoopDelay } = report;
+  assertEquals([serve, backend, ranks, wrong, errors, failures, maskedRanks], ["passed", "cpu", 2, 0, 0, 0, []]);
+  assert(requests > 10 && steps > 10 && report.stepsPerSecond > 0, child.output.stdout);
+  assertEquals(eventLoopDelay.workers.length, 2);
+  for (const { count, p50, p99, max } of [eventLoopDelay.main, ...eventLoopDelay.workers]) {
+    assert(count > 100 && p50 > 0 && p50 <= p99 && p99 <= max, child.output.stdout);
+  }
+  assertEquals(report.mainUnder1Ms, eventLoopDelay.main.p99 < 1);
+});
+
+test("serve: it answers while steps run, refuses what makes no sense, and ends when it is told", bounded, async () => {
+  const child = start();
+  await until(() => child.output.stderr.includes("\n"), "the server");
+  const url = /listening on (\S+)/.exec(child.output.stderr)![1]!;
+  const post = (body: Uint8Array<ArrayBuffer>) => fetch(`${url}/generate`, { method: "POST", body });
+  const random = new Random(1), rows = Array.from({ length: 4 }, () => exactRow(SHAPE.hidden, () => random.float()));
+  const sent = new Uint16Array(4 * SHAPE.hidden);
+  rows.forEach((row, i) => sent.set(row, i * SHAPE.hidden));
+  const answers = await Promise.all(Array.from({ length: 8 }, () => post(new Uint8Array(sent.buffer))));
+  for (const answer of answers) assertEquals(new Uint16Array(await answer.arrayBuffer()), sent);
+  const before = await (await fetch(`${url}/metrics`)).json();
+  await new Promise((resolve) => setTimeout(resolve, 100));
+  const after = await (await fetch(`${url}/metrics`)).json();
+  assert(after.steps > before.steps, "steps go on without requests");
+  assertEquals([after.requests, after.failures, after.maskedRanks], [8, 0, []]);
+  const refused = [await post(new Uint8Array(10)), await post(new Uint8Array(2 * SHAPE.hidden * 7)), await fetch(url)];
+  assertEquals(refused.map(({ status }) => status), [400, 400, 404]);
+  for (const response of refused) await response.body?.cancel();
+  process.kill(child.process.pid!, "SIGTERM"); // by the process: Deno takes a child that it signals itself for killed
+  assertEquals(await child.ended, { code: 0, signal: null }, child.output.stderr);
+});
+
+test("serve: flags that make no sense end it with 1", bounded, async () => {
+  const child = start("--hidden", "none"), { code } = await child.ended;
+  assertEquals([code, child.output.stdout], [1, ""]);
+  assertMatch(child.output.stderr, /--hidden is none, needs a whole number from 1/);
+});
+
+test("serve: a row's experts differ, and its weights sum up to 1", () => {
+  const random = new Random(2);
+  for (const [experts, topk] of [[10, 3], [8, 8], [256, 8], [5, 1]] as const) {
+    const shape = { tokens: 1, hidden: 16, experts, topk };
+    for (let i = 0; i < 50; i++) {
+      const idx = new Int32Array(topk), weights = new Float32Array(topk);
+      route(random.bf16(16), shape, idx, weights);
+      assertEquals(new Set(idx).size, topk);
+      assert(idx.every((expert) => expert >= 0 && expert < experts));
+      assertEquals(weights.reduce((a, b) => a + b), 1);
+    }
+  }
+});
