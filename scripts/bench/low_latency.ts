@@ -9,6 +9,7 @@ import { castToFp8 } from "../../lib/dtype.ts";
 import { localExperts } from "../../lib/layout.ts";
 import { referenceLowLatencyDispatch } from "../../lib/reference/mod.ts";
 import { Ceiling } from "./ceiling.ts";
+import { fp8RowBytes, lowLatencyBytes, LowLatencyCalls } from "./low_latency_calls.ts";
 import { NaiveDispatch, partsOf } from "./naive.ts";
 import { NaiveCombine } from "./naive_combine.ts";
 import type { BenchOptions } from "./options.ts";
@@ -47,6 +48,7 @@ class LowLatencyBench {
   readonly #x: readonly Tensor<"bf16">[];
   readonly #topkIdx: readonly Tensor<"i32">[];
   readonly #topkWeights: readonly Tensor<"f32">[];
+  readonly #calls: LowLatencyCalls;
 
   constructor(options: BenchOptions, verifier: Verifier, world: BenchWorld, ranks: Ranks) {
     this.#options = options;
@@ -58,6 +60,7 @@ class LowLatencyBench {
     this.#x = ranks.buffers.map((b, r) => b.tensor("bf16", [tokens, hidden], inputs[r]!.values));
     this.#topkIdx = ranks.buffers.map((b, r) => b.tensor("i32", [tokens, topk], inputs[r]!.topkIdx));
     this.#topkWeights = ranks.buffers.map((b, r) => b.tensor("f32", [tokens, topk], inputs[r]!.topkWeights));
+    this.#calls = new LowLatencyCalls({ topkIdx: this.#topkIdx, topkWeights: this.#topkWeights });
   }
 
   release(): void {
@@ -65,7 +68,7 @@ class LowLatencyBench {
   }
 
   #dispatchAll(): LowLatencyResult[] {
-    return this.#ranks.buffers.map((b, r) => b.lowLatencyDispatch(this.#x[r]!, { topkIdx: this.#topkIdx[r]! }));
+    return this.#ranks.buffers.map((b, r) => this.#calls.dispatch(b, r, { x: this.#x[r]! }));
   }
 
   get #reference() {
@@ -90,7 +93,7 @@ class LowLatencyBench {
       await this.#verifier.lowLatencyDispatch(`ll_dispatch, ${tokens} tokens, rank ${r}`, result, want[r]!);
       result.release();
     }
-    const rowBytes = hidden + 4 * Math.ceil(hidden / 128), rows = sum(world.expertRows), all = world.ranks * tokens;
+    const rowBytes = fp8RowBytes(hidden), rows = sum(world.expertRows), all = world.ranks * tokens;
     const cast = ranks.buffers.map((b, r): ScaledRows => {
       const { data, scales, numScales } = castToFp8(
         world.inputs[r]!.values,
@@ -124,7 +127,7 @@ class LowLatencyBench {
       op: "ll_dispatch",
       ...this.#facts,
       dtype: "fp8",
-      bytes: all * 2 * hidden + rows * rowBytes,
+      bytes: lowLatencyBytes.dispatch({ tokens: all, rows, hidden }),
       formula:
         `tokens * ${
           2 * hidden
@@ -163,14 +166,7 @@ class LowLatencyBench {
     const measured: Chain = {
       lanes: ranks.lanes,
       step: () => {
-        ranks.buffers.forEach((b, r) =>
-          b.lowLatencyCombine(y[r]!, {
-            topkIdx: this.#topkIdx[r]!,
-            topkWeights: this.#topkWeights[r]!,
-            handle: results[r]!.handle,
-            out: out[r]!,
-          })
-        );
+        ranks.buffers.forEach((b, r) => this.#calls.combine(b, r, { y: y[r]!, of: results[r]!, out: out[r]! }));
       },
     };
     const sampled = sampledTokens(tokens), want = expectedLowLatencyCombine(world, values, sampled);
@@ -202,7 +198,7 @@ class LowLatencyBench {
       op: "ll_combine",
       ...this.#facts,
       dtype: "bf16",
-      bytes: (rows + world.ranks * tokens) * 2 * hidden,
+      bytes: lowLatencyBytes.combine({ tokens: world.ranks * tokens, rows, hidden }),
       formula: `(rows + tokens) * ${2 * hidden} B, rows = tokens * ${topk}`,
       ...spreads,
     };

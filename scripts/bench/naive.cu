@@ -2,8 +2,8 @@
 //
 // In: commands from scripts/bench/gpu/naive.ts, streams and addresses in them. Out: work on those streams, or a graph of it.
 // The list is run here, so that the naive way pays for its launches but not for JavaScript. Beside it are a scatter and a pull
-// without any synchronisation, which nothing can beat that moves rows by loads and stores, and a comparison. Bench only: not
-// part of the package. scripts/bench/gpu/naive_library.ts compiles it.
+// without any synchronisation, which are ceilings of calls that move rows by loads and stores, arithmetic that stands for
+// experts, and a comparison. Bench only: not part of the package. scripts/bench/gpu/naive_library.ts compiles it.
 #include <cuda_runtime.h>
 
 #include <cstdint>
@@ -22,8 +22,18 @@ enum Op : uint64_t {
   kRecord = 3,   // n = event
   kWait = 4,     // n = event
   kReduce = 5,   // a = dst bf16 [n, m / 2], b = u64 [n, k] addresses of rows (0 = none), c = f32 [n, k] weights or 0
-  kScatter = 6,  // a = src, b = u64 [n, k] addresses that a row of m bytes goes to
+  kScatter = 6,  // a, c = src of payload and of scales, b = u64 [2, n, hops] addresses that their rows go to (0 = none); m = bytes
+                 // of a payload row | of a row of scales << 32, k = hops | blocks at most << 32
   kCompare = 7,  // a, b = n bytes each, c = u64 counter: words of 16 bytes that differ are added to it
+  kWork = 8,     // a = f32 to write to, n = blocks, m = steps of arithmetic that touch no memory
+};
+
+// A row's parts, payload and scales.
+struct Scatter {
+  const uint4* src[2];
+  const uint64_t* to[2];  // [tokens, hops]
+  uint32_t width[2];      // vectors a row, 0 = no such part
+  uint32_t hops;
 };
 
 constexpr uint32_t kThreads = 224;   // 4 vectors a thread for a row of 7168 bf16
@@ -108,24 +118,40 @@ __global__ void reduce_kernel(uint4* dst, const uint64_t* from, const float* wei
   }
 }
 
-__global__ void scatter_kernel(const uint4* src, const uint64_t* to, uint64_t tokens, uint32_t width, uint32_t hops) {
-  for (uint64_t token = blockIdx.x; token < tokens; token += gridDim.x) {
-    const uint64_t* rows = to + token * hops;
-    for (uint32_t v = threadIdx.x; v < width; v += kUnroll * blockDim.x) {
-      uint4 values[kUnroll];
+__device__ void scatter_row(const uint4* from, const uint64_t* rows, uint32_t width, uint32_t hops) {
+  for (uint32_t v = threadIdx.x; v < width; v += kUnroll * blockDim.x) {
+    uint4 values[kUnroll];
+#pragma unroll
+    for (uint32_t u = 0; u < kUnroll; ++u) {
+      if (v + u * blockDim.x < width) values[u] = from[v + u * blockDim.x];
+    }
+    for (uint32_t h = 0; h < hops; ++h) {
+      if (!rows[h]) continue;
 #pragma unroll
       for (uint32_t u = 0; u < kUnroll; ++u) {
-        if (v + u * blockDim.x < width) values[u] = src[token * width + v + u * blockDim.x];
-      }
-      for (uint32_t h = 0; h < hops; ++h) {
-        if (!rows[h]) continue;
-#pragma unroll
-        for (uint32_t u = 0; u < kUnroll; ++u) {
-          if (v + u * blockDim.x < width) reinterpret_cast<uint4*>(rows[h])[v + u * blockDim.x] = values[u];
-        }
+        if (v + u * blockDim.x < width) reinterpret_cast<uint4*>(rows[h])[v + u * blockDim.x] = values[u];
       }
     }
   }
+}
+
+__global__ void scatter_kernel(const Scatter s, uint64_t tokens) {
+  for (uint64_t token = blockIdx.x; token < tokens; token += gridDim.x) {
+    for (uint32_t part = 0; part < 2; ++part) {
+      if (s.width[part] == 0) continue;
+      scatter_row(s.src[part] + token * s.width[part], s.to[part] + token * s.hops, s.width[part], s.hops);
+    }
+  }
+}
+
+// Keeps multiprocessors busy for a time that does not depend on memory.
+__global__ void work_kernel(float* out, uint64_t steps) {
+  float a = float(threadIdx.x), b = float(blockIdx.x);
+  for (uint64_t i = 0; i < steps; ++i) {
+    a = a * 0.999f + b;
+    b = b * 0.998f + a;
+  }
+  if (a == b) out[0] = a;  // never, but the compiler does not know
 }
 
 __global__ void compare_kernel(const uint4* a, const uint4* b, unsigned long long* counter, uint64_t words) {
@@ -161,9 +187,19 @@ cudaError_t gather(const Command& c, cudaStream_t stream) {
   return launch(gather_short_kernel<Vector>, (c.n * width + 255) / 256, 256, stream, dst, src, index, c.n, width);
 }
 
+cudaError_t scatter(const Command& c, cudaStream_t stream) {
+  const uint64_t blocks = c.k >> 32, hops = uint32_t(c.k);
+  const auto* to = at<const uint64_t>(c.b);
+  const Scatter s = {{at<const uint4>(c.a), at<const uint4>(c.c)},
+                     {to, to + c.n * hops},
+                     {uint32_t(c.m) / 16, uint32_t(c.m >> 32) / 16},
+                     uint32_t(hops)};
+  return launch(scatter_kernel, c.n < blocks ? c.n : blocks, kThreads, stream, s, c.n);
+}
+
 cudaError_t run(const Command& c) {
   auto stream = reinterpret_cast<cudaStream_t>(c.stream);
-  const uint32_t width = uint32_t(c.m / 16), hops = uint32_t(c.k);
+  const uint32_t width = uint32_t(c.m / 16);
   switch (c.op) {
     case kGather: return c.m % 16 == 0 ? gather<uint4>(c, stream) : gather<uint32_t>(c, stream);
     case kCopy: return cudaMemcpyAsync(at<void>(c.a), at<const void>(c.b), c.n, cudaMemcpyDeviceToDevice, stream);
@@ -171,9 +207,9 @@ cudaError_t run(const Command& c) {
     case kWait: return cudaStreamWaitEvent(stream, events[c.n], 0);
     case kReduce:
       return launch(reduce_kernel, c.n, kThreads, stream, at<uint4>(c.a), at<const uint64_t>(c.b), at<const float>(c.c), c.n,
-                    width, hops);
-    case kScatter:
-      return launch(scatter_kernel, c.n, kThreads, stream, at<const uint4>(c.a), at<const uint64_t>(c.b), c.n, width, hops);
+                    width, uint32_t(c.k));
+    case kScatter: return scatter(c, stream);
+    case kWork: return launch(work_kernel, c.n, kThreads, stream, at<float>(c.a), c.m);
     case kCompare:
       return launch(compare_kernel, 1024, 256, stream, at<const uint4>(c.a), at<const uint4>(c.b),
                     at<unsigned long long>(c.c), c.n / 16);
@@ -234,6 +270,7 @@ NAIVE_API int32_t naive_open(int32_t device) {
   if (!error) error = load(gather_short_kernel<uint32_t>);
   if (!error) error = load(reduce_kernel);
   if (!error) error = load(scatter_kernel);
+  if (!error) error = load(work_kernel);
   if (!error) error = load(compare_kernel);
   return error;
 }

@@ -25,7 +25,17 @@ export const OPS = [
 export type OpName = (typeof OPS)[number];
 
 /** Parts of the bench of a GPU, in their order. */
-export const GPU_PHASES = ["ceiling", "main", "host", "wake", "ranks", "graphs", "sms", "tokens"] as const;
+export const GPU_PHASES = [
+  "ceiling",
+  "main",
+  "host",
+  "wake",
+  "low_latency",
+  "graphs",
+  "tokens",
+  "ranks",
+  "sms",
+] as const;
 
 /** One of {@linkcode GPU_PHASES}. */
 export type GpuPhase = (typeof GPU_PHASES)[number];
@@ -58,10 +68,11 @@ On a GPU the bench is another one: device events, launches against graphs, sweep
   --sms N,N,...             multiprocessors a rank in phase main, default 16,8,4; sweeps take the first
   --sweep-tokens N,N,...    default 1,2,4,...,8192; with --quick 1,8,64,512,4096
   --compare-tokens N,N,...  sizes that are also launched one by one, captured as graphs and held against the naive way,
-                            default 1,8,64,512,4096; with --quick 1,64,4096
+                            default 1,2,4,...,4096; with --quick 1,64,4096
   --sweep-sms N,N,...       default 2,4,8,12,16; with --quick 4,16
   --sweep-ranks N,N,...     default 1,2,4,8; with --quick 1,4
-  --limit SECONDS           leave out what would begin later, default 170; with --quick 35
+  --limit SECONDS           leave out phases and sizes that would begin later, default 170; with --quick 35
+  --size-limit SECONDS      leave out figures of a size that would begin later than that after it began, default 3
   --naive-library FILE      scripts/bench/naive.cu, compiled already; default: build/bench, by nvcc if need be
   --gpu-bench               the same on the cpu backend, without what it lacks (for its test)
   --corrupt                 flip a bit of what is verified: the bench must refuse and exit with 1 (for its test)
@@ -80,6 +91,7 @@ export interface GpuOptions {
   readonly sweepRanks: readonly number[];
   readonly repetitions: number;
   readonly limitS: number;
+  readonly sizeLimitS: number;
   readonly quick: boolean;
   readonly naiveLibrary: string | undefined;
   /** On the cpu backend, too. */
@@ -156,6 +168,7 @@ export function parseOptions(args: string[]): BenchOptions | undefined {
       "sweep-sms": text,
       "sweep-ranks": text,
       limit: text,
+      "size-limit": text,
       "naive-library": text,
       "gpu-bench": flag,
       commit: text,
@@ -177,17 +190,19 @@ export function parseOptions(args: string[]): BenchOptions | undefined {
   const topk = whole("topk", values.topk, 1), experts = whole("experts", values.experts, 1);
   if (topk > experts) throw new RangeError(`Cannot bench: --topk is ${topk}, there are ${experts} experts`);
   const ranks = whole("ranks", values.ranks, 1);
-  const swept = quick ? "1,8,64,512,4096" : Array.from({ length: 14 }, (_, i) => 2 ** i).join(",");
+  const powers = (count: number): string => Array.from({ length: count }, (_, i) => 2 ** i).join(",");
+  const swept = quick ? "1,8,64,512,4096" : powers(14);
   const gpu: GpuOptions = {
     phases: words("phase", values.only, GPU_PHASES),
     tokens: whole("tokens", values.tokens ?? "4096", 1),
     numSms: wholes("sms", values.sms ?? "16,8,4", 1),
     sweepTokens: wholes("sweep-tokens", values["sweep-tokens"] ?? swept, 1),
-    compareTokens: wholes("compare-tokens", values["compare-tokens"] ?? (quick ? "1,64,4096" : "1,8,64,512,4096"), 1),
+    compareTokens: wholes("compare-tokens", values["compare-tokens"] ?? (quick ? "1,64,4096" : powers(13)), 1),
     sweepSms: wholes("sweep-sms", values["sweep-sms"] ?? (quick ? "4,16" : "2,4,8,12,16"), 1),
     sweepRanks: wholes("sweep-ranks", values["sweep-ranks"] ?? (quick ? "1,4" : "1,2,4,8"), 1),
     repetitions: whole("repetitions", values.repetitions ?? (quick ? "5" : "9"), 1),
     limitS: whole("limit", values.limit ?? (quick ? "35" : "170"), 1),
+    sizeLimitS: whole("size-limit", values["size-limit"] ?? "3", 1),
     quick,
     naiveLibrary: values["naive-library"],
     anyBackend: values["gpu-bench"],

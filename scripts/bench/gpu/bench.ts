@@ -11,24 +11,19 @@ import type { Machine } from "../report.ts";
 import { VerificationError, Verifier } from "../verify.ts";
 import { type Ceiling, COPY_BYTES, measureCopies } from "./ceilings.ts";
 import { within } from "./clock.ts";
+import { goalTable } from "./goals.ts";
 import { graphsOfSize, slotsOf } from "./graphs.ts";
 import { hostPhase } from "./host_phase.ts";
+import { lowLatencyPhase } from "./low_latency/phase.ts";
 import { mainPhase, type PhaseContext } from "./main_phase.ts";
 import { type NaiveLibrary, naiveLibrary } from "./naive_library.ts";
-import { goalTable, Report } from "./report.ts";
+import { plainCeilings } from "./plain.ts";
+import { Report } from "./report.ts";
 import { makeRouting, mostRows, type Routing } from "./routes.ts";
-import { Stage } from "./stage.ts";
+import { Stage, type StageShape } from "./stage.ts";
 import { FORMS, shapeSweep, tokenSweep } from "./sweeps.ts";
 import { tables } from "./tables.ts";
 import { wakePhase } from "./wake.ts";
-
-/** What a stage is made for. */
-interface StageShape {
-  readonly numRanks: number;
-  readonly tokens: number;
-  readonly rows: number;
-  readonly numSlots?: number;
-}
 
 /** Stages, of which one lives at a time. */
 class Stages {
@@ -78,6 +73,7 @@ class Run {
   readonly naive: NaiveLibrary | string;
   readonly #broken = new Set<string>();
   wrong = 0;
+  #sizeEnd = Infinity;
 
   constructor(options: BenchOptions, report: Report) {
     const path = options.gpu.naiveLibrary;
@@ -94,12 +90,18 @@ class Run {
   left(): boolean {
     return this.seconds < this.options.gpu.limitS;
   }
+  /** Whether there is time for one more size; what comes until the next, or the next phase, then has the time of one. */
+  nextSize(): boolean {
+    this.#sizeEnd = this.seconds + this.options.gpu.sizeLimitS;
+    return this.left();
+  }
 
   /** Runs a phase that was asked for, and goes on whatever comes of it. */
   async phase(name: GpuPhase, title: string, run: () => Promise<void>): Promise<void> {
     if (!this.options.gpu.phases.has(name)) return;
     if (!this.left()) return this.report.trouble(`${name}: left out, ${this.options.gpu.limitS} s are over`);
     this.report.say(`\n${name}: ${title}  [${this.seconds.toFixed(0)} s]`);
+    this.#sizeEnd = Infinity;
     try {
       await run();
     } catch (error) {
@@ -125,6 +127,7 @@ class Run {
       naive: this.naive,
       repetitions: swept ? Math.ceil(repetitions / 2) : repetitions,
       broken: this.#broken,
+      left: () => this.seconds < this.#sizeEnd,
       failed: (what, error) => this.failed(what, error),
     };
   }
@@ -158,6 +161,11 @@ export async function benchGpu(options: BenchOptions, machine: Machine): Promise
   if (typeof naive === "string") report.say(`  no naive way: ${naive}`);
 
   await run.phase("ceiling", "what copies move, read and written", () => ceilings(run, "before"));
+  if (typeof naive !== "string") {
+    await run.phase("ceiling", "what plain kernels move that scatter and pull the rows of the calls", async () => {
+      await plainCeilings(async () => run.context(await run.stages.get(shape)), main);
+    });
+  }
   await run.phase("main", `the calls, ${gpu.numSms.join(", ")} SMs a rank`, async () => {
     await mainPhase(async () => run.context(await run.stages.get(shape), false), main, gpu.numSms);
   });
@@ -167,7 +175,31 @@ export async function benchGpu(options: BenchOptions, machine: Machine): Promise
     "from counts in host memory, seen by a worker that reads them without pause, to the promise",
     () => wakePhase(report, options, gpu.quick ? 200 : 1000),
   );
+  await run.phase("low_latency", "decode sizes, all ranks together", () =>
+    lowLatencyPhase({
+      options,
+      report,
+      context: async (shape, swept = false) => run.context(await run.stages.get(shape), swept),
+      nextSize: () => run.nextSize(),
+    }));
   const numSms = gpu.numSms[0]!;
+  const compared = swept.filter(({ tokens }) => gpu.compareTokens.includes(tokens));
+  await run.phase("graphs", `graphs of many calls, ${numSms} SMs a rank, the naive way beside`, async () => {
+    for (const [numSlots, routings] of Map.groupBy(compared, ({ tokens }) => slotsOf(tokens))) {
+      const rows = Math.max(...routings.map(({ rank }) => mostRows(rank)));
+      const tokens = Math.max(...routings.map(({ tokens }) => tokens));
+      const newContext = async () => run.context(await run.stages.get({ numRanks: ranks, tokens, rows, numSlots }));
+      for (const routing of routings) {
+        if (!run.nextSize()) return report.trouble(`graphs: no time for ${routing.tokens} tokens and more`);
+        await graphsOfSize(newContext, routing, numSms);
+      }
+    }
+  });
+  await run.phase("tokens", `1 … ${shape.tokens} tokens, ${numSms} SMs a rank, the naive way beside some`, async () => {
+    const newContext = async () => run.context(await run.stages.get(shape));
+    const nextSize = (): boolean => run.nextSize();
+    await tokenSweep(newContext, swept, { numSms, compare: gpu.compareTokens, nextSize });
+  });
   await run.phase("ranks", `ranks, ${numSms} SMs each`, async () => {
     for (const numRanks of gpu.sweepRanks) {
       if (!run.left()) return report.trouble(`ranks: no time for ${numRanks} and more`);
@@ -176,24 +208,8 @@ export async function benchGpu(options: BenchOptions, machine: Machine): Promise
       await shapeSweep(run.context(stage), routing, "ranks", [numSms]);
     }
   });
-  const compared = swept.filter(({ tokens }) => gpu.compareTokens.includes(tokens));
-  await run.phase("graphs", `graphs of many calls, ${numSms} SMs a rank, the naive way beside`, async () => {
-    for (const [numSlots, routings] of Map.groupBy(compared, ({ tokens }) => slotsOf(tokens))) {
-      const rows = Math.max(...routings.map(({ rank }) => mostRows(rank)));
-      const tokens = Math.max(...routings.map(({ tokens }) => tokens));
-      const newContext = async () => run.context(await run.stages.get({ numRanks: ranks, tokens, rows, numSlots }));
-      for (const routing of routings) {
-        if (!run.left()) return report.trouble(`graphs: no time for ${routing.tokens} tokens and more`);
-        await graphsOfSize(newContext, routing, numSms);
-      }
-    }
-  });
   await run.phase("sms", "multiprocessors a rank", async () => {
     await shapeSweep(run.context(await run.stages.get(shape)), main, "sms", gpu.sweepSms);
-  });
-  await run.phase("tokens", `1 … ${shape.tokens} tokens, ${numSms} SMs a rank, the naive way beside some`, async () => {
-    const newContext = async () => run.context(await run.stages.get(shape));
-    await tokenSweep(newContext, swept, { numSms, compare: gpu.compareTokens, left: () => run.left() });
   });
   await run.stages.close().catch((error: Error) => report.trouble(error.message));
   if (gpu.phases.has("ceiling") && !gpu.quick) {

@@ -2,9 +2,9 @@
  * What the device itself can move, measured in the same run by `deepep_measure_copy`.
  *
  * In: a device at rest. Out: gigabytes a second, each byte counted when it is read and when it is written, of the library's copy
- * kernel on some numbers of multiprocessors and of the driver's memcpy. Called by bench.ts before and after the calls. The bound
- * of a call is its least traffic over the fastest copy kernel, of any size and number of multiprocessors: how fast one copy is
- * depends on where its memory happens to lie. The driver's memcpy is the faster one; what share of it is reached stands beside.
+ * kernel on some numbers of multiprocessors and of the driver's memcpy. Called by bench.ts before and after the calls. The copy
+ * kernel that counts is the fastest, of any size and number of multiprocessors: how fast one copy is depends on where its memory
+ * happens to lie. The driver's memcpy is the faster one; what share of it is reached stands beside. plain.ts has the other kernels.
  */
 import type { EpBuffer } from "../../../mod.ts";
 import { struct } from "../../../lib/ffi/struct.ts";

@@ -30,7 +30,7 @@ export async function poison(stage: Stage, loaded: Loaded, rows: Rows, layout: "
 }
 
 /** First and last rows of each source, and some between. */
-function sampled(length: number, seams: readonly number[]): number[] {
+export function sampled(length: number, seams: readonly number[]): number[] {
   if (length <= SAMPLES) return Array.from({ length }, (_, i) => i);
   const random = new Random(length);
   const rows = new Set([0, length - 1, ...seams.flatMap((at) => [at - 1, at])].filter((i) => i >= 0 && i < length));

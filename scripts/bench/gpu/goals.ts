@@ -5,6 +5,7 @@
  * with like: chains with chains, calls launched one by one with such calls, the host's clock with the host's clock; a share is that of
  * the fastest kernel that moves rows as the call does.
  */
+import { GPU_PHASES } from "../options.ts";
 import type { Form } from "./clock.ts";
 import { type GpuFigure, type Report, sharesWords, us } from "./report.ts";
 
@@ -33,7 +34,12 @@ function share(report: Report, what: string, goal: number, wanted: Partial<GpuFi
 }
 
 /** At most `limit` in every one of some figures. */
-function most(what: string, limit: number, figures: readonly GpuFigure[], { unit = "us", goal = "", beside = "" } = {}): Goal {
+function most(
+  what: string,
+  limit: number,
+  figures: readonly GpuFigure[],
+  { unit = "us", goal = "", beside = "" } = {},
+): Goal {
   const worst = figures.length === 0 ? undefined : Math.max(...figures.map((figure) => figure.us.median));
   return {
     what,
@@ -58,7 +64,9 @@ function fullGoals(report: Report, numSms: number): Goal[] {
     return {
       what: `full dispatch, ${numSms} SMs: ${words}`,
       goal: "cached + <= 40 us",
-      reached: extra === undefined ? NO_FIGURE : `cached + ${us(extra)} us (${us(a!.us.median)} and ${us(b!.us.median)} us)`,
+      reached: extra === undefined
+        ? NO_FIGURE
+        : `cached + ${us(extra)} us (${us(a!.us.median)} and ${us(b!.us.median)} us)`,
       met: extra === undefined ? undefined : extra <= 40,
     };
   });
@@ -98,9 +106,8 @@ function naiveGoals(report: Report, form: Form): Goal[] {
         return ours ? [{ tokens, ours: ours.us.median, naive: naive.median }] : [];
       });
       if (pairs.length === 0) return [];
-      const lost = pairs.filter(({ ours, naive }) => ours >= naive), missing = wanted.filter((size) =>
-        !pairs.some(({ tokens }) => tokens === size)
-      );
+      const lost = pairs.filter(({ ours, naive }) => ours >= naive),
+        missing = wanted.filter((size) => !pairs.some(({ tokens }) => tokens === size));
       const won = pairs.filter((pair) => !lost.includes(pair));
       const times = (pair: { ours: number; naive: number }): number => pair.naive / pair.ours;
       const parts = [
@@ -142,7 +149,7 @@ function lowLatencyGoals(report: Report): Goal[] {
       met: figure === undefined ? undefined : figure.us.median <= limit,
     };
   };
-  const host = report.figures.filter((figure) => figure.phase === phase && figure.op.startsWith("host_ll_"));
+  const host = report.figures.filter((figure) => figure.phase === "low_latency_host" && !figure.op.includes("halves"));
   return [
     ...LOW_LATENCY.flatMap(([tokens, dispatch, combine]) => [
       one("dispatch FP8", "ll_dispatch", tokens, dispatch),
@@ -185,20 +192,24 @@ export function goalsOf(report: Report): Goal[] {
   ];
 }
 
-/** Goals as lines, after what they are judged by. */
+/** Goals as lines, after what they are judged by. Those of phases that were left out are not among them. */
 export function goalTable(report: Report): string {
-  const goals = goalsOf(report), { ceiling, memcpy } = report;
+  const all = report.options.gpu.phases.size === GPU_PHASES.length, { ceiling, memcpy } = report;
+  const goals = goalsOf(report).filter(({ reached }) => all || reached !== NO_FIGURE);
   const width = Math.max(...goals.map(({ what }) => what.length));
   const goalWidth = Math.max(...goals.map(({ goal }) => goal.length));
-  const bounds = ceiling && memcpy
-    ? `goals about bytes are judged by the fastest kernel that moves rows as the call does: copy ${
-      ceiling.gbs.median.toFixed(0)
-    } GB/s, or the plain scatter, for combines the plain pull, too; the driver's memcpy moves ${
-      memcpy.gbs.median.toFixed(0)
-    } GB/s\n`
-    : "";
-  return bounds +
-    goals.map(({ what, goal, reached, met }) =>
-      `${met === undefined ? "-     " : met ? "met   " : "missed"}  ${what.padEnd(width)}  ${goal.padEnd(goalWidth)}  ${reached}`
-    ).join("\n");
+  const lines = goals.map(({ what, goal, reached, met }) => {
+    const verdict = met === undefined ? "-" : met ? "met" : "missed";
+    return `${verdict.padEnd(6)}  ${what.padEnd(width)}  ${goal.padEnd(goalWidth)}  ${reached}`;
+  });
+  if (ceiling && memcpy) {
+    lines.unshift(
+      `goals about bytes are judged by the fastest kernel that moves rows as the call does: the copy (${
+        ceiling.gbs.median.toFixed(0)
+      } GB/s), the plain scatter, for combines the plain pull; the driver's memcpy moves ${
+        memcpy.gbs.median.toFixed(0)
+      } GB/s`,
+    );
+  }
+  return lines.join("\n");
 }

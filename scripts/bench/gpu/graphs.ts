@@ -56,7 +56,7 @@ export async function graphsOfSize(
 }
 
 /** A graph a rank of `calls` calls each. */
-async function captured<T>(
+export async function captured<T>(
   stage: Stage,
   calls: number,
   record: (operations: Recorder, rank: number) => T,

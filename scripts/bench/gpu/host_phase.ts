@@ -2,7 +2,7 @@
  * What calls cost the host, and what they leave in its memory.
  *
  * In: options. Out: figures: microseconds of checks, packing, FFI and launch of one call of one rank, on a busy device and on one at
- * rest; bytes of the heap that 2000 calls leave behind. Called by bench.ts. A call is given no stream, so it is the buffer's own,
+ * rest; bytes of the heap that thousands of calls leave behind. Called by bench.ts. A call is given no stream, so it is the buffer's own,
  * which then waits for it; with `asyncFinish` (`_async`) it does not. What a dispatch's result costs to release stands by itself.
  */
 import process from "node:process";
@@ -11,13 +11,17 @@ import { runInNewContext } from "node:vm";
 import { type Call, callCost, type Timed } from "../host.ts";
 import type { BenchOptions } from "../options.ts";
 import { Ranks } from "../ranks.ts";
+import { spreadOf } from "../timing.ts";
 import { hasGraphsOf } from "./features.ts";
 import type { GpuFigure, Report } from "./report.ts";
 
 /** A stream takes about a thousand launches, waits and records before it makes the host wait. */
-const CALLS = 100;
-const HEAP_CALLS = 2000;
-const MOST_REPETITIONS = 5;
+export const CALLS = 100;
+/** Calls in a round. A process grows in its first some ten thousand: garbage is collected late, and its room is kept. */
+const HEAP_CALLS = 10_000;
+const HEAP_ROUNDS = 3;
+/** Batches of calls. */
+export const MOST_REPETITIONS = 5;
 
 /** Collects garbage, where the runtime lets a program do so. */
 function collect(): boolean {
@@ -90,7 +94,10 @@ export async function hostPhase(report: Report, options: BenchOptions): Promise<
   }
   for (const [name, call] of Object.entries(calls)) {
     try {
-      const left = await heapLeft(call, () => ranks.rest());
+      const left = await heapLeft(call, {
+        calls: options.gpu.quick ? HEAP_CALLS / 10 : HEAP_CALLS,
+        rest: () => ranks.rest(),
+      });
       report.add({ ...facts, op: `heap_${name}`, unit: "B", us: left.perCall, more: left.more });
     } catch (error) {
       report.trouble(`host: memory of ${name}: ${(error as Error).message}`);
@@ -98,12 +105,15 @@ export async function hostPhase(report: Report, options: BenchOptions): Promise<
   }
 }
 
-/** Bytes that a call leaves on the heap for good: what is there after two rounds of calls and collections, less after one. */
+/**
+ * Bytes that a call leaves on the heap for good: what is there after two rounds of calls and collections, less after one; and how
+ * the process grew in the first round and in the last.
+ */
 async function heapLeft(
   call: Call,
-  rest: () => Promise<void>,
+  { calls: count, rest }: { calls: number; rest: () => Promise<void> },
 ): Promise<{ perCall: GpuFigure["us"]; more: Record<string, number | string> }> {
-  const calls = async (count: number): Promise<void> => {
+  const calls = async (): Promise<void> => {
     for (let i = 0; i < count; i++) {
       const pending = call(), called = pending instanceof Promise ? await pending : pending;
       called[Symbol.dispose]();
@@ -118,20 +128,22 @@ async function heapLeft(
     }
     return process.memoryUsage().heapUsed;
   };
-  await calls(HEAP_CALLS);
-  const samples: number[] = [];
-  let before = await heap();
-  const rss = process.memoryUsage().rss;
-  for (let round = 0; round < 3; round++) {
-    await calls(HEAP_CALLS);
-    const after = await heap();
-    samples.push((after - before) / HEAP_CALLS);
-    before = after;
+  const used: number[] = [], rss: number[] = [];
+  for (let round = 0; round <= HEAP_ROUNDS; round++) {
+    if (round === 0) rss.push(process.memoryUsage().rss);
+    await calls();
+    used.push(await heap());
+    rss.push(process.memoryUsage().rss);
   }
-  const sorted = samples.toSorted((a, b) => a - b);
-  const rssPerCall = (process.memoryUsage().rss - rss) / (3 * HEAP_CALLS);
+  const left = used.slice(1).map((after, round) => (after - used[round]!) / count),
+    { median, min, max } = spreadOf(left);
   return {
-    perCall: { median: Math.max(0, sorted[1]!), min: sorted[0]!, max: sorted[2]! },
-    more: { rssPerCall, collected: collected ? "yes" : "no: the runtime has no gc() here" },
+    perCall: { median: Math.max(0, median), min, max },
+    more: {
+      calls: count * (HEAP_ROUNDS + 1),
+      rssFirst: (rss[1]! - rss[0]!) / count,
+      rssLast: (rss.at(-1)! - rss.at(-2)!) / count,
+      collected: collected ? "yes" : "no: the runtime has no gc() here",
+    },
   };
 }

@@ -11,8 +11,8 @@ import { nowUs } from "../ranks.ts";
 import { type Chain, runOnce, spreadOf } from "../timing.ts";
 import type { Verifier } from "../verify.ts";
 import { checkRouting, checkRows, checkSums, poison } from "./checks.ts";
-import { DeviceClock, type Form, type Measured, within } from "./clock.ts";
-import { NaiveCombine, NaiveDispatch, Plain } from "./naive.ts";
+import { DeviceClock, type Form, within } from "./clock.ts";
+import { NaiveCombine, NaiveDispatch } from "./naive.ts";
 import type { NaiveLibrary } from "./naive_library.ts";
 import type { GpuFigure, Report } from "./report.ts";
 import type { Route, Routing } from "./routes.ts";
@@ -28,6 +28,8 @@ export interface PhaseContext {
   readonly repetitions: number;
   /** What did not work before, and is left out. */
   readonly broken: Set<string>;
+  /** Whether there is time for one more figure of this size. */
+  left(): boolean;
   /** Notes a failure; goes on. */
   failed(what: string, error: unknown): void;
 }
@@ -140,20 +142,23 @@ export class World {
     return y;
   }
 
-  /** Times a chain and reports it. */
+  /** Times a chain and reports it, unless this size has had its time. */
   async time(
     chain: Chain,
     figure: Omit<GpuFigure, "phase" | "form" | "ranks" | "tokens" | "us" | "measured">,
     form: Form = "chain",
-  ): Promise<Measured> {
+  ): Promise<void> {
+    const { report } = this.context;
+    if (!this.context.left()) {
+      return report.trouble(`${this.phase}: no time for ${figure.op} ${form} of ${this.routing.tokens} tokens`);
+    }
     const measured = await this.clock.measure(chain, form);
     const { ranks, tokens } = this.routing;
     const more = {
       ...figure.more,
       ...(chain.hostPaced || form === "launched" ? { enqueueUs: measured.enqueueUs } : {}),
     };
-    this.context.report.add({ phase: this.phase, form, ranks, tokens, us: measured.us, measured, ...figure, more });
-    return measured;
+    report.add({ phase: this.phase, form, ranks, tokens, us: measured.us, measured, ...figure, more });
   }
 
   /** Runs the naive way for comparison, if it is there. */
@@ -288,19 +293,16 @@ async function dispatches(world: World, numSms: readonly number[]): Promise<void
   for (const sms of numSms) {
     await world.checkCached(`dispatch_cached, ${sms} SMs`, { rows, route, handles, numSms: sms, naive });
     const chain = world.cached(rows, handles, sms);
-    await world.time(chain, { op: "dispatch_cached", numSms: sms, ...facts });
-    await world.time(world.full(rows, sms, false), { op: "dispatch_full", numSms: sms, ...facts });
+    const full = world.full(rows, sms, false);
+    for (const form of ["chain", "launched"] as const) {
+      await world.time(chain, { op: "dispatch_cached", numSms: sms, ...facts }, form);
+      await world.time(full, { op: "dispatch_full", numSms: sms, ...facts }, form);
+    }
     await world.time(world.full(rows, sms, true), { op: "dispatch_awaited", numSms: sms, ...facts }, "launched");
   }
   await ownStream(world, rows, handles, numSms[0]!);
   await latencies(world, rows, handles, numSms[0]!);
-  if (naive) {
-    await world.time(naive.chain, { op: "naive_dispatch", numSms: 0, ...facts });
-    const base = naive.result.map(([address]) => address!);
-    using plain = new Plain({ library: naive.library, stage, loaded: world.loaded, route }, "scatter", base);
-    await plain.once();
-    await world.time(plain.chain, { op: "plain_scatter", numSms: 0, ...facts });
-  }
+  if (naive) await world.time(naive.chain, { op: "naive_dispatch", numSms: 0, ...facts });
   for (const handle of handles) handle.release();
 }
 
@@ -373,13 +375,7 @@ async function combines(world: World, numSms: readonly number[]): Promise<void> 
     await world.checkCombine(`combine, ${sms} SMs`, chain, { route, shift: 1, weighted: false, naive });
     await world.time(chain, { op: "combine", numSms: sms, ...facts });
   }
-  if (naive) {
-    await world.time(naive.chain, { op: "naive_combine", numSms: 0, ...facts });
-    const work = { library: naive.library, stage, loaded: world.loaded, route };
-    using plain = new Plain(work, "pull", y.map(({ address }) => address));
-    await plain.once();
-    await world.time(plain.chain, { op: "plain_pull", numSms: 0, ...facts });
-  }
+  if (naive) await world.time(naive.chain, { op: "naive_combine", numSms: 0, ...facts });
   for (const result of results) result.release();
 }
 

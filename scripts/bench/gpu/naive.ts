@@ -33,7 +33,7 @@ class Work implements Disposable {
   #turn = 0;
   #callsPerStep = 1;
 
-  constructor({ library, stage }: NaiveWork) {
+  constructor({ library, stage }: Pick<NaiveWork, "library" | "stage">) {
     this.library = library;
     this.stage = stage;
     this.streams = stage.ownLanes.map(({ stream }) => stream.address);
@@ -46,8 +46,10 @@ class Work implements Disposable {
     this.#callsPerStep = Math.ceil(steps[0]!.length / this.streams.length); // what a stream takes
   }
 
+  /** Memory that what was computed must overwrite. */
   protected bytes(rank: number, count: number): bigint {
-    const tensor = this.stage.ranks.buffers[rank]!.tensor("u8", [Math.max(16, count)]);
+    const buffer = this.stage.ranks.buffers[rank]!, tensor = buffer.tensor("u8", [Math.max(16, count)]);
+    buffer.fill(tensor, 0xa5);
     this.owned.push(tensor);
     return tensor.address;
   }
@@ -178,6 +180,20 @@ export class NaiveDispatch extends Work {
     }));
   }
 
+  /** Compares every byte of a low-latency dispatch's rows with the naive way's in expert layout. */
+  async compareExperts(what: string, verifier: Verifier, got: readonly MaskedRows[]): Promise<void> {
+    const [rowBytes = 0] = this.#rows.partBytes;
+    const pairs = got.flatMap(({ x, count, begins }, rank) =>
+      [...count.keys()].filter((e) => count[e]! > 0).map((e) => ({
+        rank,
+        a: x.slice(e, e + 1).address,
+        b: this.result[rank]![0]! + BigInt(begins[e]! * rowBytes),
+        bytes: count[e]! * rowBytes,
+      }))
+    );
+    await compareAll(this, what, verifier, pairs);
+  }
+
   /** Compares every byte of a dispatch's rows with the naive way's. */
   async compare(what: string, verifier: Verifier, got: readonly (readonly Tensor[])[]): Promise<void> {
     await compareAll(
@@ -194,6 +210,14 @@ export class NaiveDispatch extends Work {
       ),
     );
   }
+}
+
+/** The rows of a rank in low-latency mode: `x` has room for as many of each expert. */
+export interface MaskedRows {
+  readonly x: Tensor;
+  /** Rows of each expert, and where they begin when they stand one expert after another. */
+  readonly count: Int32Array;
+  readonly begins: readonly number[];
 }
 
 /** For each row of rank d, where it stands when the sources' rows come one source after another. */
@@ -243,7 +267,7 @@ export class NaiveCombine extends Work {
       const places = route.sources.map((_, d) => staged ? unpermuted(route, d, tokens) : undefined);
       const begins = route.sources.map((_, d) => total(lists[s]!.slice(0, d)) - fromAt(d, s));
       const { rankOf, rowOf } = route;
-      const table = stage.addresses(route, s, () => back[s]!, rowBytes, (hop) => {
+      const table = stage.addresses(route, s, [{ base: () => back[s]!, rowBytes }], (hop) => {
         const d = rankOf[s]![hop]!, row = rowOf[s]![hop]!;
         return begins[d]! + (places[d]?.[row] ?? row);
       });
@@ -291,22 +315,90 @@ export class NaiveCombine extends Work {
 }
 
 /**
- * What no dispatch or combine by loads and stores can beat here: one kernel a rank on all multiprocessors that moves the rows of
- * a known routing, or sums them, without a word between the ranks.
+ * A ceiling of dispatches: one kernel a rank that reads each row once and writes it to all its places, which it knows beforehand,
+ * without a word between the ranks.
  */
-export class Plain extends Work {
-  constructor(work: NaiveWork, what: "scatter" | "pull", base: readonly bigint[]) {
+export class PlainScatter extends Work {
+  /** Where each rank's rows are in the end, by part. */
+  readonly result: readonly (readonly bigint[])[];
+  readonly #pairs: readonly { rank: number; part: number; bytes: number }[];
+
+  /** `blocks`: of a rank's kernel, at most. */
+  constructor(work: NaiveWork, rows: Rows, blocks: number) {
     super(work);
-    const { stage, loaded: { routing }, route } = work, m = 2 * stage.hidden;
-    const step = this.streams.map((stream, s): Command => {
-      const table = stage.addresses(route, s, (rank) => base[rank]!, m);
+    const { stage, loaded: { routing }, route } = work, [bytes = 0, scaleBytes = 0] = rows.partBytes;
+    this.#pairs = route.sources.flatMap(({ length }, rank) =>
+      rows.partBytes.map((rowBytes, part) => ({ rank, part, bytes: length * rowBytes }))
+    );
+    const result = this.result = route.sources.map((): bigint[] => []);
+    for (const { rank, bytes } of this.#pairs) result[rank]!.push(this.bytes(rank, bytes));
+    this.use([this.streams.map((stream, s): Command => {
+      const bases = rows.partBytes.map((rowBytes, p) => ({ base: (rank: number) => result[rank]![p]!, rowBytes }));
+      const table = stage.addresses(route, s, bases);
       this.owned.push(table);
-      const facts = { stream, b: table.address, n: routing.tokens, m, k: route.width };
-      return what === "scatter"
-        ? { op: "scatter", a: stage.x[s]!.address, ...facts }
-        : { op: "reduce", a: this.bytes(s, routing.tokens * m), ...facts };
-    });
-    this.use([step]);
+      return {
+        op: "scatter",
+        stream,
+        a: rows.address(s, 0),
+        b: table.address,
+        c: rows.partBytes.length > 1 ? rows.address(s, 1) : 0n,
+        n: routing.tokens,
+        m: [bytes, scaleBytes],
+        k: [route.width, blocks],
+      };
+    })]);
+  }
+
+  /** Compares every byte with the naive way's. */
+  async compare(what: string, verifier: Verifier, naive: NaiveDispatch): Promise<void> {
+    const pairs = this.#pairs.map(({ rank, part, bytes }) => ({
+      rank,
+      a: this.result[rank]![part]!,
+      b: naive.result[rank]![part]!,
+      bytes,
+    }));
+    await compareAll(this, what, verifier, pairs);
+  }
+}
+
+/** A ceiling of combines: one kernel a rank that sums rows where they lie, without a word between the ranks. */
+export class PlainPull extends Work {
+  readonly #result: readonly bigint[];
+  readonly #bytes: number;
+
+  /** `y`, `weights`: as of {@linkcode NaiveCombine}. */
+  constructor(work: NaiveWork, y: readonly bigint[], weights?: readonly Tensor[]) {
+    super(work);
+    const { stage, loaded: { routing }, route } = work, rowBytes = 2 * stage.hidden;
+    this.#bytes = routing.tokens * rowBytes;
+    this.#result = this.streams.map((_, s) => this.bytes(s, this.#bytes));
+    this.use([this.streams.map((stream, s): Command => {
+      const table = stage.addresses(route, s, [{ base: (rank) => y[rank]!, rowBytes }]);
+      this.owned.push(table);
+      const [a, b, c] = [this.#result[s]!, table.address, weights?.[s]?.address ?? 0n];
+      return { op: "reduce", stream, a, b, c, n: routing.tokens, m: rowBytes, k: route.width };
+    })]);
+  }
+
+  /** Compares every byte with the naive way's. */
+  async compare(what: string, verifier: Verifier, naive: NaiveCombine): Promise<void> {
+    const pairs = this.#result.map((a, rank) => ({ rank, a, b: naive.result[rank]!, bytes: this.#bytes }));
+    await compareAll(this, what, verifier, pairs);
+  }
+}
+
+/** Arithmetic on every rank that stands for experts; chains add it to their streams. */
+export class StandIn extends Work {
+  readonly #out: readonly bigint[];
+
+  constructor(work: Pick<NaiveWork, "library" | "stage">) {
+    super(work);
+    this.#out = this.streams.map((_, s) => this.bytes(s, 16));
+  }
+
+  /** A program of `blocks` blocks on `stream` of a rank, which take as long as `steps` do. */
+  program(rank: number, stream: bigint, { blocks, steps }: { blocks: number; steps: number }): Program {
+    return new Program([{ op: "work", stream, a: this.#out[rank]!, n: blocks, m: steps }]);
   }
 }
 

@@ -37,7 +37,7 @@ interface Symbols {
 }
 
 /** Commands, see naive.cu. */
-export const OP = { gather: 1, copy: 2, record: 3, wait: 4, reduce: 5, scatter: 6, compare: 7 } as const;
+export const OP = { gather: 1, copy: 2, record: 3, wait: 4, reduce: 5, scatter: 6, compare: 7, work: 8 } as const;
 
 /** A command: an operation on a stream. */
 export interface Command {
@@ -47,9 +47,13 @@ export interface Command {
   readonly b?: bigint;
   readonly c?: bigint;
   readonly n: number;
-  readonly m?: number;
-  readonly k?: number;
+  /** Two numbers that share a word: the lower half, then the upper. */
+  readonly m?: number | readonly [number, number];
+  readonly k?: number | readonly [number, number];
 }
+
+const word = (value: number | readonly [number, number]): bigint =>
+  typeof value === "number" ? BigInt(value) : BigInt(value[0]) | BigInt(value[1]) << 32n;
 
 /** Commands as the library reads them. */
 export class Program {
@@ -59,7 +63,7 @@ export class Program {
   constructor(commands: readonly Command[]) {
     const words = new BigUint64Array(new ArrayBuffer(Math.max(1, commands.length) * 64));
     commands.forEach(({ op, stream, a = 0n, b = 0n, c = 0n, n, m = 0, k = 0 }, i) =>
-      words.set([BigInt(OP[op]), stream, a, b, c, BigInt(n), BigInt(m), BigInt(k)], i * 8)
+      words.set([BigInt(OP[op]), stream, a, b, c, BigInt(n), word(m), word(k)], i * 8)
     );
     this.bytes = new Uint8Array(words.buffer);
     this.count = commands.length;

@@ -1,8 +1,9 @@
 /**
- * What the bench says of a GPU: a line as soon as a figure is there, for people and as JSON, and at the end goals against figures.
+ * What the bench says of a GPU: a line as soon as a figure is there, for people and as JSON.
  *
- * In: figures. Out: text, lines in a file. Called by bench.ts and the phases. The JSON keys are those of ../report.ts where they mean
- * the same.
+ * In: figures. Out: text, lines in a file. Called by bench.ts and the phases; goals.ts and tables.ts read the figures at the end. The
+ * JSON keys are those of ../report.ts where they mean the same. The bound of a call is its least traffic at the rate of the fastest
+ * kernel of the run that moves rows as the call does: the copy kernel or the plain scatter, for combines the plain pull, too.
  */
 import { appendFileSync } from "node:fs";
 import type { BenchOptions } from "../options.ts";
@@ -23,7 +24,7 @@ export interface GpuFigure {
   readonly numSms: number;
   readonly tokens: number;
   readonly dtype: "bf16" | "fp8" | "none";
-  readonly layout: "rank" | "expert" | "none";
+  readonly layout: "rank" | "expert" | "low_latency" | "none";
   /** Microseconds, or what `unit` says. */
   readonly us: Spread;
   readonly unit?: "B";
@@ -34,11 +35,32 @@ export interface GpuFigure {
   readonly more?: Readonly<Record<string, number | string | null>>;
 }
 
+/** A kernel that a call is held against, and how fast it moves bytes, read plus written. */
+export interface Rate {
+  readonly name: "copy" | "scatter" | "pull";
+  readonly gbs: number;
+}
+
+/** Shares of ceilings that a figure reaches, percent. */
+export interface Shares {
+  /** Of the fastest kernel: what goals are judged by. */
+  readonly bound: number;
+  readonly memcpy: number;
+  /** Of each kernel. */
+  readonly of: readonly { readonly name: Rate["name"]; readonly percent: number }[];
+}
+
 const round = (value: number): number => Number(value.toPrecision(5));
 
 /** Three significant digits or whole microseconds. */
 export function us(value: number): string {
   return value >= 100 ? value.toFixed(0) : value >= 10 ? value.toFixed(1) : value.toFixed(2);
+}
+
+/** Shares for people, the judge first. */
+export function sharesWords({ bound, memcpy, of }: Shares): string {
+  const each = of.map(({ name, percent }) => `${name} ${percent.toFixed(1)}`);
+  return `${bound.toFixed(1)} % of the best kernel (${each.join(", ")}), ${memcpy.toFixed(1)} % of memcpy`;
 }
 
 /** The figures of a run. */
@@ -65,9 +87,31 @@ export class Report {
     return bestKernel(this.#ceilings);
   }
 
-  /** Microseconds below which nothing moves so many bytes as a copy kernel does. */
-  boundUs(bytes: number): number | undefined {
-    return this.ceiling && bytes > 0 ? bytes / this.ceiling.gbs.median / 1000 : undefined;
+  /**
+   * The kernels that move bytes as a figure's call does. Scatter and pull are the fastest that were timed at the main size in the
+   * same layout and dtype, or in the nearest: low latency sends a row an expert, as the expert layout does.
+   */
+  kernels({ op, dtype, layout }: GpuFigure): Rate[] {
+    const rates: Rate[] = this.ceiling ? [{ name: "copy", gbs: this.ceiling.gbs.median }] : [];
+    const places = layout === "low_latency" ? "expert" : layout;
+    const add = (name: "scatter" | "pull"): void => {
+      const all = this.figures.filter((figure) => figure.phase === "ceiling" && figure.op === `plain_${name}`);
+      const near = [
+        all.filter((figure) => figure.layout === places && figure.dtype === dtype),
+        all.filter((figure) => figure.dtype === dtype),
+        all,
+      ].find(({ length }) => length > 0);
+      if (near) rates.push({ name, gbs: Math.max(...near.map(({ bytes, us }) => bytes! / us.median / 1000)) });
+    };
+    add("scatter");
+    if (op.includes("combine")) add("pull");
+    return rates;
+  }
+
+  /** Microseconds below which no kernel moves a figure's bytes. */
+  boundUs(figure: GpuFigure): number | undefined {
+    const best = Math.max(...this.kernels(figure).map(({ gbs }) => gbs));
+    return best > 0 && figure.bytes ? figure.bytes / best / 1000 : undefined;
   }
 
   /** The driver's fastest copy; undefined when none was measured. */
@@ -75,18 +119,22 @@ export class Report {
     return bestMemcpy(this.#ceilings);
   }
 
-  /** Which share of the bound a figure reaches, and which of the driver's memcpy, in percent. */
-  shares({ bytes = 0, us, unit }: GpuFigure): { bound: number; memcpy: number } | undefined {
-    const { ceiling, memcpy } = this;
-    if (!ceiling || !memcpy || bytes === 0 || unit) return undefined;
-    const percent = ({ gbs }: Ceiling): number => 100 * bytes / us.median / 1000 / gbs.median;
-    return { bound: percent(ceiling), memcpy: percent(memcpy) };
+  /** Which share of each ceiling a figure reaches; undefined where ceilings or bytes are missing, or are what was timed. */
+  shares(figure: GpuFigure): Shares | undefined {
+    const { bytes = 0, us, unit, phase } = figure, kernels = this.kernels(figure), { memcpy } = this;
+    if (kernels.length === 0 || !memcpy || bytes === 0 || unit || phase === "ceiling") return undefined;
+    const percent = (gbs: number): number => 100 * bytes / us.median / 1000 / gbs;
+    return {
+      bound: percent(Math.max(...kernels.map(({ gbs }) => gbs))),
+      memcpy: percent(memcpy.gbs.median),
+      of: kernels.map(({ name, gbs }) => ({ name, percent: percent(gbs) })),
+    };
   }
 
   /** Keeps, prints and writes a figure. */
   add(figure: GpuFigure): void {
     this.figures.push(figure);
-    const bound = this.boundUs(figure.bytes ?? 0), shares = this.shares(figure), { memcpy } = this;
+    const shares = this.shares(figure), bound = shares && this.boundUs(figure), { memcpy } = this;
     const { measured, more, unit = "us" } = figure;
     const same = bestKernel(this.#ceilings, figure.ranks * figure.numSms);
     const words = [
@@ -97,9 +145,7 @@ export class Report {
       figure.bytes
         ? `${(figure.bytes / 1e6).toFixed(2)} MB ${(figure.bytes / figure.us.median / 1e3).toFixed(0)} GB/s`
         : "",
-      bound && shares
-        ? `bound ${us(bound)} us = ${shares.bound.toFixed(1)} %, ${shares.memcpy.toFixed(1)} % of memcpy`
-        : "",
+      bound && shares ? `bound ${us(bound)} us; ${sharesWords(shares)}` : "",
       measured?.late ? `host late in ${measured.late} of ${measured.repetitions}` : "",
       ...Object.entries(more ?? {}).map(([key, value]) => `${key} ${typeof value === "number" ? round(value) : value}`),
     ];
@@ -121,6 +167,7 @@ export class Report {
       boundUs: bound ? round(bound) : null,
       ratio: shares ? round(shares.bound / 100) : null,
       memcpyRatio: shares ? round(shares.memcpy / 100) : null,
+      ...Object.fromEntries(shares?.of.map(({ name, percent }) => [`${name}Ratio`, round(percent / 100)]) ?? []),
       ceilingGBs: this.ceiling ? round(this.ceiling.gbs.median) : null,
       ceilingSms: this.ceiling?.numSms ?? null,
       sameSmsGBs: same ? round(same.gbs.median) : null,
@@ -161,124 +208,4 @@ export class Report {
     const entries = Object.entries(wanted) as [keyof GpuFigure, unknown][];
     return this.figures.find((figure) => entries.every(([key, value]) => figure[key] === value));
   }
-}
-
-/** A row of the table of goals. */
-interface Goal {
-  readonly what: string;
-  readonly goal: string;
-  readonly reached: string;
-  /** Undefined when there is no figure. */
-  readonly met: boolean | undefined;
-}
-
-function share(report: Report, what: string, goal: number, wanted: Partial<GpuFigure>): Goal {
-  const figure = report.find({ phase: "main", form: "chain", ...wanted });
-  const bound = figure && report.boundUs(figure.bytes ?? 0), shares = figure && report.shares(figure);
-  return {
-    what,
-    goal: `>= ${(100 * goal).toFixed(0)} % of the bound`,
-    reached: shares === undefined
-      ? "no figure"
-      : `${shares.bound.toFixed(1)} % (${us(figure!.us.median)} us, bound ${us(bound!)} us); ` +
-        `${shares.memcpy.toFixed(1)} % of memcpy`,
-    met: shares === undefined ? undefined : shares.bound >= 100 * goal,
-  };
-}
-
-function least(what: string, goal: string, limit: number, figures: readonly GpuFigure[], beside = ""): Goal {
-  const worst = figures.length === 0 ? undefined : Math.max(...figures.map((figure) => figure.us.median));
-  return {
-    what,
-    goal,
-    reached: worst === undefined
-      ? "no figure"
-      : figures.map((figure) => `${figure.op} ${us(figure.us.median)} ${figure.unit ?? "us"}`).join(", ") + beside,
-    met: worst === undefined ? undefined : worst <= limit,
-  };
-}
-
-function fullGoal(report: Report, sms: number): Goal {
-  const full = report.find({ phase: "main", op: "dispatch_awaited", numSms: sms });
-  const cached = report.find({ phase: "main", op: "dispatch_cached", form: "chain", numSms: sms });
-  const extra = full && cached ? full.us.median - cached.us.median : undefined;
-  return {
-    what: `full dispatch with routing, counts and promise, ${sms} SMs`,
-    goal: "cached + <= 40 us",
-    reached: extra === undefined ? "no figure" : `cached + ${us(extra)} us (${us(full!.us.median)} us)`,
-    met: extra === undefined ? undefined : extra <= 40,
-  };
-}
-
-function naiveGoal(report: Report, form: Form): Goal {
-  const pairs = ["dispatch", "combine"].flatMap((op) =>
-    report.figures.filter((figure) => figure.op === `naive_${op}` && figure.form === form && figure.tokens <= 4096)
-      .flatMap((naive) => {
-        const wanted = { form, tokens: naive.tokens, ranks: naive.ranks, layout: "rank", dtype: naive.dtype } as const;
-        const ours = report.find({ ...wanted, phase: naive.phase, op: op === "dispatch" ? "dispatch_cached" : op });
-        return ours ? [{ op, tokens: naive.tokens, speedup: naive.us.median / ours.us.median }] : [];
-      })
-  );
-  const worst = pairs.toSorted((a, b) => a.speedup - b.speedup)[0];
-  const lost = pairs.filter(({ speedup }) => speedup <= 1).map(({ op, tokens }) => `${op} ${tokens}`);
-  return {
-    what: `against the naive way, 1 … 4096 tokens, ${form}`,
-    goal: "faster at every size",
-    reached: worst
-      ? `${pairs.length} comparisons, least ${
-        worst.speedup.toFixed(2)
-      } times as fast (${worst.op}, ${worst.tokens} tokens)` +
-        (lost.length > 0 ? `; not faster: ${lost.join(", ")}` : "")
-      : "no figure",
-    met: worst && worst.speedup > 1,
-  };
-}
-
-/** What was to be reached, and what was. The goals are about the shape of the defaults. */
-export function goalTable(report: Report): string {
-  const { numSms } = report.options.gpu, [most = 16] = numSms, few = 4;
-  const host = (suffix: string): GpuFigure[] =>
-    report.figures.filter(({ phase, op }) => phase === "host" && op.startsWith("host_") && op.endsWith(suffix));
-  const goals: Goal[] = [
-    share(report, `dispatch BF16, cached, ${most} SMs`, 0.92, { op: "dispatch_cached", numSms: most }),
-    share(report, `dispatch FP8, cached, ${most} SMs`, 0.90, { op: "dispatch_fp8", numSms: most }),
-    share(report, `combine BF16, ${most} SMs`, 0.97, { op: "combine", numSms: most }),
-    share(report, `dispatch BF16, cached, ${few} SMs`, 0.6, { op: "dispatch_cached", numSms: few }),
-    share(report, `dispatch FP8, cached, ${few} SMs`, 0.6, { op: "dispatch_fp8", numSms: few }),
-    share(report, `combine BF16, ${few} SMs`, 0.6, { op: "combine", numSms: few }),
-    fullGoal(report, most),
-    share(report, `dispatch, expert layout, ${most} SMs`, 0.88, { op: "dispatch_expert", numSms: most }),
-    share(report, `combine, expert layout, weighted, ${most} SMs`, 0.88, { op: "combine_expert", numSms: most }),
-    least("host cost of a call, device busy", "<= 10 us", 10, host("_busy")),
-    least("host cost of a call, device at rest", "<= 10 us", 10, host("_idle")),
-    least(
-      "host memory that a call leaves",
-      "none (<= 16 B)",
-      16,
-      report.figures.filter(({ op, more }) => op.startsWith("heap_") && more?.["collected"] === "yes"),
-    ),
-    least(
-      "promise after the counts, p50",
-      "<= 5 us",
-      5,
-      report.figures.filter(({ op }) => op === "wake_observed"),
-      ["wake_asked", "wake_turn"].map((op) => report.find({ op })).map((figure) =>
-        figure ? `; ${figure.op} ${us(figure.us.median)} us` : ""
-      ).join(""),
-    ),
-    ...(["chain", "launched", "graph"] as const).map((form) => naiveGoal(report, form)),
-  ];
-  const { ceiling, memcpy } = report;
-  const bounds = ceiling && memcpy
-    ? `goals about bytes are judged by the bound, the copy kernel at ${ceiling.gbs.median.toFixed(0)} GB/s; ` +
-      `beside it the share of the driver's memcpy at ${memcpy.gbs.median.toFixed(0)} GB/s\n`
-    : "";
-  const width = Math.max(...goals.map(({ what }) => what.length)),
-    goalWidth = Math.max(...goals.map(({ goal }) => goal.length));
-  return bounds +
-    goals.map(({ what, goal, reached, met }) =>
-      `${met === undefined ? "-     " : met ? "met   " : "missed"}  ${what.padEnd(width)}  ${
-        goal.padEnd(goalWidth)
-      }  ${reached}`
-    ).join("\n");
 }

@@ -33,6 +33,19 @@ export interface Loaded {
   readonly topkWeights: readonly Tensor<"f32">[];
 }
 
+/** What a stage is made for. */
+export interface StageShape {
+  readonly numRanks: number;
+  /** Tokens that each rank has. */
+  readonly tokens: number;
+  /** Rows that each rank can receive in normal mode. */
+  readonly rows: number;
+  readonly numSlots?: number;
+  /** For low-latency mode instead of normal mode. */
+  readonly lowLatency?: boolean;
+  readonly maskOnTimeout?: boolean;
+}
+
 const hostRows: Uint16Array[] = [];
 
 /** Rows of a rank on the host, made once. */
@@ -64,18 +77,20 @@ export class Stage implements AsyncDisposable {
     this.out = ranks.buffers.map((b) => b.tensor("bf16", [tokens, hidden]));
   }
 
-  /** Ranks that hold `tokens` tokens each and receive up to `rows` rows. */
+  /** Ranks of such a shape. */
   static async create(
     options: BenchOptions,
-    { numRanks, tokens, rows, numSlots = 2 }: { numRanks: number; tokens: number; rows: number; numSlots?: number },
+    { numRanks, tokens, rows, numSlots = 2, lowLatency = false, maskOnTimeout = false }: StageShape,
   ): Promise<Stage> {
     const ranks = await Ranks.create(numRanks, { ...options, numSms: 0 }, {
       hidden: options.hidden,
       numExperts: options.experts,
       numTopk: options.topk,
-      maxTokensPerRank: tokens,
-      maxRecvTokens: rows,
+      ...(lowLatency
+        ? { maxTokensPerRank: 1, maxLowLatencyTokensPerRank: tokens }
+        : { maxTokensPerRank: tokens, maxRecvTokens: rows }),
       numSlots,
+      maskOnTimeout,
       timeoutMs: 10_000,
     });
     const stage = new Stage(options, ranks, tokens);
@@ -199,19 +214,23 @@ export class Stage implements AsyncDisposable {
     }
   }
 
-  /** Addresses of the rows that each token's hops are in, u64 `[tokens, width]` as i64 tensors; `base(rank)` has row 0. */
+  /**
+   * Addresses of the rows that each token's hops are in, u64 `[tokens, width]` as an i64 tensor, for one base after another;
+   * `base(rank)` has row 0, the rows are `rowBytes` apart.
+   */
   addresses(
     route: Route,
     source: number,
-    base: (rank: number) => bigint,
-    rowBytes: number,
+    bases: readonly { base: (rank: number) => bigint; rowBytes: number }[],
     rowOf: (hop: number) => number = (hop) => route.rowOf[source]![hop]!,
   ): Tensor<"i64"> {
-    const ranks = route.rankOf[source]!, words = new BigInt64Array(ranks.length);
-    const bases = this.ranks.buffers.map((_, r) => base(r));
-    for (let hop = 0; hop < words.length; hop++) {
-      if (ranks[hop]! >= 0) words[hop] = bases[ranks[hop]!]! + BigInt(rowOf(hop) * rowBytes);
-    }
+    const ranks = route.rankOf[source]!, words = new BigInt64Array(ranks.length * bases.length);
+    bases.forEach(({ base, rowBytes }, part) => {
+      const first = this.ranks.buffers.map((_, r) => base(r));
+      ranks.forEach((rank, hop) => {
+        if (rank >= 0) words[part * ranks.length + hop] = first[rank]! + BigInt(rowOf(hop) * rowBytes);
+      });
+    });
     return this.ranks.buffers[source]!.tensor("i64", [words.length], words);
   }
 

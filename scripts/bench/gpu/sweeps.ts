@@ -9,15 +9,15 @@ import { type NewContext, type PhaseContext, World } from "./main_phase.ts";
 import type { GpuFigure, Report } from "./report.ts";
 import type { Routing } from "./routes.ts";
 
-/** All sizes. `compare`: those that are launched and held against the naive way. `left`: whether there is time for one more. */
+/** All sizes. `compare`: those that are launched and held against the naive way. `nextSize`: whether there is time for one more. */
 export async function tokenSweep(
   newContext: NewContext,
   routings: readonly Routing[],
-  { numSms, compare, left }: { numSms: number; compare: readonly number[]; left: () => boolean },
+  { numSms, compare, nextSize }: { numSms: number; compare: readonly number[]; nextSize: () => boolean },
 ): Promise<void> {
   const { report } = await newContext();
   for (const routing of routings) {
-    if (!left()) {
+    if (!nextSize()) {
       report.trouble(`tokens: no time for ${routing.tokens} tokens and more`);
       break;
     }

@@ -34,8 +34,8 @@ export function tables(report: Report): string {
   const short = (figure: GpuFigure): string =>
     `${figure.op.replace("dispatch", "d").replace("combine", "c").replace("_cached", "")} ${figure.form}`;
   const sms = (figure: GpuFigure): string => figure.numSms === 0 ? "all SMs" : `${figure.numSms} SMs`;
-  const wide = { row: (figure: GpuFigure) => figure.op, cell: share };
-  const shared = "us, share of the bound, share of memcpy";
+  const wide = { row: ({ op, form }: GpuFigure) => form === "launched" ? `${op} launched` : op, cell: share };
+  const shared = "us, share of the best kernel, share of memcpy";
   const byTokens = (phase: string): string[] =>
     pivot(of(phase), {
       row: (figure) => String(figure.tokens),
