@@ -1,53 +1,20 @@
 // A small world through the C ABI: a few ranks in one process dispatch drawn routings and combine them again, in both
-// layouts, by TMA and by loads and stores; every row and sum is compared. Small enough for compute-sanitizer, and an example
+// layouts and in low-latency mode, by TMA and by loads and stores; every row and sum is compared. Small enough for compute-sanitizer, and an example
 // of how the library is driven from C or C++.
 //
 //   small_world [--ranks 3] [--rounds 10]     exits 0 and prints "ok", 1 and what differs, or 77 without a GPU
 //
-// World: 7 experts over the ranks (they need not divide), top-3 with entries that are -1 or listed twice, 20 tokens of 264
-// channels at most. Token t of rank r holds the small integer 1 + (r + 3t) % 100 in every channel, plus its channel's
-// parity, so sums are exact.
+// The world is in small_world.hpp, the rounds of low-latency mode in small_low_latency.hpp.
 #include <algorithm>
 #include <random>
 #include <set>
 
-#include "support.hpp"
+#include "small_low_latency.hpp"
+#include "small_world.hpp"
 
 namespace {
 
-constexpr int kHidden = 264, kTopk = 3, kExperts = 7, kTokens = 20, kAlignment = 4;
 constexpr int kMaxRows = 512;
-
-// Experts of a rank: the first kExperts % n ranks own one more.
-int first_expert(int rank, int n) { return rank * (kExperts / n) + std::min(rank, kExperts % n); }
-int owner(int expert, int n) {
-  int rank = 0;
-  while (rank + 1 < n && first_expert(rank + 1, n) <= expert) rank++;
-  return rank;
-}
-
-float value(int rank, int token, int channel) { return static_cast<float>(1 + (rank + 3 * token) % 100 + channel % 2); }
-
-struct Tensors {
-  DeviceArray<uint16_t> x{kTokens * kHidden}, out{kTokens * kHidden};
-  DeviceArray<int32_t> topk_idx{kTokens * kTopk};
-  DeviceArray<float> topk_weights{kTokens * kTopk};
-};
-
-struct Routing {
-  int num_tokens;
-  std::vector<int32_t> experts;  // [num_tokens, kTopk]
-  std::vector<float> weights;
-};
-
-Routing draw(std::mt19937& random) {
-  Routing routing{static_cast<int>(random() % (kTokens + 1)), {}, {}};
-  for (int i = 0; i < routing.num_tokens * kTopk; i++) {
-    routing.experts.push_back(random() % 8 == 0 ? -1 : static_cast<int32_t>(random() % kExperts));
-    routing.weights.push_back(random() % 2 ? 1.0f : 0.5f);
-  }
-  return routing;
-}
 
 // A row that a rank must receive.
 struct Row {
@@ -112,10 +79,7 @@ void check_combine(uint64_t out, const Routing& routing, int rank, int n, bool e
       else if (ranks.insert(owner(e, n)).second) times += 1;
     }
     for (int c = 0; c < kHidden; c++) {
-      const float sum = times * value(rank, t, c);  // at most 3 * 102: more than bf16 holds exactly, so compare rounded
-      uint32_t bits;
-      std::memcpy(&bits, &sum, sizeof bits);
-      const uint16_t want = static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+      const uint16_t want = rounded_to_bf16(times * value(rank, t, c));
       if (sums[t * kHidden + c] != want) fail("an element of a combined token", sums[t * kHidden + c], want);
     }
   }
@@ -130,11 +94,7 @@ void run_round(std::vector<Rank>& ranks, std::vector<Tensors>& tensors, std::mt1
   for (int r = 0; r < n; r++) {
     world.push_back(draw(random));
     const Routing& routing = world.back();
-    std::vector<uint16_t> rows;
-    for (int i = 0; i < routing.num_tokens * kHidden; i++) rows.push_back(to_bf16(value(r, i / kHidden, i % kHidden)));
-    tensors[r].x.write(rows);
-    tensors[r].topk_idx.write(routing.experts);
-    tensors[r].topk_weights.write(routing.weights);
+    write_inputs(tensors[r], routing, r);
     auto handle = make<deepep_handle_create_args>();
     handle.num_tokens = static_cast<uint32_t>(routing.num_tokens);
     handle.num_topk = kTopk;
@@ -180,10 +140,7 @@ void run_round(std::vector<Rank>& ranks, std::vector<Tensors>& tensors, std::mt1
   for (Rank& rank : ranks) finish(rank);
   for (int r = 0; r < n; r++) {
     check_combine(tensors[r].out.address(), world[r], r, n, expert_layout);
-    auto release = make<deepep_slot_release_args>();
-    release.slot = sent[r].slot;
-    release.stream = ranks[r].stream;
-    must("slot_release", deepep_slot_release_(ranks[r].buffer, &release, &error));
+    release_slot(ranks[r], sent[r].slot);
     must("handle_destroy", deepep_handle_destroy_(handles[r], &error));
   }
 }
@@ -193,6 +150,7 @@ void run_round(std::vector<Rank>& ranks, std::vector<Tensors>& tensors, std::mt1
 int main(int argc, char** argv) {
   open_library();
   const uint32_t num_ranks = option(argc, argv, "--ranks", 3), rounds = option(argc, argv, "--rounds", 10);
+  const bool low_latency = has_low_latency();
   for (const char* tma : {"1", "0"}) {
     setenv("DEEPEP_CUDA_TMA", tma, 1);  // read when a buffer is created
     auto options = make<deepep_buffer_create_args>();
@@ -201,14 +159,21 @@ int main(int argc, char** argv) {
     options.num_topk = kTopk;
     options.max_tokens_per_rank = kTokens;
     options.max_recv_tokens = kMaxRows;
+    if (low_latency) options.max_low_latency_tokens_per_rank = kTokens * kTopk;  // a token may list an expert thrice
     options.timeout_ms = 60000;
     options.num_sms = 2;  // few blocks: the tools that watch a kernel slow each of them down
     auto ranks = connect(num_ranks, options);
     std::vector<Tensors> tensors(num_ranks);
     std::mt19937 random(1);
-    for (uint32_t round = 0; round < rounds; round++) run_round(ranks, tensors, random, round % 2 == 1);
+    for (uint32_t round = 0; round < rounds; round++) {
+      run_round(ranks, tensors, random, round % 2 == 1);
+      // Each of the four ways in turn, two a round.
+      if (low_latency) run_low_latency_round(ranks, tensors, random, {round % 2 == 0, true});
+      if (low_latency) run_low_latency_round(ranks, tensors, random, {round % 2 == 1, false});
+    }
     destroy(ranks);
-    std::printf("%u ranks, %u rounds %s\n", num_ranks, rounds, tma[0] == '1' ? "by TMA" : "by loads and stores");
+    std::printf("%u ranks, %u rounds %s, %s\n", num_ranks, rounds, low_latency ? "of both modes" : "of normal mode",
+                tma[0] == '1' ? "by TMA" : "by loads and stores");
   }
   std::puts("ok");
   return 0;

@@ -22,7 +22,8 @@
   X(deepep_queue_destroy) X(deepep_buffer_create) X(deepep_buffer_export) X(deepep_buffer_import)                       \
   X(deepep_buffer_connect) X(deepep_buffer_destroy) X(deepep_handle_create) X(deepep_handle_destroy) X(deepep_dispatch) \
   X(deepep_combine) X(deepep_slot_release) X(deepep_stream_create) X(deepep_stream_destroy)                             \
-  X(deepep_stream_synchronize) X(deepep_get_status) X(deepep_plan)
+  X(deepep_stream_synchronize) X(deepep_get_status) X(deepep_plan) X(deepep_low_latency_dispatch)                       \
+  X(deepep_low_latency_dispatch_receive) X(deepep_low_latency_combine) X(deepep_low_latency_combine_receive)
 #define DECLARE(name) inline decltype(&name) name##_;
 FUNCTIONS(DECLARE)
 #undef DECLARE
