@@ -213,6 +213,7 @@ test(
       assert(line.usMin <= line.usMedian && line.usMedian <= line.usMax, line.op);
       assertEquals([line.backend, line.hidden, line.topk, line.experts], ["cpu", 128, 2, 8]);
     }
+    assertMatch(stdout, /^\S+ +host cost of a call, device busy, (bun|deno) \d/m);
     assertMatch(stdout, /^graphs: .*\n +the backend has no graphs$/m);
     assertMatch(stdout, /^\S+ +dispatch BF16, cached, 4 SMs +>= 92 % of the bound/m);
   },

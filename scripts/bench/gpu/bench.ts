@@ -35,13 +35,14 @@ class Stages {
     this.#options = options;
   }
 
-  /** The stage of such ranks, new unless the present one is. */
-  async get(shape: StageShape): Promise<Stage> {
+  /** The stage of such ranks, new unless the present one is; `made` hears when it is. */
+  async get(shape: StageShape, made: () => void = () => {}): Promise<Stage> {
     const key = JSON.stringify(shape);
     if (this.#stage && key === this.#key && this.#usable()) return this.#stage;
     await this.close();
     this.#stage = await within(60_000, "creating the buffers", Stage.create(this.#options, shape));
     this.#key = key;
+    made();
     return this.#stage;
   }
 
@@ -73,6 +74,7 @@ class Run {
   readonly naive: NaiveLibrary | string;
   readonly #broken = new Set<string>();
   wrong = 0;
+  #sizeS = Infinity;
   #sizeEnd = Infinity;
 
   constructor(options: BenchOptions, report: Report) {
@@ -91,8 +93,9 @@ class Run {
     return this.seconds < this.options.gpu.limitS;
   }
   /** Whether there is time for one more size; what comes until the next, or the next phase, then has the time of one. */
-  nextSize(): boolean {
-    this.#sizeEnd = this.seconds + this.options.gpu.sizeLimitS;
+  nextSize(limitS: number = this.options.gpu.sizeLimitS): boolean {
+    this.#sizeS = limitS;
+    this.#sizeEnd = this.seconds + limitS;
     return this.left();
   }
 
@@ -101,7 +104,7 @@ class Run {
     if (!this.options.gpu.phases.has(name)) return;
     if (!this.left()) return this.report.trouble(`${name}: left out, ${this.options.gpu.limitS} s are over`);
     this.report.say(`\n${name}: ${title}  [${this.seconds.toFixed(0)} s]`);
-    this.#sizeEnd = Infinity;
+    this.#sizeS = this.#sizeEnd = Infinity;
     try {
       await run();
     } catch (error) {
@@ -117,9 +120,10 @@ class Run {
     console.error((error as Error).stack ?? error);
   }
 
-  /** What a phase on a stage works with. Sweeps, which have many points, repeat less. */
-  context(stage: Stage, swept = true): PhaseContext {
+  /** What a phase works with, on such a stage. Sweeps, which have many points, repeat less. */
+  async context(shape: StageShape, swept = true): Promise<PhaseContext> {
     const { repetitions } = this.options.gpu;
+    const stage = await this.stages.get(shape, () => this.#sizeEnd = this.seconds + this.#sizeS); // a new one takes seconds
     return {
       report: this.report,
       verifier: this.verifier,
@@ -163,11 +167,11 @@ export async function benchGpu(options: BenchOptions, machine: Machine): Promise
   await run.phase("ceiling", "what copies move, read and written", () => ceilings(run, "before"));
   if (typeof naive !== "string") {
     await run.phase("ceiling", "what plain kernels move that scatter and pull the rows of the calls", async () => {
-      await plainCeilings(async () => run.context(await run.stages.get(shape)), main);
+      await plainCeilings(() => run.context(shape), main);
     });
   }
   await run.phase("main", `the calls, ${gpu.numSms.join(", ")} SMs a rank`, async () => {
-    await mainPhase(async () => run.context(await run.stages.get(shape), false), main, gpu.numSms);
+    await mainPhase(() => run.context(shape, false), main, gpu.numSms);
   });
   await run.phase("host", "a call of one rank, not awaited", () => hostPhase(report, options));
   await run.phase(
@@ -179,8 +183,9 @@ export async function benchGpu(options: BenchOptions, machine: Machine): Promise
     lowLatencyPhase({
       options,
       report,
-      context: async (shape, swept = false) => run.context(await run.stages.get(shape), swept),
-      nextSize: () => run.nextSize(),
+      context: (shape, swept = false) => run.context(shape, swept),
+      nextSize: (limited) => limited ? run.nextSize() : run.nextSize(Infinity),
+      failed: (what, error) => run.failed(what, error),
     }));
   const numSms = gpu.numSms[0]!;
   const compared = swept.filter(({ tokens }) => gpu.compareTokens.includes(tokens));
@@ -188,7 +193,7 @@ export async function benchGpu(options: BenchOptions, machine: Machine): Promise
     for (const [numSlots, routings] of Map.groupBy(compared, ({ tokens }) => slotsOf(tokens))) {
       const rows = Math.max(...routings.map(({ rank }) => mostRows(rank)));
       const tokens = Math.max(...routings.map(({ tokens }) => tokens));
-      const newContext = async () => run.context(await run.stages.get({ numRanks: ranks, tokens, rows, numSlots }));
+      const newContext = () => run.context({ numRanks: ranks, tokens, rows, numSlots });
       for (const routing of routings) {
         if (!run.nextSize()) return report.trouble(`graphs: no time for ${routing.tokens} tokens and more`);
         await graphsOfSize(newContext, routing, numSms);
@@ -196,7 +201,7 @@ export async function benchGpu(options: BenchOptions, machine: Machine): Promise
     }
   });
   await run.phase("tokens", `1 … ${shape.tokens} tokens, ${numSms} SMs a rank, the naive way beside some`, async () => {
-    const newContext = async () => run.context(await run.stages.get(shape));
+    const newContext = () => run.context(shape);
     const nextSize = (): boolean => run.nextSize();
     await tokenSweep(newContext, swept, { numSms, compare: gpu.compareTokens, nextSize });
   });
@@ -204,12 +209,12 @@ export async function benchGpu(options: BenchOptions, machine: Machine): Promise
     for (const numRanks of gpu.sweepRanks) {
       if (!run.left()) return report.trouble(`ranks: no time for ${numRanks} and more`);
       const routing = route(numRanks, gpu.tokens);
-      const stage = await run.stages.get({ numRanks, tokens: gpu.tokens, rows: mostRows(routing.rank) });
-      await shapeSweep(run.context(stage), routing, "ranks", [numSms]);
+      const context = await run.context({ numRanks, tokens: gpu.tokens, rows: mostRows(routing.rank) });
+      await shapeSweep(context, routing, "ranks", [numSms]);
     }
   });
   await run.phase("sms", "multiprocessors a rank", async () => {
-    await shapeSweep(run.context(await run.stages.get(shape)), main, "sms", gpu.sweepSms);
+    await shapeSweep(await run.context(shape), main, "sms", gpu.sweepSms);
   });
   await run.stages.close().catch((error: Error) => report.trouble(error.message));
   if (gpu.phases.has("ceiling") && !gpu.quick) {

@@ -133,7 +133,7 @@ function naiveGoals(report: Report, form: Form): Goal[] {
 const LOW_LATENCY = [[128, 32, 51], [8, 11, 10], [1, 8, 7]] as const;
 
 function lowLatencyGoals(report: Report): Goal[] {
-  const phase = "low_latency";
+  const phase = "low_latency", { runtime } = report.machine;
   if (!report.figures.some((figure) => figure.phase === phase)) return [];
   const one = (what: string, op: string, tokens: number, limit: number): Goal => {
     const figure = report.find({ phase, op, tokens, ranks: 8 }), marginal = figure?.more?.["marginal"];
@@ -155,8 +155,12 @@ function lowLatencyGoals(report: Report): Goal[] {
       one("dispatch FP8", "ll_dispatch", tokens, dispatch),
       one("combine BF16", "ll_combine", tokens, combine),
     ]),
-    most("low latency, host cost of a call, device busy", 8, host.filter(({ op }) => op.endsWith("_busy"))),
-    most("low latency, host cost of a call, device at rest", 8, host.filter(({ op }) => op.endsWith("_idle"))),
+    most(`low latency, host cost of a call, device busy, ${runtime}`, 8, host.filter(({ op }) => op.endsWith("_busy"))),
+    most(
+      `low latency, host cost of a call, device at rest, ${runtime}`,
+      8,
+      host.filter(({ op }) => op.endsWith("_idle")),
+    ),
   ];
 }
 
@@ -165,6 +169,7 @@ export function goalsOf(report: Report): Goal[] {
   const { numSms } = report.options.gpu, [many = 16] = numSms, few = 4;
   const host = (suffix: string): GpuFigure[] =>
     report.figures.filter(({ phase, op }) => phase === "host" && op.startsWith("host_") && op.endsWith(suffix));
+  const { runtime } = report.machine;
   const wakes = ["wake_asked", "wake_turn"].map((op) => report.find({ op }));
   return [
     share(report, `dispatch BF16, cached, ${many} SMs`, 0.92, { op: "dispatch_cached", numSms: many }),
@@ -176,15 +181,15 @@ export function goalsOf(report: Report): Goal[] {
     ...fullGoals(report, many),
     share(report, `dispatch, expert layout, ${many} SMs`, 0.88, { op: "dispatch_expert", numSms: many }),
     share(report, `combine, expert layout, weighted, ${many} SMs`, 0.88, { op: "combine_expert", numSms: many }),
-    most("host cost of a call, device busy", 10, host("_busy")),
-    most("host cost of a call, device at rest", 10, host("_idle")),
+    most(`host cost of a call, device busy, ${runtime}`, 10, host("_busy")),
+    most(`host cost of a call, device at rest, ${runtime}`, 10, host("_idle")),
     most(
-      "host memory that a call leaves",
+      `host memory that a call leaves, ${runtime}`,
       16,
       report.figures.filter(({ op, more }) => op.startsWith("heap_") && more?.["collected"] === "yes"),
       { goal: "none (<= 16 B)" },
     ),
-    most("promise after the counts, p50", 5, report.figures.filter(({ op }) => op === "wake_observed"), {
+    most(`promise after the counts, p50, ${runtime}`, 5, report.figures.filter(({ op }) => op === "wake_observed"), {
       beside: wakes.map((figure) => figure ? `; ${figure.op} ${us(figure.us.median)} us` : "").join(""),
     }),
     ...(["chain", "launched", "graph"] as const).flatMap((form) => naiveGoals(report, form)),

@@ -18,7 +18,7 @@ import type { GpuFigure, Report } from "./report.ts";
 /** A stream takes about a thousand launches, waits and records before it makes the host wait. */
 export const CALLS = 100;
 /** Calls in a round. A process grows in its first some ten thousand: garbage is collected late, and its room is kept. */
-const HEAP_CALLS = 10_000;
+const HEAP_CALLS = 8000;
 const HEAP_ROUNDS = 3;
 /** Batches of calls. */
 export const MOST_REPETITIONS = 5;
@@ -95,7 +95,7 @@ export async function hostPhase(report: Report, options: BenchOptions): Promise<
   for (const [name, call] of Object.entries(calls)) {
     try {
       const left = await heapLeft(call, {
-        calls: options.gpu.quick ? HEAP_CALLS / 10 : HEAP_CALLS,
+        calls: options.gpu.quick ? HEAP_CALLS / 8 : HEAP_CALLS,
         rest: () => ranks.rest(),
       });
       report.add({ ...facts, op: `heap_${name}`, unit: "B", us: left.perCall, more: left.more });

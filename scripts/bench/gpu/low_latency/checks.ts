@@ -66,7 +66,7 @@ export async function checkLowLatency(
       verifier.same(`${name}: srcInfo of expert ${e}`, srcInfo.slice(e * maxRows, e * maxRows + rows), want);
     });
     const { data, scales } = "data" in result.x ? result.x : { data: result.x, scales: undefined };
-    const rows = sampled(sources.length, begins);
+    const rows = sampled(sources.length, []);
     await Promise.all(rows.map(async (row) => {
       const e = begins.findLastIndex((begin) => begin <= row), source = sources[row]!;
       const at = (tensor: Tensor): Tensor =>

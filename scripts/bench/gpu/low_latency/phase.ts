@@ -23,8 +23,10 @@ export interface LowLatencyRun {
   readonly report: Report;
   /** A context on a stage of this shape. */
   context(shape: StageShape, swept?: boolean): Promise<PhaseContext>;
-  /** Begins a size, if there is time for it. */
-  nextSize(): boolean;
+  /** Begins a size, if there is time for it. `limited`: it has the time of one size of a sweep. */
+  nextSize(limited: boolean): boolean;
+  /** Notes a failure. */
+  failed(what: string, error: unknown): void;
 }
 
 /** A part of the phase at one size: makes the context of each of its pieces on a stage that is in order. */
@@ -58,10 +60,14 @@ export async function lowLatencyPhase(run: LowLatencyRun): Promise<void> {
         run.context({ ...stage, rows: 0, ...choices }, sms !== numSms || numRanks !== ranks),
     };
   };
-  const part = async (what: string, piece: () => Promise<void>): Promise<void> => {
-    if (!run.nextSize()) return report.trouble(`low_latency: no time for ${what}`);
+  const part = async (what: string, piece: () => Promise<void>, limited = false): Promise<void> => {
+    if (!run.nextSize(limited)) return report.trouble(`low_latency: no time for ${what}`);
     report.say(` ${what}`);
-    await piece();
+    try {
+      await piece();
+    } catch (error) { // as when the device has no memory for so many tokens
+      run.failed(`low_latency: ${what}`, error);
+    }
   };
   for (const tokens of main) {
     await part(`${tokens} tokens, the naive way beside`, () => calls(sizeOf(ranks, tokens), { compare: true }));
@@ -78,18 +84,22 @@ export async function lowLatencyPhase(run: LowLatencyRun): Promise<void> {
   for (const sms of gpu.sweepSms) {
     for (const tokens of new Set([largest, main.at(-1)!])) {
       const swept = { phase: "low_latency_sms" };
-      await part(`${sms} multiprocessors a rank, ${tokens} tokens`, () => calls(sizeOf(ranks, tokens, sms), swept));
+      await part(
+        `${sms} multiprocessors a rank, ${tokens} tokens`,
+        () => calls(sizeOf(ranks, tokens, sms), swept),
+        true,
+      );
     }
   }
   const phase = "low_latency_tokens";
   for (const tokens of gpu.sweepTokens.filter((tokens) => tokens <= 1024 && !main.includes(tokens))) {
     const compare = gpu.compareTokens.includes(tokens);
-    await part(`${tokens} tokens`, () => calls(sizeOf(ranks, tokens), { phase, compare }));
+    await part(`${tokens} tokens`, () => calls(sizeOf(ranks, tokens), { phase, compare }), true);
   }
   for (const numRanks of gpu.sweepRanks.filter((numRanks) => numRanks !== ranks)) {
     for (const tokens of new Set([largest, main.at(-1)!])) {
       const swept = { phase: "low_latency_ranks" };
-      await part(`${numRanks} ranks, ${tokens} tokens`, () => calls(sizeOf(numRanks, tokens), swept));
+      await part(`${numRanks} ranks, ${tokens} tokens`, () => calls(sizeOf(numRanks, tokens), swept), true);
     }
   }
 }

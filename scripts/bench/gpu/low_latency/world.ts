@@ -238,7 +238,7 @@ export class LowLatencyWorld {
         const call = (i: number): T[] => graphs.map(({ results }) => results[i]!);
         for (let i = 0; i < n; i++) poison?.(call(i));
         await once();
-        for (let i = 0; i < n; i++) await check?.(call(i));
+        if (n === calls) { for (const i of new Set([0, n - 1])) await check?.(call(i)); }
         const measured: Measured = await world.clock.measure(chain, "graph");
         if (n === 1) one = measured.us.median;
         if (n !== calls) continue;
