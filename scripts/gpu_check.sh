@@ -2,8 +2,8 @@
 # Checks the CUDA backend on a GPU machine, offline and without node_modules.
 #
 # In: the working tree, Bun and/or Deno, a GPU; nvcc and compute-sanitizer where they are. Out: a line and, in
-# DIR/gpu_check.jsonl, a JSON object for each step; DIR/gpu_check.log with all output; DIR/bench.jsonl; last a table. What
-# cannot run is skipped with the reason. Exit status 1 if anything failed. Clocks and settings of the GPU are left alone.
+# DIR/gpu_check.jsonl, a JSON object for each step; DIR/gpu_check.log with all output; DIR/bench.jsonl; DIR/decode.jsonl, what
+# soak and serve say; last a table. What cannot run is skipped with the reason. Exit status 1 if anything failed. Clocks and settings of the GPU are left alone.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 
@@ -12,9 +12,12 @@ usage() {
 Usage: [BUN=/path/bun] [DENO=/path/deno] scripts/gpu_check.sh [options]
 
   --quick           fewer random worlds, a shorter bench, one round under the sanitizer
-  --only A,B,...    of: doctor local load_store size order graph failure worker process kill native bench sanitizer
+  --only A,B,...    of: doctor local load_store size order graph decode failure worker process kill native soak serve bench sanitizer;
+                    and bench_low_latency, the part of the bench that is in its name
+  --soak N          decode steps of the step "soak", default 200000, each runtime for a minute at most; more without that limit
   --mps             start CUDA MPS privately for the steps "process" and "kill", and stop it after
-  --programs DIR    compiled programs of tests/cuda (small_world, overlap, ...), for a machine without nvcc
+  --programs DIR    compiled programs of tests/cuda (small_world, overlap, ...), and scripts/decode/decode.cu as libdecode.so,
+                    for a machine without nvcc
   --out DIR         where the results go; default build/gpu_check
   --help            this text
 
@@ -22,12 +25,12 @@ Without BUN and DENO, the bun and deno of the path are used. DEEPEP_LIBRARY_CUDA
 TEXT
 }
 
-quick='' only='' with_mps='' programs='' out='build/gpu_check'
+quick='' only='' with_mps='' programs='' soak='' out='build/gpu_check'
 while (($# > 0)); do
   case $1 in
     --quick) quick=1 ;;
     --mps) with_mps=1 ;;
-    --only | --programs | --out)
+    --only | --programs | --soak | --out)
       if (($# < 2)); then
         echo "$1 needs a value" >&2
         exit 2
@@ -35,6 +38,7 @@ while (($# > 0)); do
       case $1 in
         --only) only=$2 ;;
         --programs) programs=$2 ;;
+        --soak) soak=$2 ;;
         *) out=$2 ;;
       esac
       shift
@@ -67,6 +71,7 @@ out=$(cd "$out" && pwd)
 results=$out/gpu_check.jsonl log=$out/gpu_check.log summary=$out/summary.txt
 : >"$results"
 : >"$log"
+: >"$out/decode.jsonl"
 work=$(mktemp -d)
 mps_runs=''
 
@@ -84,6 +89,8 @@ trap finish EXIT
 trap 'exit 130' INT TERM
 
 export NO_COLOR=1 DENO_NO_UPDATE_CHECK=1 DENO_NO_PROMPT=1 DENO_DIR=${DENO_DIR:-$work/deno}
+[[ -n $programs && -e $programs/libdecode.so ]] && DEEPEP_DECODE_LIBRARY=$(cd "$programs" && pwd)/libdecode.so
+[[ -n ${DEEPEP_DECODE_LIBRARY:-} ]] && export DEEPEP_DECODE_LIBRARY
 random='' rounds=20
 if [[ -n $quick ]]; then
   random=2 rounds=2
@@ -185,6 +192,25 @@ suite() {
   done
 }
 
+# script NAME LIMIT FILE ARGUMENT...: a script under every runtime, or with `one=1` before it under the first.
+script() {
+  local name=$1 limit=$2 runtime
+  shift 2
+  for runtime in "${runtimes[@]:0:${one:-2}}"; do
+    if [[ $runtime == bun ]]; then
+      step "$name" bun "$limit" "$bun" "$@"
+    else
+      step "$name" deno "$limit" "$deno" run -A --no-check --no-lock "$@"
+    fi
+    grep -E '^\{"(soak|serve)":' "$work/output" >>"$out/decode.jsonl"
+  done
+}
+
+# gpu_script NAME LIMIT FILE ARGUMENT...: the same, where there is a GPU.
+gpu_script() {
+  if [[ -n $have_gpu ]]; then script "$@"; else skip "$1" "${runtimes[0]}" 'there is no GPU'; fi
+}
+
 start_mps() {
   if ! command -v nvidia-cuda-mps-control >/dev/null; then
     echo 'MPS was asked for, but there is no nvidia-cuda-mps-control' | tee -a "$log"
@@ -254,13 +280,7 @@ printf '{"step":"machine","gpu":%s,"commit":%s,"date":%s,"bun":%s,"deno":%s}\n' 
   "$(json "$([[ -n $deno ]] && "$deno" --version | head -n 1)")" >>"$results"
 
 if wanted doctor; then
-  for runtime in "${runtimes[@]}"; do
-    if [[ $runtime == bun ]]; then
-      step doctor bun 120 "$bun" scripts/doctor.ts
-    else
-      step doctor deno 120 "$deno" run -A --no-check --no-lock scripts/doctor.ts
-    fi
-  done
+  script doctor 120 scripts/doctor.ts
   sed -n '/^=== doctor/,$p' "$log" | sed '/^=== doctor (deno)/,$d'
 fi
 
@@ -269,6 +289,7 @@ suite load_store tests/cuda_test.ts DEEPEP_CUDA_TMA=0
 suite size tests/cuda_size_test.ts
 suite order tests/cuda_order_test.ts
 suite graph tests/cuda_graph_test.ts
+suite decode tests/cuda_decode_test.ts
 suite failure tests/cuda_failure_test.ts
 suite worker tests/cuda_worker_test.ts
 if wanted process; then
@@ -288,19 +309,23 @@ if wanted native; then
   for source in tests/cuda/*.cu; do native "$(basename "$source" .cu)"; done
 fi
 
-if wanted bench; then
-  if [[ -z $have_gpu ]]; then
-    skip bench "${runtimes[0]}" 'there is no GPU'
-  else
-    flags=(--backend cuda --json "$out/bench.jsonl")
-    [[ -n $quick ]] && flags+=(--quick)
-    if [[ -n $bun ]]; then
-      step bench bun 600 "$bun" scripts/bench.ts "${flags[@]}"
-    else
-      step bench deno 600 "$deno" run -A --no-check --no-lock scripts/bench.ts "${flags[@]}"
-    fi
+if wanted soak; then
+  flags=(--backend cuda --steps "${soak:-200000}")
+  limit=86400
+  if [[ -z $soak ]]; then
+    limit=150
+    flags+=(--seconds "$([[ -n $quick ]] && echo 15 || echo 60)")
   fi
+  gpu_script soak "$limit" scripts/soak.ts "${flags[@]}"
 fi
+if wanted serve; then
+  gpu_script serve 120 scripts/serve.ts --backend cuda --port 0 --load 8 --seconds "$([[ -n $quick ]] && echo 5 || echo 20)"
+fi
+
+flags=(--backend cuda --json "$out/bench.jsonl")
+[[ -n $quick ]] && flags+=(--quick)
+if wanted bench; then one=1 gpu_script bench 600 scripts/bench.ts "${flags[@]}"; fi
+if [[ ,$only, == *,bench_low_latency,* ]]; then one=1 gpu_script bench_low_latency 600 scripts/bench.ts "${flags[@]}" --only low_latency; fi
 
 if wanted sanitizer; then
   for tool in memcheck racecheck; do
