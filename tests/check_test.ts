@@ -76,13 +76,15 @@ test("a runner that was ended is known by its last words, and counts as a failur
   assertEquals(countsOf("deno", 1, output), { passed: 0, failed: 1, skipped: 0 });
   const lines = digestOf("deno", output);
   assertEquals([lines.length, ...lines.slice(-2)], [30, "two ...", "ended after 300 s"]);
+  const failed = digestOf("deno", output.replace("one ... ok", "one ... FAILED (3ms)"));
+  assertEquals([failed[0], failed.at(-1)], ["failed: one", "ended after 300 s"]);
   const begun = digestOf("bun", "error: bad\n(fail) one [2ms]\n(pass) two\nended after 300 s\n");
   assertEquals(begun.slice(0, 2), ["failed: one", "  error: bad"]);
   assertEquals(begun.at(-1), "ended after 300 s");
 });
 
 test("of other programs the beginning and the end", () => {
-  assertEquals(digestOf(undefined, "one\n\ntwo\n"), ["one", "two"]);
+  assertEquals(digestOf(undefined, "Check a.ts\none\n\ntwo\n"), ["one", "two"]);
   const lines = digestOf(undefined, Array.from({ length: 100 }, (_, i) => `line ${i}`).join("\n"));
   assertEquals([lines.length, lines[0], lines[10], lines[29]], [30, "line 0", "…", "line 99"]);
   assertEquals(countsOf(undefined, 2, ""), { passed: 0, failed: 1, skipped: 0 });

@@ -47,11 +47,15 @@ export function countsOf(runner: Runner | undefined, status: number, output: str
   return counts;
 }
 
-/** Deno repeats errors under a heading: `name => place`, then the error. */
+/** Deno repeats errors under a heading: `name => place`, then the error. When it is ended, only the names were said. */
 function denoFailures(lines: readonly string[]): Failure[] {
   const begin = lines.indexOf(" ERRORS "), end = lines.indexOf(" FAILURES ");
   const failures: { name: string; text: string[] }[] = [];
-  for (const line of begin < 0 ? [] : lines.slice(begin + 1, end < 0 ? undefined : end)) {
+  if (begin < 0) {
+    const names = lines.map((line) => /^ *(.*) \.\.\. FAILED \((?!due to)/.exec(line)?.[1]);
+    return names.filter((name) => name !== undefined).map((name) => ({ name, text: [] }));
+  }
+  for (const line of lines.slice(begin + 1, end < 0 ? undefined : end)) {
     const name = /^(\S.*) => \S+:\d+:\d+$/.exec(line)?.[1];
     if (name !== undefined) failures.push({ name, text: [] });
     else failures.at(-1)?.text.push(line);
@@ -93,7 +97,7 @@ function ends(lines: readonly string[], most: number): string[] {
 
 /** What to read first of a step that failed: at most 30 lines. */
 export function digestOf(runner: Runner | undefined, output: string): string[] {
-  const lines = output.trimEnd().split("\n");
+  const lines = output.trimEnd().split("\n").filter((line) => !/^Check \S+\.ts$/.test(line)); // Deno's progress
   const found = runner === "deno" ? denoFailures(lines) : runner === "bun" ? bunFailures(lines) : [];
   if (found.length === 0) return ends(lines.filter((line) => line.trim() !== ""), MOST_LINES);
   const names = found.slice(0, MOST_NAMES).map(({ name }) => `failed: ${name}`);
@@ -102,6 +106,8 @@ export function digestOf(runner: Runner | undefined, output: string): string[] {
   const room = MOST_LINES - names.length - last.length;
   if (found.length === 1) return [...names, ...shortened(found[0]!, room), ...last];
   const each = Math.max(2, Math.floor(room / found.length) - 1);
-  const errors = found.flatMap((failure) => [`${failure.name}:`, ...shortened(failure, each)]);
+  const errors = found.flatMap((failure) =>
+    failure.text.length > 0 ? [`${failure.name}:`, ...shortened(failure, each)] : []
+  );
   return [...names, ...errors.slice(0, room), ...last];
 }
