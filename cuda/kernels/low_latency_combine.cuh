@@ -47,8 +47,9 @@ struct LowLatencyCombine {
   __device__ bool copies() const { return params.sends != 0 && (casts() || (x() != nullptr && x() != own_region())); }
   // Whether this rank reads its own rows where the caller has them.
   __device__ bool reads_x() const { return params.sends != 0 && params.receives != 0 && x() != nullptr && !casts(); }
+  // Whether the blocks go by the leader's word. Where rows are cast, this rank's own rows are what other blocks have cast.
   __device__ bool is_led() const {
-    return p().mask_on_timeout != 0 || p().inject[DEEPEP_PHASE_PUBLISH].wanted != 0 ||
+    return (casts() && params.sends != 0 && params.receives != 0) || p().mask_on_timeout != 0 || p().inject[DEEPEP_PHASE_PUBLISH].wanted != 0 ||
            p().inject[DEEPEP_PHASE_REDUCE].wanted != 0;
   }
 
@@ -318,7 +319,7 @@ struct LowLatencyCombine {
     announce(leader, routed);
     if (leader.lane == 0) {
       p().state->combine_epoch[p().slot] = s.call.epoch;
-      header().refusal = leader.failed() ? p().state->finding : Finding{};
+      header().refusal = s.call.code != 0 ? p().state->finding : Finding{};
       header().num_rows = s.num_rows;
       header().combine_epoch = s.call.epoch;
     }

@@ -17,7 +17,12 @@ struct Waits {
 
   __device__ Waits(const CallParams& params, CallShared& shared) : p(params), s(shared), lane(threadIdx.x % kWarpLanes) {}
 
-  __device__ bool failed() const { return s.code != 0; }
+  // All lanes look before any goes on, which may fail the call.
+  __device__ bool failed() const {
+    const bool failed = s.code != 0;
+    __syncwarp();
+    return failed;
+  }
 
   // Keeps the first failure of the call. What the caller leaves out is filled in.
   __device__ void fail(Finding finding) {
