@@ -125,11 +125,11 @@ __global__ void draw_kernel(Draw d) {
   }
 }
 
-// The stand-in experts: a few blocks for each, as rows there are.
+// The stand-in experts: as many blocks for each.
 __global__ void experts_kernel(Experts p) {
-  const uint32_t local = blockIdx.y;
+  const uint32_t blocks = gridDim.x / static_cast<uint32_t>(p.local_experts), local = blockIdx.x / blocks;
   const auto rows = static_cast<uint32_t>(at<const int32_t>(p.count)[local]);
-  for (uint32_t row = blockIdx.x; row < rows; row += gridDim.x) {
+  for (uint32_t row = blockIdx.x % blocks; row < rows; row += blocks) {
     const uint64_t begin = (local * p.max_rows + row) * p.hidden;
     const uint64_t scales = p.scales + local * p.scale_expert_stride + row * p.scale_row_stride;
     for (uint32_t c = threadIdx.x; c < p.hidden; c += blockDim.x) {
@@ -193,12 +193,12 @@ __global__ void compute_kernel(Compute p) {
 }
 
 template <class Params>
-cudaError_t launch(void (*kernel)(Params), dim3 blocks, uint32_t threads, const void* words, uint64_t stream) {
+cudaError_t launch(void (*kernel)(Params), uint32_t blocks, uint32_t threads, const void* words, uint64_t stream) {
   Params params;
   memcpy(&params, words, sizeof params);
-  if (blocks.x == 0 || blocks.y == 0) return cudaSuccess;
+  if (blocks == 0) return cudaSuccess;
   void* args[] = {&params};
-  return cudaLaunchKernel(kernel, blocks, dim3(threads), args, 0, reinterpret_cast<cudaStream_t>(stream));
+  return cudaLaunchKernel(kernel, dim3(blocks), dim3(threads), args, 0, reinterpret_cast<cudaStream_t>(stream));
 }
 
 uint32_t word_of(const void* words, uint64_t offset) {
@@ -216,7 +216,7 @@ constexpr uint32_t kExpertBlocks = 8;  // for one expert
 #define DECODE_API extern "C" __attribute__((visibility("default")))
 
 // Loads the kernels: nothing is loaded later, while another kernel spins. The other calls need it.
-DECODE_API int32_t decode_open(int32_t device) {
+DECODE_API int32_t deepep_decode_open(int32_t device) {
   const void* const kernels[] = {
       reinterpret_cast<const void*>(draw_kernel),    reinterpret_cast<const void*>(experts_kernel),
       reinterpret_cast<const void*>(check_kernel),   reinterpret_cast<const void*>(advance_kernel),
@@ -229,31 +229,31 @@ DECODE_API int32_t decode_open(int32_t device) {
   return error;
 }
 
-DECODE_API int32_t decode_draw(const void* draw, uint64_t stream) {
-  return launch(draw_kernel, dim3(word_of(draw, offsetof(Draw, tokens))), kThreads, draw, stream);
+DECODE_API int32_t deepep_decode_draw(const void* draw, uint64_t stream) {
+  return launch(draw_kernel, word_of(draw, offsetof(Draw, tokens)), kThreads, draw, stream);
 }
 
-DECODE_API int32_t decode_experts(const void* experts, uint64_t stream) {
+DECODE_API int32_t deepep_decode_experts(const void* experts, uint64_t stream) {
   const uint32_t rows = least(word_of(experts, offsetof(Experts, max_rows)), kExpertBlocks);
-  return launch(experts_kernel, dim3(rows, word_of(experts, offsetof(Experts, local_experts))), kThreads, experts, stream);
+  return launch(experts_kernel, rows * word_of(experts, offsetof(Experts, local_experts)), kThreads, experts, stream);
 }
 
 // Checks, then counts the step.
-DECODE_API int32_t decode_check(const void* check, uint64_t stream) {
-  const cudaError_t error = launch(check_kernel, dim3(word_of(check, offsetof(Check, tokens))), kThreads, check, stream);
+DECODE_API int32_t deepep_decode_check(const void* check, uint64_t stream) {
+  const cudaError_t error = launch(check_kernel, word_of(check, offsetof(Check, tokens)), kThreads, check, stream);
   if (error != cudaSuccess) return error;
   const char* record = static_cast<const char*>(check) + offsetof(Check, record);
-  return launch(advance_kernel, dim3(1), 1, record, stream);
+  return launch(advance_kernel, 1, 1, record, stream);
 }
 
-DECODE_API int32_t decode_compute(const void* compute, uint64_t stream) {
-  return launch(compute_kernel, dim3(word_of(compute, offsetof(Compute, blocks))), kThreads, compute, stream);
+DECODE_API int32_t deepep_decode_compute(const void* compute, uint64_t stream) {
+  return launch(compute_kernel, word_of(compute, offsetof(Compute, blocks)), kThreads, compute, stream);
 }
 
-DECODE_API int32_t decode_stamp(const void* stamp, uint64_t stream) { return launch(stamp_kernel, dim3(1), 1, stamp, stream); }
+DECODE_API int32_t deepep_decode_stamp(const void* stamp, uint64_t stream) { return launch(stamp_kernel, 1, 1, stamp, stream); }
 
 // Writes what an error code means.
-DECODE_API int32_t decode_error(int32_t code, char* out, uint32_t bytes) {
+DECODE_API int32_t deepep_decode_error(int32_t code, char* out, uint32_t bytes) {
   strncpy(out, cudaGetErrorString(static_cast<cudaError_t>(code)), bytes - 1);
   out[bytes - 1] = 0;
   return 0;

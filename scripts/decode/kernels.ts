@@ -25,19 +25,19 @@ const fields = {
 export type Command = keyof typeof fields;
 
 const table = {
-  decode_open: { args: ["i32"], ret: "i32" },
-  decode_draw: { args: ["buf", "u64"], ret: "i32" },
-  decode_experts: { args: ["buf", "u64"], ret: "i32" },
-  decode_check: { args: ["buf", "u64"], ret: "i32" },
-  decode_compute: { args: ["buf", "u64"], ret: "i32" },
-  decode_stamp: { args: ["buf", "u64"], ret: "i32" },
-  decode_error: { args: ["i32", "buf", "u32"], ret: "i32" },
+  deepep_decode_open: { args: ["i32"], ret: "i32" },
+  deepep_decode_draw: { args: ["buf", "u64"], ret: "i32" },
+  deepep_decode_experts: { args: ["buf", "u64"], ret: "i32" },
+  deepep_decode_check: { args: ["buf", "u64"], ret: "i32" },
+  deepep_decode_compute: { args: ["buf", "u64"], ret: "i32" },
+  deepep_decode_stamp: { args: ["buf", "u64"], ret: "i32" },
+  deepep_decode_error: { args: ["i32", "buf", "u32"], ret: "i32" },
 } as const;
 
 type Run = (words: Uint8Array, stream: bigint) => number;
-type Symbols = Record<`decode_${Command}`, Run> & {
-  decode_open(device: number): number;
-  decode_error(code: number, out: Uint8Array, bytes: number): number;
+type Symbols = Record<`deepep_decode_${Command}`, Run> & {
+  deepep_decode_open(device: number): number;
+  deepep_decode_error(code: number, out: Uint8Array, bytes: number): number;
 };
 
 /** The open library. */
@@ -47,19 +47,19 @@ export class DecodeKernels {
   constructor(path: string, device = 0) {
     if (!runtime) throw new Error("this runtime has no FFI that is known");
     this.#symbols = runtime.bind(path, table) as unknown as Symbols;
-    this.#check("open", this.#symbols.decode_open(device));
+    this.#check("open", this.#symbols.deepep_decode_open(device));
   }
 
   /** Enqueues a command on a stream; in a capture it is recorded. */
   run(command: Command, values: Readonly<Record<string, bigint | number>>, stream: bigint): void {
     const words = BigUint64Array.from(fields[command], (field: string) => BigInt(values[field]!));
-    this.#check(command, this.#symbols[`decode_${command}`](new Uint8Array(words.buffer), stream));
+    this.#check(command, this.#symbols[`deepep_decode_${command}`](new Uint8Array(words.buffer), stream));
   }
 
   #check(what: string, code: number): void {
     if (code === 0) return;
     const text = new Uint8Array(new ArrayBuffer(256));
-    this.#symbols.decode_error(code, text, text.length);
+    this.#symbols.deepep_decode_error(code, text, text.length);
     throw new Error(`Cannot ${what} decode.cu: ${new TextDecoder().decode(text.subarray(0, text.indexOf(0)))}`);
   }
 }
