@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 #include <time.h>
 
+#include <algorithm>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
@@ -203,10 +204,15 @@ Fiber* Block::next() {
   return first;
 }
 
-void Block::wait(const char* what, const void* at) {
+void Block::note(const void* at) {
+  auto& met_at = this_fiber().met_at;
+  std::copy_backward(met_at.begin(), met_at.end() - 1, met_at.end());
+  met_at[0] = at;
+}
+
+void Block::wait(const char* what) {
   Fiber& self = this_fiber();
   self.waits_for = what;
-  self.waits_at = at;
   emulator_switch(&self.stack, next()->stack);
 }
 
@@ -230,6 +236,7 @@ void Block::poll() {
 
 uint64_t Block::synchronize(uint32_t number, uint32_t threads, Vote vote, bool value, const void* at) {
   Fiber& self = this_fiber();
+  note(at);
   if (number >= kNumBarriers) fail("there is no barrier %u", number);
   if (number == 0 && num_live_ != num_threads_) fail("it waits at __syncthreads for threads that have ended");
   if (threads == 0 || threads % kLanes != 0) {
@@ -246,7 +253,7 @@ uint64_t Block::synchronize(uint32_t number, uint32_t threads, Vote vote, bool v
   barrier.votes += value ? 1 : 0;
   barrier.waiting.push_back(&self);
   if (barrier.waiting.size() < threads) {
-    wait(number == 0 ? "__syncthreads" : "a named barrier", at);
+    wait(number == 0 ? "__syncthreads" : "a named barrier");
     return self.result;
   }
   const uint64_t result = vote == Vote::any ? barrier.votes != 0 : vote == Vote::all ? barrier.votes == threads : barrier.votes;
@@ -263,6 +270,7 @@ uint64_t Block::meet(Meet kind, uint32_t mask, uint64_t value, uint32_t argument
   Fiber& self = this_fiber();
   const uint32_t lane = self.index % kLanes;
   Warp& warp = warps_[self.index / kLanes];
+  note(at);
   if ((mask >> lane & 1) == 0) fail("it is not in its own mask 0x%08x", mask);
   if ((mask & warp.gone) != 0) fail("it waits for lanes 0x%08x, which have ended", mask & warp.gone);
   Meeting& meeting = warp.meetings[__builtin_ctz(mask)];
@@ -270,14 +278,14 @@ uint64_t Block::meet(Meet kind, uint32_t mask, uint64_t value, uint32_t argument
     meeting.kind = kind;
     meeting.mask = mask;
   } else if (meeting.kind != kind || meeting.mask != mask) {
-    fail("lanes 0x%08x are elsewhere: in operation %d with mask 0x%08x, it comes to operation %d with mask 0x%08x",
-         meeting.here, static_cast<int>(meeting.kind), meeting.mask, static_cast<int>(kind), mask);
+    fail("it comes to operation %d with mask 0x%08x, where lanes 0x%08x wait in operation %d with mask 0x%08x",
+         static_cast<int>(kind), mask, meeting.here, static_cast<int>(meeting.kind), meeting.mask);
   }
   self.value = value;
   self.argument = argument;
   meeting.here |= 1u << lane;
   if (meeting.here != mask) {
-    wait("lanes of its warp", at);
+    wait("lanes of its warp");
     return self.result;
   }
   conclude(meeting, &fibers_[self.index - lane]);
@@ -353,23 +361,23 @@ void Block::fail(const char* format, ...) {
   report("thread " + std::to_string(this_fiber().index) + ": " + words);
 }
 
-// What is wrong, and where all threads are; runs of threads at one place are one line.
-void Block::report(const std::string& words) {
   static std::mutex* const mutex = new std::mutex;  // The first to report is the only one.
   mutex->lock();
   std::fprintf(stderr, "emulated device: %s, block %u of %u, %s\n", grid.name, index.x, grid.blocks.x, words.c_str());
-  const auto same = [](const Fiber& a, const Fiber& b) { return a.waits_for == b.waits_for && a.waits_at == b.waits_at; };
   const auto gone = [&](uint32_t i) { return (warps_[i / kLanes].gone >> i % kLanes & 1) != 0; };
+  const auto same = [&](uint32_t i, uint32_t j) {
+    return fibers_[i].waits_for == fibers_[j].waits_for && fibers_[i].met_at == fibers_[j].met_at && gone(i) == gone(j);
+  };
   for (uint32_t begin = 0, end; begin < num_threads_; begin = end) {
-    for (end = begin + 1; end < num_threads_ && same(fibers_[begin], fibers_[end]) && gone(begin) == gone(end);) ++end;
+    for (end = begin + 1; end < num_threads_ && same(begin, end);) ++end;
     const Fiber& fiber = fibers_[begin];
-    std::fprintf(stderr, "  threads %u to %u ", begin, end - 1);
-    if (gone(begin))
-      std::fprintf(stderr, "have ended\n");
-    else if (fiber.waits_for)
-      std::fprintf(stderr, "wait for %s at 0x%zx\n", fiber.waits_for, within_library(fiber.waits_at));
-    else
-      std::fprintf(stderr, "run\n");
+    std::fprintf(stderr, "  threads %u to %u %s%s, met others at", begin, end - 1,
+                 gone(begin)       ? "have ended"
+                 : fiber.waits_for ? "wait for "
+                                   : "run",
+                 !gone(begin) && fiber.waits_for ? fiber.waits_for : "");
+    for (const void* const at : fiber.met_at) std::fprintf(stderr, " 0x%zx", at ? within_library(at) : 0);
+    std::fprintf(stderr, "\n");
   }
   std::abort();
 }

@@ -10,6 +10,7 @@
 
 #include <cuda_runtime_api.h>
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -70,7 +71,7 @@ struct Fiber {
   uint3 thread = {};
   uint32_t index = 0;
   const char* waits_for = nullptr;
-  const void* waits_at = nullptr;  // address in the kernel
+  std::array<const void*, 8> met_at = {};  // addresses in the kernel where it has met others, the latest first
   uint64_t result = 0;             // of a meeting
   // What it brings to a meeting of lanes.
   uint64_t value = 0;
@@ -127,7 +128,8 @@ class Block {
   ~Block();
   static void begin();
   void end();
-  void wait(const char* what, const void* at);
+  void wait(const char* what);
+  void note(const void* at);
   void ready(Fiber* fiber);
   Fiber* next();
   void conclude(const Meeting& meeting, Fiber* lanes);
