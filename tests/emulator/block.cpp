@@ -361,6 +361,9 @@ void Block::fail(const char* format, ...) {
   report("thread " + std::to_string(this_fiber().index) + ": " + words);
 }
 
+// What is wrong, where all threads are, and where they have last met others, which addr2line turns into lines. Threads that
+// have gone the same way are told together.
+void Block::report(const std::string& words) {
   static std::mutex* const mutex = new std::mutex;  // The first to report is the only one.
   mutex->lock();
   std::fprintf(stderr, "emulated device: %s, block %u of %u, %s\n", grid.name, index.x, grid.blocks.x, words.c_str());
