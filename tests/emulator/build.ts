@@ -18,7 +18,7 @@ const copy = "build/emulated/src";
 
 const recipe: Recipe = {
   sources: [here, "cuda/host", "cuda/api", "cuda/common", "cuda/compat/glibc.cpp"],
-  includes: ["cuda/abi", "cuda/compat/older.hpp", "cuda/kernels", copy],
+  includes: ["cuda/abi", "scripts/decode/decode.cu", "cuda/compat/older.hpp", "cuda/kernels", copy],
   cpp: ["-std=c++20", "-O2", "-g1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-pthread"]
     .concat(["-fvisibility=hidden", "-fvisibility-inlines-hidden", "-fno-extern-tls-init"])
     .concat(["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"])
