@@ -205,7 +205,9 @@ struct Leader : Waits {
       if (peer != p.rank && in_view(came, peer)) without |= ~view_at(own_memory(p), p.regions, peer)->ranks;
     }
     common &= ~warp_or(without);
-    for (uint64_t rest = view & ~common & ~s.masked; rest != 0; rest &= rest - 1) {
+    uint64_t rest = view & ~common & ~s.masked;
+    __syncwarp();  // All lanes have looked.
+    for (; rest != 0; rest &= rest - 1) {
       mask_now(static_cast<uint32_t>(__ffsll(static_cast<long long>(rest)) - 1));
     }
     view = common & ~s.masked;

@@ -308,7 +308,9 @@ struct Waits {
       return (load_relaxed_sys(&doorbell_at(p.symmetric[peer], p.regions)->waiting_for) & ~rank_bit(p.rank)) != 0;
     });
     const uint64_t to_blame = pending & ~waiting;
-    if (to_blame == 0 && s.extended == 0) {
+    const bool extends = to_blame == 0 && s.extended == 0;
+    __syncwarp();  // All lanes have looked.
+    if (extends) {
       if (lane == 0) {
         s.deadline_ns += p.timeout_ns / 2;
         s.extended = 1;
