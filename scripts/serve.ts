@@ -3,8 +3,8 @@
  *
  * In: the flags below. Out: `POST /generate` takes bf16 rows, sends them through a decode step beside the sequences that run
  * anyway, and answers with what came back; `GET /metrics` tells steps a second, masked ranks, and how long the event loops let
- * events wait. Each rank has a Web Worker, which makes decode steps one after another (worker.ts); this thread only serves HTTP. With
- * `--load` it asks itself, from another thread, and prints a line of JSON. Runs under Bun and Deno.
+ * events wait. Each rank has a Web Worker, which makes decode steps one after another (worker.ts); this thread only serves
+ * HTTP. With `--load` it asks itself, from another thread, and prints a line of JSON. Runs under Bun and Deno.
  */
 import { createServer, type IncomingMessage, type Server, type ServerResponse } from "node:http";
 import { createServer as createTcpServer } from "node:net";

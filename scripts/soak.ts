@@ -3,8 +3,8 @@
  *
  * In: the flags below. Out: progress on standard error, and a line of JSON on standard output. The first mismatch ends it with
  * status 1 and its step, rank and token. On cuda a step is a replay of a captured graph that draws its rows and routing, and
- * checks every element of its result, on the device; every `--look` steps the host draws and checks a step by itself. On cpu it is
- * plain calls, drawn and checked by the host. Runs under Bun and Deno.
+ * checks every element of its result, on the device; every `--look` steps the host draws and checks a step by itself. On cpu it
+ * is plain calls, drawn and checked by the host. Runs under Bun and Deno.
  */
 import process from "node:process";
 import { parseArgs } from "node:util";

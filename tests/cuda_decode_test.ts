@@ -1,7 +1,8 @@
 /**
- * Low latency in CUDA graphs. A decode step (dispatch, expert kernel, combine) captured once and replayed thousands of times: rows
- * and routing are drawn, and every element is checked, by kernels of the same graph. And each half of a step captured by itself and
- * replayed with what the host writes, compared with the reference bit for bit. And kernels that compute between the halves.
+ * Low latency in CUDA graphs. A decode step (dispatch, expert kernel, combine) captured once and replayed thousands of times:
+ * rows and routing are drawn, and every element is checked, by kernels of the same graph. And each half of a step captured by
+ * itself and replayed with what the host writes, compared with the reference bit for bit. And kernels that compute between the
+ * halves.
  */
 import process from "node:process";
 import { test } from "node:test";

@@ -1,4 +1,4 @@
-/** scripts/serve.ts as it is run: it asks itself and gets every row back; it answers others, refuses nonsense, and ends when told. */
+/** scripts/serve.ts as it is run: it asks itself and gets every row back, answers others, refuses nonsense, ends when told. */
 import process from "node:process";
 import { test } from "node:test";
 import { assert, assertEquals, assertMatch } from "@std/assert";

@@ -1,9 +1,10 @@
-// The kernels of a decode step that are not the library's: routing and rows are drawn, experts compute, and what came back is checked.
+// The kernels of a decode step that are not the library's: routing and rows are drawn, experts compute, and what came back is
+// checked.
 //
-// In: commands of scripts/decode/kernels.ts, whose fields are words of 64 bits. Out: work on their stream, which a graph can record.
-// Everything is drawn from a seed and a step number that lives on the device, so each replay of a graph has rows and a routing of
-// its own, and is checked in whole without the host. Plain C++ but for the clock. For tests, soak.ts and serve.ts: not part of the
-// package.
+// In: commands of scripts/decode/kernels.ts, whose fields are words of 64 bits. Out: work on their stream, which a graph can
+// record. Everything is drawn from a seed and a step number that lives on the device, so each replay of a graph has rows and a
+// routing of its own, and is checked in whole without the host. Plain C++ but for the clock. For tests, soak.ts and serve.ts:
+// not part of the package.
 #include <cuda_runtime_api.h>
 #include <time.h>
 
@@ -102,9 +103,9 @@ __device__ uint16_t expert_value(uint64_t expert, float x, uint64_t multiply, ui
   return bf16_of(x * static_cast<float>(expert % multiply + 1) + static_cast<float>(expert % add));
 }
 
-// A token's experts are distinct: equal steps from a first one. Every fourth step crowds them at the begin; one entry of 16 is -1, and
-// one token of 16 has none. Values are whole numbers to 16 times a power of two, with 448 of them at the begin of every block: the
-// cast to FP8 keeps them as they are.
+// A token's experts are distinct: equal steps from a first one. Every fourth step crowds them at the begin; one entry of 16 is
+// -1, and one token of 16 has none. Values are whole numbers to 16 times a power of two, with 448 of them at the begin of every
+// block: the cast to FP8 keeps them as they are.
 __global__ void draw_kernel(Draw d) {
   const uint32_t token = blockIdx.x, topk = static_cast<uint32_t>(d.topk), experts = static_cast<uint32_t>(d.experts);
   const uint64_t step = at<const Record>(d.record)->step;

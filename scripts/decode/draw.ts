@@ -14,7 +14,7 @@ export interface DecodeShape {
   readonly topk: number;
 }
 
-/** What stands in for experts: expert e makes `x * (e % multiply + 1) + e % add` of x, rounded to bf16. 1 and 1 is the identity. */
+/** What stands in for experts: expert e makes `x * (e % multiply + 1) + e % add` of x, rounded to bf16. 1, 1: the identity. */
 export interface StandIn {
   readonly multiply: number;
   readonly add: number;

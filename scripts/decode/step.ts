@@ -1,9 +1,9 @@
 /**
  * A rank's decode step: low-latency dispatch, stand-in experts, low-latency combine, over tensors that stay.
  *
- * In: a buffer and a shape. Out: `run()`, which enqueues a step. On cuda it is a captured graph, experts are kernels of decode.cu
- * that write where peers read, and rows and routing can be drawn, and results checked, inside the graph. On cpu a step is plain
- * calls with identity experts. Called by soak.ts, serve.ts and the tests.
+ * In: a buffer and a shape. Out: `run()`, which enqueues a step. On cuda it is a captured graph, experts are kernels of
+ * decode.cu that write where peers read, and rows and routing can be drawn, and results checked, inside the graph. On cpu a
+ * step is plain calls with identity experts. Called by soak.ts, serve.ts and the tests.
  */
 import type { EpBuffer, EpEvent, Graph, LowLatencyResult, Recorder, ScaledRows, Stream, Tensor } from "../../mod.ts";
 import { localExperts } from "../../lib/layout.ts";

@@ -1,8 +1,9 @@
 /**
  * How long an event loop lets events wait.
  *
- * In: pulses, messages that another thread (pulse.ts) sends every millisecond with the time of their sending. Out: percentiles of the
- * time until each was handled. Timers would not do: their own resolution is a millisecond. Called by serve.ts and worker.ts.
+ * In: pulses, messages that another thread (pulse.ts) sends every millisecond with the time of their sending. Out: percentiles
+ * of the time until each was handled. Timers would not do: their own resolution is a millisecond. Called by serve.ts and
+ * worker.ts.
  */
 import { createHistogram } from "node:perf_hooks";
 

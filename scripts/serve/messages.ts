@@ -48,8 +48,8 @@ export type FromRank =
   | { readonly kind: "failed"; readonly message: string };
 
 /**
- * The routing of a row, in place of a gate: different experts, by the row's bits; weights that sum up to 1, so that identity experts
- * give a row back as it was, bit for bit if it survives the cast to FP8.
+ * The routing of a row, in place of a gate: different experts, by the row's bits; weights that sum up to 1, so that identity
+ * experts give a row back as it was, bit for bit if it survives the cast to FP8.
  */
 export function route(row: Uint16Array, { experts, topk }: DecodeShape, idx: Int32Array, weights: Float32Array): void {
   let hash = 0;

@@ -2,9 +2,9 @@
  * A rank of serve.ts in a Web Worker: decode steps one after another, with the requests that have come since the last one.
  *
  * In: messages of serve.ts. Out: answers to requests, metrics. A step always has all of a rank's tokens: the places of requests
- * come first, the others are filled with sequences of its own, as a server's batch would be. The worker's event loop goes on while
- * a step runs on the device. All ranks must stop before the same step: rank 0 says which, just before it begins the step that is
- * to be the last; no rank can end that step without rank 0, and each looks again after it.
+ * come first, the others are filled with sequences of its own, as a server's batch would be. The worker's event loop goes on
+ * while a step runs on the device. All ranks must stop before the same step: rank 0 says which, just before it begins the step
+ * that is to be the last; no rank can end that step without rank 0, and each looks again after it.
  */
 import { EpBuffer, Group } from "../../mod.ts";
 import { decodeBuffer, DecodeStep } from "../decode/step.ts";

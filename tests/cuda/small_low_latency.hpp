@@ -1,4 +1,5 @@
-// Rounds of low-latency mode for small_world.cu: dispatch with or without the cast to FP8, in one piece or in halves, and combine.
+// Rounds of low-latency mode for small_world.cu: dispatch with or without the cast to FP8, in one piece or in halves, and
+// combine.
 //
 // In: ranks, a generator. Out: a first mismatch ends the program. Rows are compared where they lie: for each expert ordered by
 // (source rank, token, k). What is cast to FP8 must be within a sixteenth. The experts are the identity, computed by the host.

@@ -1,6 +1,6 @@
-// A small world through the C ABI: a few ranks in one process dispatch drawn routings and combine them again, in both
-// layouts and in low-latency mode, by TMA and by loads and stores; every row and sum is compared. Small enough for compute-sanitizer, and an example
-// of how the library is driven from C or C++.
+// A small world through the C ABI: a few ranks in one process dispatch drawn routings and combine them again, in both layouts
+// and in low-latency mode, by TMA and by loads and stores; every row and sum is compared. Small enough for compute-sanitizer,
+// and an example of how the library is driven from C or C++.
 //
 //   small_world [--ranks 3] [--rounds 10]     exits 0 and prints "ok", 1 and what differs, or 77 without a GPU
 //

@@ -1,8 +1,8 @@
 // The world of small_world.cu: what ranks send, and which rank owns an expert.
 //
-// In: a generator of numbers. Out: routings, and the values of rows. 7 experts over the ranks (they need not divide), top-3 with
-// entries that are -1 or listed twice, 20 tokens of 272 channels at most. Token t of rank r holds the small integer
-// 1 + (r + 3t) % 100 in every channel, plus its channel's parity, so sums are exact.
+// In: a generator of numbers. Out: routings, and the values of rows. 7 experts over the ranks (they need not divide), top-3
+// with entries that are -1 or listed twice, 20 tokens of 272 channels at most. Token t of rank r holds the small integer 1 + (r
+// + 3t) % 100 in every channel, plus its channel's parity, so sums are exact.
 #pragma once
 
 #include <algorithm>

@@ -1,8 +1,8 @@
 /**
  * Cases of low-latency dispatch and combine.
  *
- * In: a subject. Out: tests. Each compares every expert's rows, scales, counts, source info and layout ranges, and after combine every
- * bit of the sums, with the reference. Called through cases.ts.
+ * In: a subject. Out: tests. Each compares every expert's rows, scales, counts, source info and layout ranges, and after
+ * combine every bit of the sums, with the reference. Called through cases.ts.
  */
 import { assert, assertEquals } from "@std/assert";
 import { test } from "node:test";

@@ -1,6 +1,7 @@
 /**
- * Low-latency mode at the ends of its sizes: fewer tokens than blocks and warps, many, 16 ranks, 32 experts a token, rows that are
- * a multiple of 16 bytes and of nothing more, rows of 32 KiB. In: a subject. Out: tests. Called by the tests of the backends.
+ * Low-latency mode at the ends of its sizes: fewer tokens than blocks and warps, many, 16 ranks, 32 experts a token, rows that
+ * are a multiple of 16 bytes and of nothing more, rows of 32 KiB. In: a subject. Out: tests. Called by the tests of the
+ * backends.
  */
 import { test } from "node:test";
 import type { Subject } from "./cases.ts";

@@ -1,6 +1,6 @@
 /**
- * A peer that falls silent in the middle of low-latency mode where buffers mask on timeout: the call goes on, and what the survivors
- * get is, bit for bit, what the reference says of a world without that peer. In: a backend. Out: tests.
+ * A peer that falls silent in the middle of low-latency mode where buffers mask on timeout: the call goes on, and what the
+ * survivors get is, bit for bit, what the reference says of a world without that peer. In: a backend. Out: tests.
  *
  * World: 4 ranks of one thread; rank 1 falls silent in one phase of one call. What it did before that phase is done: its counts
  * stay counted, and where its rows did not come, their places are zeros without a source.

@@ -1,7 +1,7 @@
 /**
- * Computing while rows travel: between the halves of a call the stream is free, whatever the peers do. Shown by a peer that is late
- * with its rows: what is computed after the send half ends long before they arrive; after a call in one piece it does not. In: a
- * backend, and something to compute on a stream. Out: tests.
+ * Computing while rows travel: between the halves of a call the stream is free, whatever the peers do. Shown by a peer that is
+ * late with its rows: what is computed after the send half ends long before they arrive; after a call in one piece it does not.
+ * In: a backend, and something to compute on a stream. Out: tests.
  *
  * World: 2 ranks, 8 experts; every token goes to experts 0 and 4, one on each rank; experts are the identity. Rank 1 is late by
  * LATE_MS after its counts were published, before its rows are sent.

@@ -1,8 +1,8 @@
 /**
  * One rank of a world under test: an `EpBuffer`, driven by calls whose arguments and results are plain typed arrays.
  *
- * In: the inputs of this rank. Out: its outputs, in the reference's types. Called directly by the local driver, by messages in a
- * worker (rank_worker.ts) and over pipes in a process (rank_process.ts).
+ * In: the inputs of this rank. Out: its outputs, in the reference's types. Called directly by the local driver, by messages in
+ * a worker (rank_worker.ts) and over pipes in a process (rank_process.ts).
  */
 import { EpBuffer, type Group, itemSize, Tensor, type TypedArrayOf } from "@deepep/deepep";
 import type { DispatchResult, LowLatencyCombineResult, LowLatencyResult, Payload } from "@deepep/deepep";
