@@ -25,7 +25,8 @@ struct CombineShared {
 
 // Leader's first warp: waits until no rank reads the expert-output region of this rank's slot any more.
 __device__ inline void wait_for_readers(Leader& leader, uint32_t slot, int32_t kind) {
-  const uint64_t epoch = leader.p.state->combine_epoch[slot];
+  // One look for all lanes: the leader writes it soon after this, and a lane that looked late would wait alone.
+  const uint64_t epoch = __shfl_sync(kAllLanes, leader.p.state->combine_epoch[slot], 0);
   // Readers of a combine before the last recovery have gone with it.
   if (epoch <= leader.s.base_epoch) return;
   // Pairs with end_reading() of the peers, or with the announcement of one that gave up and reads no more.
