@@ -5,7 +5,7 @@
  */
 import { test } from "node:test";
 import { assertEquals } from "@std/assert";
-import { bf16FromF32, type EpBuffer, f32FromBf16, type Tensor } from "@deepep/deepep";
+import { bf16FromF32, type EpBuffer, f32FromBf16, type LowLatencyCombineResult, type Tensor } from "@deepep/deepep";
 import { constants } from "../../lib/ffi/abi.ts";
 import { struct } from "../../lib/ffi/struct.ts";
 import { expertRank } from "../../lib/layout.ts";
@@ -86,35 +86,77 @@ async function normal(b: EpBuffer, sent: Sent, shared: Random, what: string): Pr
   };
 }
 
+/** A low-latency call that was sent, and what is left to do with it, in this order. */
+interface LowLatencyHalves {
+  /** Receives, if that is a half of its own. */
+  receive(): void;
+  /** Sends the combine. */
+  back(): void;
+  /** Receives that, checks it, and gives all back. */
+  finish(): Promise<void>;
+}
+
 /** The same in low-latency mode, in two halves or not. */
-function sendLowLatency(b: EpBuffer, sent: Sent, shared: Random, what: string): () => Promise<void> {
+function sendLowLatency(b: EpBuffer, sent: Sent, shared: Random, what: string): LowLatencyHalves {
   const recvHook = shared.chance(0.5), inPlace = shared.chance(0.5);
   const x = b.tensor("bf16", [sent.numTokens, hidden], sent.values);
   const topkIdx = b.tensor("i32", [sent.numTokens, numTopk], sent.experts);
   const topkWeights = b.tensor("f32", [sent.numTokens, numTopk], sent.weights);
   const recv = b.lowLatencyDispatch(x, { topkIdx, fp8: false, recvHook });
-  return async () => {
-    recv.hook();
-    const region = inPlace ? recv.handle.expertOutput() : undefined;
-    if (region) b.copy(region, recv.x);
-    using out = b.lowLatencyCombine(region ?? recv.x, { topkIdx, topkWeights, handle: recv.handle, recvHook });
-    out.hook();
-    const sum = (t: number) =>
-      entriesOf(sent, t).reduce((s, e, k) => s + (e >= 0 ? sent.weights[t * numTopk + k]! : 0), 0);
-    await check(out.x, sent, sum, `${what} low latency`);
-    [recv, x, topkIdx, topkWeights].forEach((held) => held.release());
+  let out: LowLatencyCombineResult;
+  return {
+    receive: () => void recv.hook(),
+    back() {
+      const region = inPlace ? recv.handle.expertOutput() : undefined;
+      if (region) b.copy(region, recv.x);
+      out = b.lowLatencyCombine(region ?? recv.x, { topkIdx, topkWeights, handle: recv.handle, recvHook });
+    },
+    async finish() {
+      out.hook();
+      const sum = (t: number) =>
+        entriesOf(sent, t).reduce((s, e, k) => s + (e >= 0 ? sent.weights[t * numTopk + k]! : 0), 0);
+      await check(out.x, sent, sum, `${what} low latency`);
+      [recv, x, topkIdx, topkWeights].forEach((held) => held.release());
+      out[Symbol.dispose]();
+    },
   };
 }
 
+/** {@linkcode sendLowLatency}, in the form of {@linkcode normal}. */
+function lowLatency(b: EpBuffer, sent: Sent, shared: Random, what: string): Promise<() => Promise<void>> {
+  const call = sendLowLatency(b, sent, shared, what);
+  return Promise.resolve(async () => {
+    call.receive();
+    call.back();
+    await call.finish();
+  });
+}
+
+/** Low-latency calls in flight: all ranks send in the same order, and each receives in an order of its own. */
+async function ownOrders(b: EpBuffer, rank: number, seed: number): Promise<void> {
+  const shared = new Random(seed),
+    own = new Random(seed + 1000 * (rank + 1)),
+    orderOf = (r: Random) => r.distinct(3, 3);
+  for (let round = 0; round < 30; round++) {
+    const what = `DEEPEP_SEED=${seed}, rank ${rank}, round ${round}:`;
+    if (own.chance(0.3)) beLate(b, own, true);
+    const calls = [0, 1, 2].map(() => sendLowLatency(b, draw(own), shared, what));
+    for (const i of orderOf(own)) calls[i]!.receive();
+    for (const i of orderOf(shared)) calls[i]!.back();
+    for (const i of orderOf(own)) await calls[i]!.finish();
+  }
+  assertEquals(b.stats().numFailures, 0);
+}
+
 /** One rank's run of the program that `seed` stands for. */
-async function run(b: EpBuffer, rank: number, seed: number, lowLatency: boolean): Promise<void> {
+async function run(b: EpBuffer, rank: number, seed: number, bothModes: boolean): Promise<void> {
   const shared = new Random(seed), own = new Random(seed + 1000 * (rank + 1));
   const inFlight: (() => Promise<void>)[] = [];
   for (let step = 0; step < NUM_STEPS; step++) {
     if (own.chance(0.1)) await new Promise((resolve) => setTimeout(resolve, own.int(0, 3)));
-    if (own.chance(0.2)) beLate(b, own, lowLatency);
+    if (own.chance(0.2)) beLate(b, own, bothModes);
     const what = `DEEPEP_SEED=${seed}, rank ${rank}, step ${step}:`, sent = draw(own);
-    inFlight.push(await (!lowLatency || shared.chance(0.5) ? normal : sendLowLatency)(b, sent, shared, what));
+    inFlight.push(await (!bothModes || shared.chance(0.5) ? normal : lowLatency)(b, sent, shared, what));
     const keep = shared.int(0, NUM_SLOTS - 1);
     while (inFlight.length > keep) await inFlight.shift()!();
   }
@@ -134,6 +176,15 @@ export function runMixedCases({ name, backend, skip, skipLowLatency }: BackendSu
           { ...shape, numSlots: NUM_SLOTS, maxRecvTokens: 200, timeoutMs: 20_000 },
           (b, rank) => run(b, rank, seed + i, !skipLowLatency),
         );
+      });
+    }
+  });
+  suite(`${name}: halves of low latency in an order of each rank's own`, skip || skipLowLatency, () => {
+    const seed = runSeed();
+    for (const [i, numRanks] of [2, 4].slice(0, randomCount(2)).entries()) {
+      test(`${numRanks} ranks, DEEPEP_SEED=${seed + i}`, async () => {
+        const options = { ...shape, numSlots: 3, timeoutMs: 20_000 };
+        await ranksOf(backend)(numRanks, options, (b, rank) => ownOrders(b, rank, seed + i));
       });
     }
   });
