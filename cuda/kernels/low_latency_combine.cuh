@@ -49,8 +49,8 @@ struct LowLatencyCombine {
   __device__ bool reads_x() const { return params.sends != 0 && params.receives != 0 && x() != nullptr && !casts(); }
   // Whether the blocks go by the leader's word. Where rows are cast, this rank's own rows are what other blocks have cast.
   __device__ bool is_led() const {
-    return (casts() && params.sends != 0 && params.receives != 0) || p().mask_on_timeout != 0 || p().inject[DEEPEP_PHASE_PUBLISH].wanted != 0 ||
-           p().inject[DEEPEP_PHASE_REDUCE].wanted != 0;
+    return (casts() && params.sends != 0 && params.receives != 0) || p().mask_on_timeout != 0 ||
+           p().inject[DEEPEP_PHASE_PUBLISH].wanted != 0 || p().inject[DEEPEP_PHASE_REDUCE].wanted != 0;
   }
 
   // An entry as the caller gives it to the combine: the dispatch's expert, or -1.

@@ -90,7 +90,7 @@ struct LowLatencyCount {
     for (uint32_t peer = blockIdx.x; peer < p.options.num_ranks; peer += gridDim.x) {
       if (peer == p.rank || !in_view(to, peer)) continue;
       uint64_t* words = count_words_at(p.symmetric[peer], p.regions, num_experts(), p.rank, epoch);
-      // Its release says that the slot is free; pairs with take_infos() of the peer.
+      // Its release says that the slot is free; pairs with take_sender() of the peer.
       if (threadIdx.x == 0)
         store_release_sys(words + num_experts() + kInfoSender, count_word(epoch, count_sender_word(sender)));
       if (threadIdx.x == 1) store_relaxed_sys(words + num_experts() + kInfoAgreed, count_word(epoch, hash));
@@ -100,11 +100,19 @@ struct LowLatencyCount {
     }
   }
 
-  // Workers: the counts of the ranks in the view; a word says by itself that it is of this call. `slot_of(rank, slot)` is told
-  // each rank's slot. False when the leader has stopped the call meanwhile. The workers must meet afterwards.
+  // Workers: the words of the ranks in the view, each of which says by itself that it is of this call. One thread takes an
+  // expert's counts, one a rank's slot, which `slot_of(rank, slot)` is told: so that all are under way at once. False when the
+  // leader has stopped the call meanwhile. The workers must meet afterwards.
   template <class SlotOf>
   __device__ bool take(const CallShared& s, uint64_t view, uint32_t hash, SlotOf slot_of) const {
-    return take_infos(s, view, hash, slot_of) && take_counts(s, view);
+    const uint32_t experts = num_experts(), ranks = p.options.num_ranks;
+    for (uint32_t item = threadIdx.x; item < experts + ranks + 1; item += num_workers()) {
+      const bool came = item < experts           ? take_counts(s, view, item)
+                        : item < experts + ranks ? take_sender(s, view, item - experts, slot_of)
+                                                 : take_agreed(s, view, hash);
+      if (!came) return false;
+    }
+    return true;
   }
 
   // Workers, with the tables complete: what every rank finds alike.
@@ -140,64 +148,70 @@ struct LowLatencyCount {
   }
 
  private:
-  static constexpr uint32_t kLoads = 4;  // words that a thread has under way
+  static constexpr uint32_t kLoads = 8;  // words that a thread has under way
   static constexpr uint32_t kLooksBetween = 16;
 
-  template <class SlotOf>
-  __device__ bool take_infos(const CallShared& s, uint64_t view, uint32_t hash, SlotOf slot_of) const {
-    for (uint32_t src = threadIdx.x; src < p.options.num_ranks; src += num_workers()) {
-      if (src == p.rank) slot_of(src, p.slot);
-      if (src == p.rank || !in_view(view, src)) continue;
-      const uint64_t* infos = count_words_at(own_memory(p), p.regions, num_experts(), src, s.epoch) + num_experts();
-      uint64_t agreed = 0, sender = 0;
-      for (uint32_t looks = 1;; ++looks) {
-        agreed = load_relaxed_sys(infos + kInfoAgreed);
-        sender = load_acquire_sys(infos + kInfoSender);  // Pairs with publish() of src: its slot is free.
-        if (is_count_of(agreed, s.epoch) && is_count_of(sender, s.epoch)) break;
-        if (looks % kLooksBetween == 0 && is_stopped(p, s)) return false;
-      }
-      const CountSender from = count_sender_from_word(static_cast<uint32_t>(sender));
-      if (from.refuses || static_cast<uint32_t>(agreed) != hash) found.stop = 1;
-      slot_of(src, from.slot);
-    }
-    return true;
+  __device__ const uint64_t* word_of(const CallShared& s, uint32_t src, uint32_t i) const {
+    return count_words_at(own_memory(p), p.regions, num_experts(), src, s.epoch) + i;
   }
 
-  // Threads side by side take experts side by side; where there are more threads than experts they share the ranks.
-  __device__ bool take_counts(const CallShared& s, uint64_t view) const {
-    const uint32_t experts = num_experts(), ranks = p.options.num_ranks;
-    const uint32_t parts = num_workers() > experts ? num_workers() / experts : 1;
-    for (uint32_t item = threadIdx.x; item < experts * parts; item += num_workers()) {
-      const uint32_t e = item % experts;
-      uint32_t lower = 0, all = 0;
-      for (uint32_t first = item / experts; first < ranks; first += parts * kLoads) {
-        uint32_t counts[kLoads];
-        if (!take_some(s, view, e, first, parts, counts)) return false;
+  __device__ bool take_counts(const CallShared& s, uint64_t view, uint32_t expert) const {
+    uint32_t lower = 0, all = in_view(view, p.rank) ? tables.own[expert] : 0;
+    for (uint32_t first = 0; first < p.options.num_ranks; first += kLoads) {
+      uint32_t counts[kLoads];
+      if (!take_some(s, view, first, expert, counts)) return false;
 #pragma unroll
-        for (uint32_t i = 0; i < kLoads; ++i) {
-          all += counts[i];
-          if (first + i * parts < p.rank) lower += counts[i];
-        }
+      for (uint32_t i = 0; i < kLoads; ++i) {
+        all += counts[i];
+        if (first + i < p.rank) lower += counts[i];
       }
-      if (item / experts == 0) all += in_view(view, p.rank) ? tables.own[e] : 0;
-      if (lower != 0) atomicAdd(&tables.base[e], lower);
-      if (all != 0) atomicAdd(&tables.sum[e], all);
+    }
+    tables.base[expert] = lower;
+    tables.sum[expert] = all;
+    return true;
+  }
+
+  template <class SlotOf>
+  __device__ bool take_sender(const CallShared& s, uint64_t view, uint32_t src, SlotOf slot_of) const {
+    if (src == p.rank) slot_of(src, p.slot);
+    if (src == p.rank || !in_view(view, src)) return true;
+    for (uint32_t looks = 1;; ++looks) {
+      const uint64_t word = load_acquire_sys(word_of(s, src, num_experts() + kInfoSender));  // Pairs with publish() of src.
+      if (is_count_of(word, s.epoch)) {
+        const CountSender sender = count_sender_from_word(static_cast<uint32_t>(word));
+        if (sender.refuses) found.stop = 1;
+        slot_of(src, sender.slot);
+        return true;
+      }
+      if (looks % kLooksBetween == 0 && is_stopped(p, s)) return false;
+    }
+  }
+
+  __device__ bool take_agreed(const CallShared& s, uint64_t view, uint32_t hash) const {
+    for (uint32_t first = 0; first < p.options.num_ranks; first += kLoads) {
+      uint32_t hashes[kLoads];
+      if (!take_some(s, view, first, num_experts() + kInfoAgreed, hashes)) return false;
+      for (uint32_t i = 0; i < kLoads; ++i) {
+        if (is_asked(view, first + i) && hashes[i] != hash) found.stop = 1;
+      }
     }
     return true;
   }
 
-  // The counts of expert e at ranks `first`, first + step, …; 0 for those that are not asked.
-  __device__ bool take_some(const CallShared& s, uint64_t view, uint32_t e, uint32_t first, uint32_t step,
-                            uint32_t (&counts)[kLoads]) const {
+  __device__ bool is_asked(uint64_t view, uint32_t src) const {
+    return src < p.options.num_ranks && src != p.rank && in_view(view, src);
+  }
+
+  // The i-th words of ranks `first`, first + 1, …; 0 for those that are not asked.
+  __device__ bool take_some(const CallShared& s, uint64_t view, uint32_t first, uint32_t i, uint32_t (&values)[kLoads]) const {
     for (uint32_t looks = 1;; ++looks) {
       bool all_came = true;
 #pragma unroll
-      for (uint32_t i = 0; i < kLoads; ++i) {
-        const uint32_t src = first + i * step;
-        counts[i] = 0;
-        if (src >= p.options.num_ranks || src == p.rank || !in_view(view, src)) continue;
-        const uint64_t word = load_relaxed_sys(count_words_at(own_memory(p), p.regions, num_experts(), src, s.epoch) + e);
-        counts[i] = static_cast<uint32_t>(word);
+      for (uint32_t nth = 0; nth < kLoads; ++nth) {
+        values[nth] = 0;
+        if (!is_asked(view, first + nth)) continue;
+        const uint64_t word = load_relaxed_sys(word_of(s, first + nth, i));
+        values[nth] = static_cast<uint32_t>(word);
         all_came = all_came && is_count_of(word, s.epoch);
       }
       if (all_came) return true;
