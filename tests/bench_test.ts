@@ -169,7 +169,7 @@ test(
     ): string[] => [
       ...new Set(figures.filter((figure) => figure.phase === "main" && figure.op === op).map(({ form }) => form)),
     ];
-    assertEquals([forms("dispatch_cached"), forms("dispatch_full")], [["chain", "launched"], ["chain", "launched"]]);
+    assertEquals([forms("dispatch_cached"), forms("dispatch_awaited")], [["chain", "launched"], ["launched"]]);
     assertEquals(opsOf("tokens"), ["dispatch_cached", "combine", "dispatch_full", "dispatch_awaited"]);
     const launched = figures.filter(({ phase, form }) => phase === "tokens" && form === "launched");
     assertEquals([...new Set(launched.map(({ tokens }) => tokens))], [8]); // only sizes that are compared
