@@ -65,6 +65,7 @@ struct Waits {
   }
 
   __device__ void mask_now(uint32_t peer) {
+    __syncwarp();  // All lanes have read who is masked.
     if (lane == 0) {
       s.masked |= rank_bit(peer);
       p.state->masked = s.masked;
