@@ -71,7 +71,7 @@ On a GPU the bench is another one: device events, launches against graphs, sweep
                             default 1,2,4,...,4096; with --quick 1,64,4096
   --sweep-sms N,N,...       default 2,4,8,12,16; with --quick 4,16
   --sweep-ranks N,N,...     default 1,2,4,8; with --quick 1,4
-  --limit SECONDS           leave out phases and sizes that would begin later, default 170; with --quick 35
+  --limit SECONDS           leave out phases and sizes that would begin later, default 85; with --quick 35
   --size-limit SECONDS      leave out figures of a size that would begin later than that after it began, default 3
   --naive-library FILE      scripts/bench/naive.cu, compiled already; default: build/bench, by nvcc if need be
   --gpu-bench               the same on the cpu backend, without what it lacks (for its test)
@@ -201,7 +201,7 @@ export function parseOptions(args: string[]): BenchOptions | undefined {
     sweepSms: wholes("sweep-sms", values["sweep-sms"] ?? (quick ? "4,16" : "2,4,8,12,16"), 1),
     sweepRanks: wholes("sweep-ranks", values["sweep-ranks"] ?? (quick ? "1,4" : "1,2,4,8"), 1),
     repetitions: whole("repetitions", values.repetitions ?? (quick ? "5" : "9"), 1),
-    limitS: whole("limit", values.limit ?? (quick ? "35" : "170"), 1),
+    limitS: whole("limit", values.limit ?? (quick ? "35" : "85"), 1),
     sizeLimitS: whole("size-limit", values["size-limit"] ?? "3", 1),
     quick,
     naiveLibrary: values["naive-library"],
