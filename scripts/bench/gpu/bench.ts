@@ -226,7 +226,7 @@ export async function benchGpu(options: BenchOptions, machine: Machine): Promise
   return run.wrong;
 }
 
-/** Measures copies; bounds are made from those before the calls. */
+/** Measures copies; those before the calls are ceilings. */
 async function ceilings({ options, report, stages }: Run, when: "before" | "after"): Promise<void> {
   await stages.close();
   const { gpu, ranks: numRanks, hidden } = options;
@@ -245,10 +245,8 @@ async function ceilings({ options, report, stages }: Run, when: "before" | "afte
   const { ceiling, memcpy } = report;
   if (when === "before" && ceiling && memcpy) {
     report.say(
-      `  bound of a call: its bytes at ${
-        ceiling.gbs.median.toFixed(0)
-      } GB/s, the copy kernel on ${ceiling.numSms} SMs, ` +
-        `${(ceiling.traffic / 2e9).toFixed(2)} GB; the driver's memcpy moves ${memcpy.gbs.median.toFixed(0)} GB/s`,
+      `  the copy kernel moves ${ceiling.gbs.median.toFixed(0)} GB/s on ${ceiling.numSms} SMs, ` +
+        `${(ceiling.traffic / 2e9).toFixed(2)} GB, the driver's memcpy ${memcpy.gbs.median.toFixed(0)} GB/s`,
     );
   }
 }
