@@ -25,7 +25,7 @@ const USAGE = `Usage: soak.ts [options]      (bun scripts/soak.ts, or deno run -
   --seed N                  default 1
   --look N                  on cuda: steps between two looks of the host, default 1000
   --halves                  send and receive in two calls each
-  --plain                   on cuda: plain calls instead of a graph
+  --per-graph N             on cuda: steps in a graph, at most 8, default 4; 0 = plain calls
   --corrupt                 believe that experts do another thing: the first step must be found wrong (for its test)
   --help                    this text
 `;
@@ -40,7 +40,8 @@ export interface SoakOptions {
   readonly seed: number;
   readonly look: number;
   readonly recvHook: boolean;
-  readonly graph: boolean;
+  /** 0: plain calls. */
+  readonly perGraph: number;
   readonly corrupt: boolean;
 }
 
@@ -69,16 +70,16 @@ function parse(args: string[]): SoakOptions | undefined {
       seed: { ...text, default: "1" },
       look: { ...text, default: "1000" },
       halves: flag,
-      plain: flag,
+      "per-graph": { ...text, default: "4" },
       corrupt: flag,
       help: flag,
     },
   });
   if (values.help) return undefined;
-  const whole = (name: Exclude<keyof typeof values, "halves" | "plain" | "corrupt" | "help">): number => {
+  const whole = (name: Exclude<keyof typeof values, "halves" | "corrupt" | "help">, least = 1): number => {
     const value = Number(values[name]);
-    if (Number.isSafeInteger(value) && value >= 1) return value;
-    throw new RangeError(`Cannot soak: --${name} is ${values[name]}, needs a whole number from 1`);
+    if (Number.isSafeInteger(value) && value >= least) return value;
+    throw new RangeError(`Cannot soak: --${name} is ${values[name]}, needs a whole number from ${least}`);
   };
   if (!["auto", "cpu", "cuda"].includes(values.backend)) {
     throw new RangeError(`Cannot soak: --backend is ${values.backend}, needs auto, cpu or cuda`);
@@ -92,7 +93,7 @@ function parse(args: string[]): SoakOptions | undefined {
     seed: whole("seed"),
     look: whole("look"),
     recvHook: values.halves,
-    graph: !values.plain,
+    perGraph: whole("per-graph", 0),
     corrupt: values.corrupt,
   };
 }
@@ -107,12 +108,12 @@ export class Soak implements AsyncDisposable {
   private constructor(options: SoakOptions, buffers: readonly EpBuffer[]) {
     this.#options = options;
     this.#buffers = buffers;
-    const { shape, seed, graph, recvHook } = options, how = { seed, graph, recvHook, ...this.#believed };
+    const { shape, seed, perGraph, recvHook } = options, how = { seed, perGraph, recvHook, ...this.#believed };
     this.#ranks = buffers.map((buffer) => new DecodeStep(buffer, shape, how));
   }
 
   static async create(options: SoakOptions): Promise<Soak> {
-    const buffer = { ...decodeBuffer(options.shape), backend: options.backend, timeoutMs: 60_000 };
+    const buffer = { ...decodeBuffer(options.shape, options.perGraph), backend: options.backend, timeoutMs: 60_000 };
     return new Soak(options, await Promise.all(Group.local(options.ranks).map((g) => EpBuffer.create(g, buffer))));
   }
 
@@ -129,16 +130,15 @@ export class Soak implements AsyncDisposable {
     return this.#options.corrupt ? { believed: { multiply: 7, add: 11 } } : {};
   }
 
-  /** Makes the next steps, at most `count`, and checks them. @throws {Mismatch} */
+  /** Makes the next steps, about `count`, and checks them. @throws {Mismatch} */
   async advance(count: number): Promise<void> {
     if (this.backend === "cpu") return await this.#byHost();
-    const last = this.#step + count;
-    // A few at a time: neither the host nor the device waits for the other, and none runs far ahead.
-    while (this.#step < last) {
-      const some = Math.min(32, last - this.#step);
-      for (let i = 1; i < some; i++) for (const rank of this.#ranks) rank.run();
-      await Promise.all(this.#ranks.map((rank) => rank.run()));
-      this.#step += some;
+    const last = this.#step + count, { perRun } = this.#ranks[0]!;
+    for (let runs = 1; this.#step < last; runs++) {
+      const events = this.#ranks.map((rank) => rank.run());
+      this.#step += perRun;
+      // Some at a time: neither the host nor the device waits for the other, and none runs far ahead.
+      if (runs % 16 === 0) await Promise.all(events);
     }
     await this.#look();
   }
@@ -192,7 +192,7 @@ async function main(): Promise<number> {
     console.log(USAGE);
     return 0;
   }
-  const { steps: wanted, seconds: limit, look, ranks, shape, seed, graph, recvHook } = options;
+  const { steps: wanted, seconds: limit, look, ranks, shape, seed, perGraph, recvHook } = options;
   const soak = await Soak.create(options), began = performance.now();
   const seconds = () => (performance.now() - began) / 1000;
   const usPerStep = () => Number((seconds() * 1e6 / Math.max(1, soak.steps)).toFixed(2));
@@ -210,7 +210,15 @@ async function main(): Promise<number> {
     wrong = error.at;
   }
   const { steps, backend } = soak, runtime = "Bun" in globalThis ? "bun" : "deno";
-  const facts = { backend, runtime, ranks, ...shape, seed, halves: recvHook, graph: graph && backend !== "cpu" };
+  const facts = {
+    backend,
+    runtime,
+    ranks,
+    ...shape,
+    seed,
+    halves: recvHook,
+    perGraph: backend === "cpu" ? 0 : perGraph,
+  };
   const times = { seconds: Number(seconds().toFixed(1)), usPerStep: usPerStep() };
   console.log(JSON.stringify({ soak: wrong ? "failed" : "passed", ...facts, steps, wanted, ...times, ...wrong }));
   await soak[Symbol.asyncDispose]();

@@ -57,20 +57,21 @@ const base: Omit<SoakOptions, "shape" | "ranks" | "steps"> = {
   seed: seed % 2 ** 31,
   look: 500,
   recvHook: false,
-  graph: true,
+  perGraph: 1,
   corrupt: false,
 };
 const steps: readonly (Omit<SoakOptions, keyof typeof base> & Partial<SoakOptions>)[] = [
   { steps: 10_000, ranks: 4, shape: { tokens: 8, hidden: 512, experts: 13, topk: 3 } },
-  { steps: 3000, ranks: 4, shape: { tokens: 8, hidden: 512, experts: 13, topk: 3 }, recvHook: true },
-  { steps: 1000, ranks: 4, shape: { tokens: 8, hidden: 512, experts: 13, topk: 3 }, graph: false },
+  { steps: 3000, ranks: 4, shape: { tokens: 8, hidden: 512, experts: 13, topk: 3 }, recvHook: true, perGraph: 3 },
+  { steps: 1000, ranks: 4, shape: { tokens: 8, hidden: 512, experts: 13, topk: 3 }, perGraph: 0 },
   { steps: 3000, ranks: 1, shape: { tokens: 1, hidden: 7168, experts: 8, topk: 8 } },
   { steps: 1000, ranks: 8, shape: { tokens: 32, hidden: 7168, experts: 64, topk: 8 }, look: 100 },
 ];
 
 suite("cuda: decode steps", noCudaDecode || noCudaGraphs, () => {
   for (const { steps: usual, ranks, shape, ...more } of steps) {
-    const how = more.graph === false ? "plain calls" : more.recvHook ? "replays, in two halves" : "replays";
+    const { perGraph = 1, recvHook = false } = more;
+    const how = perGraph === 0 ? "plain calls" : `steps, ${perGraph} a replay${recvHook ? ", in two halves" : ""}`;
     const words = `${ranks} ranks, ${shape.tokens} tokens of ${shape.hidden}`;
     test(`${times(usual)} ${how}, ${words}, DEEPEP_SEED=${seed}`, { timeout: 120_000 }, async () => {
       const options = { ...base, ...more, ranks, shape, steps: times(usual) };
@@ -83,9 +84,7 @@ suite("cuda: decode steps", noCudaDecode || noCudaGraphs, () => {
     const shape = { tokens: 6, hidden: 256, experts: 10, topk: 4 };
     const create = { ...decodeBuffer(shape), backend: "cuda", timeoutMs: 20_000 } as const;
     const buffers = await Promise.all(Group.local(3).map((group) => EpBuffer.create(group, create)));
-    const kinds = [true, false].map((graph) =>
-      buffers.map((b) => new DecodeStep(b, shape, { seed: base.seed, graph }))
-    );
+    const kinds = [1, 0].map((perGraph) => buffers.map((b) => new DecodeStep(b, shape, { seed: base.seed, perGraph })));
     const random = new Random(seed), made = [0, 0];
     for (let i = 0; i < times(600); i++) {
       const kind = random.int(0, 1);

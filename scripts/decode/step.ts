@@ -22,8 +22,8 @@ export interface DecodeOptions {
   readonly believed?: StandIn;
   /** Send and receive in two calls each. Default false. */
   readonly recvHook?: boolean;
-  /** On cuda: capture the step as a graph. Default true. */
-  readonly graph?: boolean;
+  /** On cuda: steps that are captured as one graph, each with a slot of its own; 0: plain calls. Default 1. */
+  readonly perGraph?: number;
 }
 
 /** What the checks inside the steps have found. */
@@ -55,11 +55,15 @@ export class DecodeStep implements Disposable {
   readonly #options: DecodeOptions;
   readonly #kernels: DecodeKernels | undefined;
   readonly #record: Tensor<"i64">;
-  #graph: Graph<LowLatencyResult> | undefined;
+  /** Steps that `run()` makes. */
+  readonly perRun: number;
+  #graph: Graph<LowLatencyResult[]> | undefined;
 
   /** @throws {Error} on cuda, when decode.cu cannot be had */
   constructor(buffer: EpBuffer, shape: DecodeShape, options: DecodeOptions = {}) {
-    const { tokens, hidden, topk } = shape, cuda = buffer.backend !== "cpu";
+    const { tokens, hidden, topk } = shape,
+      cuda = buffer.backend !== "cpu",
+      perGraph = cuda ? options.perGraph ?? 1 : 0;
     const kernels = cuda ? decodeKernels() : undefined;
     if (typeof kernels === "string") throw new Error(`Cannot make a decode step: ${kernels}`);
     this.buffer = buffer;
@@ -72,11 +76,14 @@ export class DecodeStep implements Disposable {
     this.#record = buffer.tensor("i64", [3], BigInt64Array.of(0n, 0n, -1n));
     this.#options = options;
     this.#kernels = kernels;
-    if (!cuda || options.graph === false) return;
-    this.#graph = buffer.capture(buffer.stream, (operations) => this.#enqueue(operations, operations.stream).recv);
+    this.perRun = Math.max(1, perGraph);
+    if (perGraph === 0) return;
+    this.#graph = buffer.capture(buffer.stream, (operations) => {
+      return Array.from({ length: perGraph }, () => this.#enqueue(operations, operations.stream).recv);
+    });
   }
 
-  /** Enqueues a step; the event marks its end. Collective. */
+  /** Enqueues `perRun` steps; the event marks their end. Collective. */
   run(): EpEvent {
     if (this.#graph) return this.#graph.launch();
     const { recv, event } = this.#enqueue(this.buffer, this.buffer.stream);
@@ -94,7 +101,7 @@ export class DecodeStep implements Disposable {
 
   /** Gives everything back, after what was enqueued. */
   [Symbol.dispose](): void {
-    this.#graph?.results.release();
+    this.#graph?.results.forEach((recv) => recv.release());
     this.#graph?.release();
     for (const tensor of [this.x, this.topkIdx, this.topkWeights, this.out, this.#record]) tensor.release();
   }
@@ -154,11 +161,12 @@ export class DecodeStep implements Disposable {
   }
 }
 
-/** Options of a buffer that holds a step. */
-export const decodeBuffer = ({ tokens, hidden, experts, topk }: DecodeShape) => ({
+/** Options of a buffer that holds steps, `perGraph` of them captured as one graph. */
+export const decodeBuffer = ({ tokens, hidden, experts, topk }: DecodeShape, perGraph = 1) => ({
   hidden,
   numExperts: experts,
   numTopk: topk,
   maxTokensPerRank: 1,
   maxLowLatencyTokensPerRank: tokens,
+  numSlots: Math.max(2, perGraph),
 });
