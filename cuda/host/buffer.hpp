@@ -48,6 +48,7 @@ struct Enqueued {
   Halves halves = Halves::both;           // whose phases it enters
   CaptureId send_capture = 0;             // of a receive half: the capture that its send half is part of
   uint64_t counts_id = 0;                 // queued when the host counts are filled, or at the end
+  int32_t counts_slot = -1;               // that has them
   int32_t borrowed_slot = -1;             // given back when the operation has ended
   std::shared_ptr<void> needs = nullptr;  // must live until then, and as long as a graph that has captured it
 };
@@ -144,6 +145,7 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   RoutingParams own_routing() const { return own_routing_; }
   LowLatencyRouting low_latency_routing(uint32_t slot) const { return low_latency_routing_[slot]; }
   int32_t* host_counts(uint32_t slot) const { return host_counts_ + size_t{slot} * num_counts(); }
+  uint64_t* host_count_words(uint32_t slot) const { return host_count_words_ + size_t{slot} * num_counts(); }
   size_t num_counts() const { return 2 + num_local_experts + options.num_ranks; }
 
  private:
@@ -153,7 +155,8 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
     bool collective = false;
     int32_t borrowed_slot = -1;
     uint64_t done_id = 0;
-    uint64_t counts_id = 0;                    // not yet queued; 0 afterwards
+    uint64_t counts_id = 0;  // not yet queued; 0 afterwards
+    int32_t counts_slot = -1;
     std::shared_ptr<Record> record = nullptr;  // of the event that the call was given
     std::shared_ptr<void> needs = nullptr;
   };
@@ -185,6 +188,8 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   CallParams call_params(const StreamFields& fields, const Enqueued& what, CaptureId capture);
   bool has_news() const;
   void reap_ended(uint64_t ended_seq);
+  // Hands out the counts of a dispatch as far as they have come; whether all have.
+  bool take_counts(const Pending& op);
   std::shared_ptr<const Status> keep_finding(const Finding& finding, int32_t op, uint64_t id_0, uint64_t id_1);
   void blame_replay(uint64_t epoch, const std::shared_ptr<const Status>& status);
   void finish(Pending& op, const Finding* finding);
@@ -201,9 +206,10 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   void update(UpdateParams params);
 
   std::unique_ptr<Peers> peers_;
-  std::shared_ptr<DeviceBlock> local_;  // what peers do not see: state, scratch, own routing
-  HostState* host_ = nullptr;           // pinned, from pinned_pool, as is the next
-  int32_t* host_counts_ = nullptr;      // [num_slots, num_counts()]
+  std::shared_ptr<DeviceBlock> local_;    // what peers do not see: state, scratch, own routing
+  HostState* host_ = nullptr;             // pinned, from pinned_pool, as is the next
+  int32_t* host_counts_ = nullptr;        // [num_slots, num_counts()]; the caller's
+  uint64_t* host_count_words_ = nullptr;  // likewise; the device's: host_count()
   Seen seen_ = {};
   DeviceState* state_ = nullptr;
   RoutingParams own_routing_ = {};
@@ -235,8 +241,10 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   // Looked at without it.
   std::atomic<uint32_t> num_pending_{0};  // pending_ and watched_
   std::atomic<uint32_t> num_watched_{0};
-  std::atomic<uint64_t> reaped_counts_{0}, reaped_ended_{0}, reaped_failures_{0};
-  std::atomic<bool> is_captured_{false};  // replays may run at any time, without this library's doing
+  std::atomic<uint64_t> reaped_ended_{0}, reaped_failures_{0};
+  std::atomic<const uint64_t*> awaited_count_{nullptr};  // the first of the counts that are awaited
+  std::atomic<uint64_t> awaited_seq_{0};                 // of the operation that they are of
+  std::atomic<bool> is_captured_{false};                 // replays may run at any time, without this library's doing
 };
 
 }  // namespace deepep

@@ -20,8 +20,8 @@ void dispatch(Buffer& buffer, deepep_dispatch_args& args) {
   if (args.handle != 0) handle = find_handle(buffer, args.handle);
   RoutingPlan routing = check_dispatch(buffer, args, handle.get());
   const uint32_t width = routing.width(buffer.options.num_ranks);
-  const Plan plan = buffer.plan(
-      {.op = DEEPEP_OP_DISPATCH, .row_bytes = args.row_bytes, .hops = width, .num_sms = args.num_sms});
+  const Plan plan =
+      buffer.plan({.op = DEEPEP_OP_DISPATCH, .row_bytes = args.row_bytes, .hops = width, .num_sms = args.num_sms});
   const int32_t slot = buffer.slots.take(args.slot);
   deepep_dispatch_args out = args;  // args stays as it was should enqueue reject
   out.slot = slot;
@@ -31,11 +31,13 @@ void dispatch(Buffer& buffer, deepep_dispatch_args& args) {
   out.host_counts = reinterpret_cast<uint64_t>(buffer.host_counts(static_cast<uint32_t>(slot)));
   const RoutingParams memory = handle ? handle->memory : buffer.own_routing();
   const uint64_t epoch = buffer.enqueue(
-      stream_fields(args), {.op = DEEPEP_OP_DISPATCH, .collective = true, .counts_id = args.counts_id, .needs = handle},
+      stream_fields(args),
+      {.op = DEEPEP_OP_DISPATCH, .collective = true, .counts_id = args.counts_id, .counts_slot = slot, .needs = handle},
       [&](const CallParams& call, cudaStream_t stream) {
         DispatchParams params = {
             .call = call, .args = out, .routing = routing_for(memory, routing, buffer.options.num_ranks), .plan = plan};
         params.call.slot = static_cast<uint32_t>(slot);
+        params.args.host_counts = reinterpret_cast<uint64_t>(buffer.host_count_words(params.call.slot));
         return launch_dispatch(params, stream);
       });
   if (routing.epoch == 0) routing.epoch = epoch;

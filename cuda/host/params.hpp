@@ -44,9 +44,8 @@ struct DeviceState {
 // Pinned. Each word has one writer.
 struct HostState {
   // By the device.
-  uint64_t counts_seq;  // the latest operation whose host counts are filled; stored after them
-  uint64_t ended_seq;   // the latest operation that has ended; stored after everything else below
-  uint64_t epoch;       // as DeviceState's
+  uint64_t ended_seq;  // the latest operation that has ended; stored after everything else below
+  uint64_t epoch;      // as DeviceState's
   uint64_t masked;
   uint64_t num_failures;  // findings written so far: the i-th is findings[i % kNumFailuresKept]
   uint64_t num_dispatches, num_combines, rows_sent, bytes_sent, rows_pulled;
@@ -57,6 +56,15 @@ struct HostState {
   // By the host.
   alignas(256) uint64_t lost;  // bit r: rank r's process has ended, or its buffer was destroyed
 };
+
+// A count of a dispatch as the device tells it to the host: the operation's number above the count, so that the word is to be
+// believed without any other.
+DEEPEP_HOST_DEVICE constexpr uint64_t host_count(uint64_t seq, int32_t count) {
+  return seq << 32 | static_cast<uint32_t>(count);
+}
+DEEPEP_HOST_DEVICE constexpr bool is_host_count_of(uint64_t word, uint64_t seq) {
+  return static_cast<uint32_t>(word >> 32) == static_cast<uint32_t>(seq);
+}
 
 // What deepep_inject wants in a phase; by phase.
 struct Injection {
@@ -121,9 +129,9 @@ struct RoutingParams {
 
 // What a slot remembers on the device of a low-latency dispatch, and of a combine whose receive half is still to come.
 struct LowLatencyHeader {
-  uint64_t epoch;  // of the dispatch
-  uint64_t view;   // ranks that take part
-  uint32_t valid;  // 1 once the dispatch's send half has succeeded
+  uint64_t epoch;                          // of the dispatch
+  uint64_t view;                           // ranks that take part
+  uint32_t valid;                          // 1 once the dispatch's send half has succeeded
   uint32_t peer_slots[DEEPEP_MAX_RANKS];   // that the ranks use: rows are there, and expert outputs will be
   uint32_t peer_blocks[DEEPEP_MAX_RANKS];  // that the ranks push with: each tells when its rows are there
   Finding failure;                         // of the dispatch's send half, when every rank has found it alike
@@ -184,7 +192,7 @@ struct LowLatencyCombineParams {
 
 struct DispatchParams {
   CallParams call;
-  deepep_dispatch_args args;  // with its [out] addresses; host_counts as the device sees it
+  deepep_dispatch_args args;  // with its [out] addresses; host_counts are the words that host_count() makes
   RoutingParams routing;
   Plan plan;
 };

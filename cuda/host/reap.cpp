@@ -2,12 +2,12 @@
 //
 // In: what the device has written to pinned memory. Out, for each operation in order: its failure is kept, the buffer marked, a
 // borrowed slot given back, the record of its event completed, and its ids queued. So whoever sees a completion finds
-// everything else done. Words of HostState are read with acquire: each pairs with the release in call_end of the kernels, or
-// in what a dispatch does when its counts are known.
+// everything else done. Words of HostState are read with acquire: each pairs with the release in call_end of the kernels.
 
 #include <signal.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <utility>
 
 #include "buffer.hpp"
@@ -35,11 +35,32 @@ void heed_exit(HostState& host) {
 void Buffer::note_pending() {
   num_watched_.store(static_cast<uint32_t>(watched_.size()), std::memory_order_relaxed);
   num_pending_.store(static_cast<uint32_t>(pending_.size() + watched_.size()), std::memory_order_relaxed);
+  // Operations run one after another: only the first that has not ended can have news of its counts.
+  const bool awaits = !pending_.empty() && pending_.front().counts_id != 0;
+  if (awaits) awaited_seq_.store(pending_.front().seq, std::memory_order_relaxed);
+  awaited_count_.store(awaits ? host_count_words(static_cast<uint32_t>(pending_.front().counts_slot)) : nullptr,
+                       std::memory_order_release);
+}
+
+bool Buffer::take_counts(const Pending& op) {
+  if (op.counts_slot < 0) return false;
+  const uint64_t* words = host_count_words(static_cast<uint32_t>(op.counts_slot));
+  int32_t* counts = host_counts(static_cast<uint32_t>(op.counts_slot));
+  bool all_came = true;
+  for (size_t i = 0; i < num_counts(); ++i) {
+    const uint64_t word = load(words[i]);
+    if (is_host_count_of(word, op.seq))
+      counts[i] = static_cast<int32_t>(word);
+    else
+      all_came = false;
+  }
+  return all_came;
 }
 
 bool Buffer::has_news() const {
+  const uint64_t* count = awaited_count_.load(std::memory_order_acquire);
   return load(host_->ended_seq) != reaped_ended_.load(std::memory_order_relaxed) ||
-         load(host_->counts_seq) != reaped_counts_.load(std::memory_order_relaxed) ||
+         (count && is_host_count_of(load(*count), awaited_seq_.load(std::memory_order_relaxed))) ||
          load(host_->num_failures) != reaped_failures_.load(std::memory_order_relaxed) ||
          num_watched_.load(std::memory_order_relaxed) != 0;
 }
@@ -57,14 +78,11 @@ void Buffer::poll() noexcept {
 
 void Buffer::reap() {
   heed_exit(*host_);
-  const uint64_t counts = load(host_->counts_seq);
   const uint64_t ended = load(host_->ended_seq);
   reap_ended(ended);
-  // Operations run one after another: only the first that has not ended can have news of its counts.
-  if (!pending_.empty() && pending_.front().counts_id != 0 && pending_.front().seq == counts) {
+  if (!pending_.empty() && pending_.front().counts_id != 0 && take_counts(pending_.front())) {
     complete(std::exchange(pending_.front().counts_id, 0), DEEPEP_OK);
   }
-  reaped_counts_.store(counts, std::memory_order_relaxed);
   reaped_ended_.store(ended, std::memory_order_relaxed);
   if (!watched_.empty()) poll_watched();
   note_pending();
@@ -146,12 +164,16 @@ void Buffer::finish(Pending& op, const Finding* finding) {
   // A dispatch that has failed after its counts were known has filled them.
   const bool counted = op.op == DEEPEP_OP_DISPATCH && finding->phase > DEEPEP_PHASE_NOTIFY &&
                        !(finding->reason == Reason::stalled && finding->phase == DEEPEP_PHASE_SEND);
+  if (!counted && op.counts_slot >= 0) {
+    std::fill_n(host_counts(static_cast<uint32_t>(op.counts_slot)), num_counts(), 0);
+  }
   finish(op, keep_finding(*finding, op.op, op.done_id, op.counts_id), counted ? DEEPEP_OK : finding->code);
 }
 
 void Buffer::finish(Pending& op, std::shared_ptr<const Status> status, int32_t counts_code) {
   const int32_t code = status ? status->failure.code : DEEPEP_OK;
   op.needs = nullptr;  // It goes before anybody is told that the operation has ended.
+  take_counts(op);     // Those of rows that will not come have changed.
   if (op.borrowed_slot >= 0) slots.give(op.borrowed_slot);
   if (op.record) op.record->complete(std::move(status));
   complete(op.counts_id, counts_code);

@@ -157,6 +157,7 @@ uint64_t Buffer::enqueue(const StreamFields& fields, Enqueued what, const Launch
                         .borrowed_slot = borrowed,
                         .done_id = fields.done_id,
                         .counts_id = what.counts_id,
+                        .counts_slot = what.counts_slot,
                         .record = record,
                         .needs = std::move(what.needs)});
   } else {

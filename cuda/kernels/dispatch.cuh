@@ -231,11 +231,11 @@ struct Dispatch {
 
   __device__ void store_count(uint64_t i, int32_t value) const {
     reinterpret_cast<int32_t*>(params.args.recv_num_rows)[i] = value;
-    reinterpret_cast<int32_t*>(params.args.host_counts)[i] = value;
+    if (p().seq != 0) store_relaxed_sys(reinterpret_cast<uint64_t*>(params.args.host_counts) + i, host_count(p().seq, value));
   }
 
-  // The clerk, a warp of the leader's block that pushes no rows: the counts, on the device and on the host, which is told at
-  // once.
+  // The clerk, a warp of the leader's block that pushes no rows: the counts, on the device and on the host. Each word tells the
+  // host by itself that it is there: a fence would wait for more than them.
   __device__ void fill_counts() {
     const CountMatrix matrix = matrix_of(p(), params.routing, s.call.view);
     const uint32_t lane = threadIdx.x % kWarpLanes;
@@ -254,19 +254,18 @@ struct Dispatch {
       store_count(0, static_cast<int32_t>(tokens_before(matrix, ranks, p().rank)));
       store_count(1, static_cast<int32_t>(p().state->num_rows));
     }
-    __syncwarp();
-    // Pairs with the host's poll, which reads host_counts afterwards.
-    if (lane == 0 && p().seq != 0) store_release_sys(&p().host->counts_seq, p().seq);
     const uint64_t sent = rows_sent();
     if (lane != 0) return;
     p().state->rows_sent += sent;
     p().state->bytes_sent += sent * (params.args.row_bytes + uint64_t{params.args.num_scales} * params.args.scale_elem_bytes);
   }
 
-  // Nothing came: whoever works by the counts, without asking how the call ended, finds no rows of an earlier one.
+  // Nothing came: whoever works by the counts, without asking how the call ended, finds no rows of an earlier one. The host does
+  // the same with its own.
   __device__ void clear_counts() {
     const uint32_t num_counts = 2 + p().num_local_experts + p().options.num_ranks;
-    for (uint32_t i = threadIdx.x; i < num_counts; i += blockDim.x) store_count(i, 0);
+    auto* counts = reinterpret_cast<int32_t*>(params.args.recv_num_rows);
+    for (uint32_t i = threadIdx.x; i < num_counts; i += blockDim.x) counts[i] = 0;
     __syncthreads();
   }
 
