@@ -16,6 +16,15 @@
 
 namespace deepep {
 
+// A row that an entry of topk_idx became.
+struct ExpertRow {
+  int32_t owner;  // rank; -1 = none
+  uint32_t row;   // in the owner's region, all its experts' rows counted
+  float weight;
+};
+// Entries that a block looks up while it waits for the announcements; of more than these each warp looks up its own afterwards.
+constexpr uint32_t kLookedUp = 1024;
+
 struct LowLatencyCombineShared {
   CallShared call;
   uint64_t view;  // ranks that take part, as the workers see it
@@ -25,6 +34,7 @@ struct LowLatencyCombineShared {
   const uint8_t* regions[DEEPEP_MAX_RANKS];  // expert outputs, by rank
   uint32_t rows[kRoundTokens];               // of this rank's region: those at hand
   uint32_t num_found[2];
+  ExpertRow entries[kLookedUp];
 };
 
 struct LowLatencyCombine {
@@ -197,8 +207,23 @@ struct LowLatencyCombine {
     return s.num_found[0] + s.num_found[1];
   }
 
+  // Where the row of an entry is.
+  __device__ ExpertRow look_up(uint32_t i) const {
+    const int64_t wanted = params.sends != 0 ? entry(i) : params.routing.kept_experts[i];
+    const int32_t expert = params.routing.experts[i];
+    const uint32_t row = params.routing.rows[i];
+    const float* const weights_of = weights();
+    const float weight = weights_of != nullptr ? weights_of[i] : 1.0f;
+    if (wanted < 0 || expert < 0) return {-1, 0, 0};
+    const uint32_t owner = owner_of(expert);
+    const uint32_t first = local_experts(p().options.num_experts, p().options.num_ranks, owner).first;
+    return {static_cast<int32_t>(owner), (static_cast<uint32_t>(expert) - first) * p().regions.low_latency_rows + row, weight};
+  }
+  __device__ bool looks_up_early() const { return num_entries() <= kLookedUp; }
+
   // Waits for the announcements of all ranks of the dispatch. False when the call stops.
   __device__ bool await_outputs(uint64_t routed, uint64_t epoch) {
+    for (uint32_t i = threadIdx.x; looks_up_early() && i < num_entries(); i += num_workers()) s.entries[i] = look_up(i);
     uint64_t view = routed & ~s.call.masked;
     if (is_led()) {
       if (!workers_await_leader(p(), s.call, kStepGo)) return false;
@@ -241,20 +266,14 @@ struct LowLatencyCombine {
                            .out = reinterpret_cast<uint16_t*>(params.args.out),
                            .plan = params.plan,
                            .claims = &p().state->claims[kClaimPull]};
-    const float* const weights_of = weights();
+    const bool early = looks_up_early();
     const auto source = [&](uint32_t token, uint32_t hop, float& weight) -> const uint8_t* {
       if (hop >= num_topk) return nullptr;
       const uint32_t i = token * num_topk + hop;
-      const int64_t wanted = params.sends != 0 ? entry(i) : params.routing.kept_experts[i];
-      const int32_t expert = params.routing.experts[i];
-      const uint32_t row = params.routing.rows[i];
-      if constexpr (kWeighted) weight = weights_of[i];
-      if (wanted < 0 || expert < 0) return nullptr;
-      const uint32_t owner = owner_of(expert);
-      const uint8_t* region = s.regions[owner];
-      if (region == nullptr) return nullptr;
-      const uint32_t first = local_experts(p().options.num_experts, p().options.num_ranks, owner).first;
-      return region + (uint64_t{static_cast<uint32_t>(expert) - first} * p().regions.low_latency_rows + row) * row_bytes();
+      const ExpertRow from = early ? s.entries[i] : look_up(i);
+      if (from.owner < 0 || s.regions[from.owner] == nullptr) return nullptr;
+      if constexpr (kWeighted) weight = from.weight;
+      return s.regions[from.owner] + from.row * row_bytes();
     };
     if constexpr (kFp8) {
       pull_fp8_rows<kWeighted>(pull, source);
@@ -272,14 +291,15 @@ struct LowLatencyCombine {
       read_call(p(), s.call, params.sends != 0, true);
       if (params.sends == 0) s.call.epoch = header().combine_epoch;
     }
-    __syncthreads();  // The workers have taken the entries.
+    const uint64_t routed = header().valid != 0 ? header().view : 0;
+    const LaneSlots slots = lane_slots();  // under way with the rest: what is announced goes there
+    __syncthreads();                       // The workers have taken the entries.
     if (!is_leader()) return;
     Leader leader(p(), s.call);
     leader.wait_stats = reinterpret_cast<int64_t*>(params.args.wait_stats);
     const bool sends = params.sends != 0, receives = params.receives != 0;
-    const uint64_t routed = header().valid != 0 ? header().view : 0;
     bool goes = !s.call.skipped;
-    if (goes && sends) goes = send(leader, routed);
+    if (goes && sends) goes = send(leader, routed, slots);
     if (!goes && leader.lane == 0) header().combine_epoch = 0;
     __syncwarp();
     uint64_t view = 0;
@@ -290,8 +310,21 @@ struct LowLatencyCombine {
       // When the call was refused nobody reads, and says so too: then the announcements may be made anew.
       end_reading(p(), view & ~s.call.lost, header().peer_slots, s.call.epoch);
       if (goes && leader.lane == 0) p().state->rows_pulled += header().num_rows;
+      if (leader.lane == 0) header().combine_epoch = 0;  // Nothing is left to be received, or given up.
     }
     call_end(p(), s.call, {sends, true, receives});
+  }
+
+  // The slots that ranks have used in the dispatch: of those that a lane has to do with.
+  struct LaneSlots {
+    static constexpr uint32_t kPeers = DEEPEP_MAX_RANKS / kWarpLanes;
+    uint32_t slot[kPeers];
+  };
+  __device__ LaneSlots lane_slots() const {
+    LaneSlots slots;
+#pragma unroll
+    for (uint32_t nth = 0; nth < LaneSlots::kPeers; ++nth) slots.slot[nth] = header().peer_slots[nth * kWarpLanes + lane_id()];
+    return slots;
   }
 
   // Whether every rank has found alike that the call fails.
@@ -303,7 +336,7 @@ struct LowLatencyCombine {
   }
 
   // False when the call has failed half-way; a refusal is kept for the receive half.
-  __device__ bool send(Leader& leader, uint64_t routed) {
+  __device__ bool send(Leader& leader, uint64_t routed, const LaneSlots& slots) {
     if (!leader.enter(DEEPEP_PHASE_PUBLISH)) return false;
     if (copies()) {
       // Otherwise the outputs are there already, and deepep_expert_output() has waited where there was something to wait for.
@@ -316,7 +349,7 @@ struct LowLatencyCombine {
       stop_or_release(kStepCounted, true);
       leader.await_blocks(kMeetCopied, false);
     }
-    announce(leader, routed);
+    announce(leader, routed, slots);
     if (leader.lane == 0) {
       p().state->combine_epoch[p().slot] = s.call.epoch;
       header().refusal = s.call.code != 0 ? p().state->finding : Finding{};
@@ -342,11 +375,13 @@ struct LowLatencyCombine {
   }
 
   // Tells the ranks of the dispatch; a message in the ring as well, so that a rank which is in another call notices.
-  __device__ void announce(Leader& leader, uint64_t routed) {
+  __device__ void announce(Leader& leader, uint64_t routed, const LaneSlots& slots) {
     const uint64_t gone = s.call.masked | s.call.lost;
-    for (uint32_t peer = leader.lane; peer < p().options.num_ranks; peer += kWarpLanes) {
-      if (peer == p().rank || !in_view(routed & ~gone, peer)) continue;
-      ReadyLine* line = ready_at(p().symmetric[peer], p().regions, p().rank, header().peer_slots[peer]);
+#pragma unroll
+    for (uint32_t nth = 0; nth < LaneSlots::kPeers; ++nth) {
+      const uint32_t peer = nth * kWarpLanes + leader.lane;
+      if (peer >= p().options.num_ranks || peer == p().rank || !in_view(routed & ~gone, peer)) continue;
+      ReadyLine* line = ready_at(p().symmetric[peer], p().regions, p().rank, slots.slot[nth]);
       store_relaxed_sys(&line->code, s.call.code);
       store_relaxed_sys(&line->flags, params.args.flags & DEEPEP_FLAG_FP8);
       store_release_sys(&line->epoch, s.call.epoch);  // Pairs with await_outputs() and receive() of the peer.
