@@ -28,183 +28,56 @@ constexpr bool kHasTma = true;
 template <class T>
 constexpr bool kIsWord = std::is_integral_v<T> && (sizeof(T) == 4 || sizeof(T) == 8);
 
-template <class T>
-__device__ __forceinline__ T load_acquire_sys(const T* address) {
-  static_assert(kIsWord<T>);
-  if constexpr (sizeof(T) == 4) {
-    uint32_t value;
-    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
-    return static_cast<T>(value);
-  } else {
-    uint64_t value;
-    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
-    return static_cast<T>(value);
+// One instruction for either width; the macros are gone after this section.
+#define DEEPEP_LOAD(name, instruction)                                                    \
+  template <class T>                                                                      \
+  __device__ __forceinline__ T name(const T* address) {                                   \
+    static_assert(kIsWord<T>);                                                            \
+    if constexpr (sizeof(T) == 4) {                                                       \
+      uint32_t value;                                                                     \
+      asm volatile(instruction ".u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory"); \
+      return static_cast<T>(value);                                                       \
+    } else {                                                                              \
+      uint64_t value;                                                                     \
+      asm volatile(instruction ".u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory"); \
+      return static_cast<T>(value);                                                       \
+    }                                                                                     \
   }
-}
-
-template <class T>
-__device__ __forceinline__ T load_relaxed_sys(const T* address) {
-  static_assert(kIsWord<T>);
-  if constexpr (sizeof(T) == 4) {
-    uint32_t value;
-    asm volatile("ld.relaxed.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
-    return static_cast<T>(value);
-  } else {
-    uint64_t value;
-    asm volatile("ld.relaxed.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
-    return static_cast<T>(value);
+#define DEEPEP_STORE(name, instruction)                                                                        \
+  template <class T>                                                                                           \
+  __device__ __forceinline__ void name(T* address, std::type_identity_t<T> value) {                            \
+    static_assert(kIsWord<T>);                                                                                 \
+    if constexpr (sizeof(T) == 4)                                                                              \
+      asm volatile(instruction ".u32 [%0], %1;" ::"l"(address), "r"(static_cast<uint32_t>(value)) : "memory"); \
+    else                                                                                                       \
+      asm volatile(instruction ".u64 [%0], %1;" ::"l"(address), "l"(static_cast<uint64_t>(value)) : "memory"); \
   }
-}
-
-template <class T>
-__device__ __forceinline__ T load_acquire_gpu(const T* address) {
-  static_assert(kIsWord<T>);
-  if constexpr (sizeof(T) == 4) {
-    uint32_t value;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
-    return static_cast<T>(value);
-  } else {
-    uint64_t value;
-    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
-    return static_cast<T>(value);
+// Returns the word as it was before.
+#define DEEPEP_ATOMIC(name, instruction)                                                                \
+  template <class T>                                                                                    \
+  __device__ __forceinline__ T name(T* address, std::type_identity_t<T> value) {                        \
+    static_assert(kIsWord<T> && std::is_unsigned_v<T>);                                                 \
+    T old;                                                                                              \
+    if constexpr (sizeof(T) == 4)                                                                       \
+      asm volatile(instruction ".u32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(value) : "memory"); \
+    else                                                                                                \
+      asm volatile(instruction ".u64 %0, [%1], %2;" : "=l"(old) : "l"(address), "l"(value) : "memory"); \
+    return old;                                                                                         \
   }
-}
+DEEPEP_LOAD(load_acquire_sys, "ld.acquire.sys.global")
+DEEPEP_LOAD(load_relaxed_sys, "ld.relaxed.sys.global")
+DEEPEP_LOAD(load_acquire_gpu, "ld.acquire.gpu.global")
+DEEPEP_LOAD(load_relaxed_gpu, "ld.relaxed.gpu.global")
+DEEPEP_STORE(store_release_sys, "st.release.sys.global")
+DEEPEP_STORE(store_relaxed_sys, "st.relaxed.sys.global")
+DEEPEP_STORE(store_release_gpu, "st.release.gpu.global")
+DEEPEP_ATOMIC(add_acq_rel_gpu, "atom.acq_rel.gpu.global.add")
+DEEPEP_ATOMIC(add_relaxed_gpu, "atom.relaxed.gpu.global.add")
+DEEPEP_ATOMIC(max_relaxed_gpu, "atom.relaxed.gpu.global.max")
+#undef DEEPEP_LOAD
+#undef DEEPEP_STORE
+#undef DEEPEP_ATOMIC
 
-template <class T>
-__device__ __forceinline__ T load_relaxed_gpu(const T* address) {
-  static_assert(kIsWord<T>);
-  if constexpr (sizeof(T) == 4) {
-    uint32_t value;
-    asm volatile("ld.relaxed.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
-    return static_cast<T>(value);
-  } else {
-    uint64_t value;
-    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
-    return static_cast<T>(value);
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void store_release_sys(T* address, std::type_identity_t<T> value) {
-  static_assert(kIsWord<T>);
-  if constexpr (sizeof(T) == 4) {
-    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(address), "r"(static_cast<uint32_t>(value)) : "memory");
-  } else {
-    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(address), "l"(static_cast<uint64_t>(value)) : "memory");
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void store_relaxed_sys(T* address, std::type_identity_t<T> value) {
-  static_assert(kIsWord<T>);
-  if constexpr (sizeof(T) == 4) {
-    asm volatile("st.relaxed.sys.global.u32 [%0], %1;" ::"l"(address), "r"(static_cast<uint32_t>(value)) : "memory");
-  } else {
-    asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(address), "l"(static_cast<uint64_t>(value)) : "memory");
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void store_release_gpu(T* address, std::type_identity_t<T> value) {
-  static_assert(kIsWord<T>);
-  if constexpr (sizeof(T) == 4) {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(static_cast<uint32_t>(value)) : "memory");
-  } else {
-    asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(static_cast<uint64_t>(value)) : "memory");
-  }
-}
-
-template <class T>
-__device__ __forceinline__ void store_relaxed_gpu(T* address, std::type_identity_t<T> value) {
-  static_assert(kIsWord<T>);
-  if constexpr (sizeof(T) == 4) {
-    asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(static_cast<uint32_t>(value)) : "memory");
-  } else {
-    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(static_cast<uint64_t>(value)) : "memory");
-  }
-}
-
-// All of these return the word as it was before.
-template <class T>
-__device__ __forceinline__ T add_acq_rel_gpu(T* address, std::type_identity_t<T> value) {
-  static_assert(kIsWord<T>);
-  if constexpr (sizeof(T) == 4) {
-    uint32_t old;
-    asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;"
-                 : "=r"(old)
-                 : "l"(address), "r"(static_cast<uint32_t>(value))
-                 : "memory");
-    return static_cast<T>(old);
-  } else {
-    uint64_t old;
-    asm volatile("atom.acq_rel.gpu.global.add.u64 %0, [%1], %2;"
-                 : "=l"(old)
-                 : "l"(address), "l"(static_cast<uint64_t>(value))
-                 : "memory");
-    return static_cast<T>(old);
-  }
-}
-
-template <class T>
-__device__ __forceinline__ T add_relaxed_gpu(T* address, std::type_identity_t<T> value) {
-  static_assert(kIsWord<T>);
-  if constexpr (sizeof(T) == 4) {
-    uint32_t old;
-    asm volatile("atom.relaxed.gpu.global.add.u32 %0, [%1], %2;"
-                 : "=r"(old)
-                 : "l"(address), "r"(static_cast<uint32_t>(value))
-                 : "memory");
-    return static_cast<T>(old);
-  } else {
-    uint64_t old;
-    asm volatile("atom.relaxed.gpu.global.add.u64 %0, [%1], %2;"
-                 : "=l"(old)
-                 : "l"(address), "l"(static_cast<uint64_t>(value))
-                 : "memory");
-    return static_cast<T>(old);
-  }
-}
-
-// Compared as unsigned.
-template <class T>
-__device__ __forceinline__ T max_relaxed_gpu(T* address, std::type_identity_t<T> value) {
-  static_assert(kIsWord<T> && std::is_unsigned_v<T>);
-  if constexpr (sizeof(T) == 4) {
-    uint32_t old;
-    asm volatile("atom.relaxed.gpu.global.max.u32 %0, [%1], %2;" : "=r"(old) : "l"(address), "r"(value) : "memory");
-    return old;
-  } else {
-    uint64_t old;
-    asm volatile("atom.relaxed.gpu.global.max.u64 %0, [%1], %2;"
-                 : "=l"(old)
-                 : "l"(address), "l"(static_cast<uint64_t>(value))
-                 : "memory");
-    return old;
-  }
-}
-
-template <class T>
-__device__ __forceinline__ T compare_swap_acq_rel_gpu(T* address, std::type_identity_t<T> expected,
-                                                      std::type_identity_t<T> desired) {
-  static_assert(kIsWord<T>);
-  if constexpr (sizeof(T) == 4) {
-    uint32_t old;
-    asm volatile("atom.acq_rel.gpu.global.cas.b32 %0, [%1], %2, %3;"
-                 : "=r"(old)
-                 : "l"(address), "r"(static_cast<uint32_t>(expected)), "r"(static_cast<uint32_t>(desired))
-                 : "memory");
-    return static_cast<T>(old);
-  } else {
-    uint64_t old;
-    asm volatile("atom.acq_rel.gpu.global.cas.b64 %0, [%1], %2, %3;"
-                 : "=l"(old)
-                 : "l"(address), "l"(static_cast<uint64_t>(expected)), "l"(static_cast<uint64_t>(desired))
-                 : "memory");
-    return static_cast<T>(old);
-  }
-}
-
-__device__ __forceinline__ void fence_acq_rel_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 __device__ __forceinline__ void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // ---- 16 bytes at once ----------------------------------------------------------------------------------------------------
@@ -316,10 +189,6 @@ __device__ __forceinline__ void barrier_invalidate(uint64_t* barrier) {
   asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
-__device__ __forceinline__ void barrier_arrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-
 // Arrives, and adds `bytes` to what the running phase waits for.
 __device__ __forceinline__ void barrier_arrive_expect(uint64_t* barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
@@ -387,7 +256,6 @@ __device__ __forceinline__ void bulk_wait() {
 __device__ void barrier_init(uint64_t*, uint32_t);
 __device__ void fence_barrier_init();
 __device__ void barrier_invalidate(uint64_t*);
-__device__ void barrier_arrive(uint64_t*);
 __device__ void barrier_arrive_expect(uint64_t*, uint32_t);
 __device__ bool barrier_try_wait(uint64_t*, uint32_t);
 __device__ void barrier_wait(uint64_t*, uint32_t);
