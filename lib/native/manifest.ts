@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "d6a9195da95ca55217a0e2f119bf6d80eeaf3f954f91ae6e30a98b6e16f76310",
-    cuda: "d7def731e0b2be20ab5d3db3949017c5599fd2fd66be0e6c4c7437ec3ef17957",
+    cpu: "33d0c82f76896185fb9af3cef2b4fed00ca7b378ba47ced611a31e5f4d53df8d",
+    cuda: "4578a912d84cdf1e4dc7ab5e776d7c171e0d68eb0759c0e7f168424f77908105",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -30,12 +30,12 @@ export const manifest: Manifest = {
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "7ed79602b86ae00bc7e1de694bf7235d6136a8569a39d859d37820714d1255bb",
-      bytes: 502192,
+      sha256: "2f88dc7f5a190f05dccb30d76526ee3e9713b2a0972f16870f2393a12d00eb42",
+      bytes: 510384,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "914a7be8c01450692f16f428660feb8b88f5381d313101d9bfb6446a46ae8821",
-      bytes: 2083544,
+      sha256: "22e971920da34b0f2b63f43f11a271fdf5db8d80a7c6791614b8fd04b77f5b87",
+      bytes: 3078872,
     },
   },
 };
