@@ -176,7 +176,9 @@ struct Combine {
     if (s.call.skipped) return false;
     if (is_leader()) {
       lead();
-    } else if (copies() && await_leader(p(), s.call, kStepCounted)) {
+    } else if (copies()) {
+      // A stop is for good: whoever asked again would change the answer that others of the block are reading.
+      if (!await_leader(p(), s.call, kStepCounted)) return false;
       copy_in();
       arrive(p(), kMeetCopied);
     }

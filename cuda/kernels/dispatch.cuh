@@ -218,7 +218,9 @@ struct Dispatch {
     if (s.call.skipped) return false;
     if (is_leader()) {
       lead(tables);
-    } else if (!cached() && await_leader(p(), s.call, kStepCounted)) {
+    } else if (!cached()) {
+      // A stop is for good: whoever asked again would change the answer that others of the block are reading.
+      if (!await_leader(p(), s.call, kStepCounted)) return false;
       place_block(p(), input(), tables, by_expert(), params.routing);
       arrive(p(), kMeetPlaced);
     }
