@@ -51,6 +51,7 @@ struct Leader : Waits {
       refuse(DEEPEP_ERROR_TIMEOUT, Reason::no_room, finding);
       break;
     }
+    __syncwarp();  // What the first lane has acquired, all have; others may have looked before.
   }
 
   // ---- synchronisation one: messages

@@ -224,12 +224,13 @@ struct LowLatencyCombine {
   // Waits for the announcements of all ranks of the dispatch. False when the call stops.
   __device__ bool await_outputs(uint64_t routed, uint64_t epoch) {
     for (uint32_t i = threadIdx.x; looks_up_early() && i < num_entries(); i += num_workers()) s.entries[i] = look_up(i);
-    uint64_t view = routed & ~s.call.masked;
+    uint64_t view = 0;
     if (is_led()) {
       if (!workers_await_leader(p(), s.call, kStepGo)) return false;
       view = __ldcg(&p().state->view);
-    } else if (s.bad != 0) {
-      return false;
+    } else {
+      if (s.bad != 0) return false;
+      view = routed & ~s.call.masked;  // In a call that is not led nobody is masked.
     }
     if (threadIdx.x == 0) s.view = view;
     for (uint32_t src = threadIdx.x; src < p().options.num_ranks; src += num_workers()) {
@@ -241,7 +242,7 @@ struct LowLatencyCombine {
       // Pairs with announce() of src. Whether it refuses the call the leader sees; to read its rows then does no harm.
       for (uint32_t looks = 1; load_acquire_sys(&line->epoch) < epoch; ++looks) {
         if (looks % kLooksBetween != 0 || !is_stopped(p(), s.call)) continue;
-        s.stop = 1;
+        atomicOr(&s.stop, 1u);
         break;
       }
     }

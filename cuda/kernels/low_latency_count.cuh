@@ -32,7 +32,7 @@ __device__ inline bool workers_await_leader(const CallParams& p, CallShared& s, 
 // What the workers of a block find in the counts. Zeroed before the first meeting.
 struct CountFindings {
   uint32_t bad;       // ~position of the first wrong entry; 0 = none
-  uint32_t stop;      // a peer refuses the call, or means another
+  uint32_t stop;      // 1 = a peer refuses the call, or means another
   uint32_t overfull;  // ~the first expert whose region cannot hold its rows; 0 = none
   uint32_t counted;   // all of this is known; for the leader
 };
@@ -179,7 +179,7 @@ struct LowLatencyCount {
       const uint64_t word = load_acquire_sys(word_of(s, src, num_experts() + kInfoSender));  // Pairs with publish() of src.
       if (is_count_of(word, s.epoch)) {
         const CountSender sender = count_sender_from_word(static_cast<uint32_t>(word));
-        if (sender.refuses) found.stop = 1;
+        if (sender.refuses) atomicOr(&found.stop, 1u);
         slot_of(src, sender.slot);
         return true;
       }
@@ -192,7 +192,7 @@ struct LowLatencyCount {
       uint32_t hashes[kLoads];
       if (!take_some(s, view, first, num_experts() + kInfoAgreed, hashes)) return false;
       for (uint32_t i = 0; i < kLoads; ++i) {
-        if (is_asked(view, first + i) && hashes[i] != hash) found.stop = 1;
+        if (is_asked(view, first + i) && hashes[i] != hash) atomicOr(&found.stop, 1u);
       }
     }
     return true;

@@ -111,6 +111,7 @@ __device__ inline bool receive_rows(Leader& leader, const LowLatencyRouting& rou
 struct LowLatencyShared {
   CallShared call;
   CountFindings found;
+  uint64_t to;    // ranks that the workers tell their counts; the leader learns of more that are lost meanwhile
   uint64_t view;  // ranks that the workers count in
   uint8_t* slots[DEEPEP_MAX_RANKS];
 };
@@ -176,8 +177,7 @@ struct LowLatencyDispatch {
     uint32_t agreed[kNumAgreed];
     agree(agreed);
     const uint32_t hash = agreed_hash(agreed);
-    const uint64_t to = all_ranks(p()) & ~(s.call.masked | s.call.lost);
-    counting().publish(s.call.epoch, to, hash, {p().slot, gridDim.x, s.found.bad != 0});
+    counting().publish(s.call.epoch, s.to, hash, {p().slot, gridDim.x, s.found.bad != 0});
     if (led) workers_arrive(p(), kMeetCounted);
     prepare<kTma, kCast>(first_round(own));
     if (led && !workers_await_leader(p(), s.call, kStepGo)) return false;
@@ -187,7 +187,7 @@ struct LowLatencyDispatch {
     const bool came = counting().take(s.call, view, hash, [&](uint32_t rank, uint32_t slot) {
       s.slots[rank] = p().symmetric[rank] + slot_offset(p().regions, slot);
     });
-    if (!came) s.found.stop = 1;
+    if (!came) atomicOr(&s.found.stop, 1u);
     workers_meet();
     counting().check_regions(view);
     workers_meet();
@@ -356,7 +356,10 @@ struct LowLatencyDispatch {
   // ---- the last warp ----
 
   __device__ void lead() {
-    if (threadIdx.x % kWarpLanes == 0) read_call(p(), s.call, true, true);
+    if (threadIdx.x % kWarpLanes == 0) {
+      read_call(p(), s.call, true, true);
+      s.to = all_ranks(p()) & ~(s.call.masked | s.call.lost);
+    }
     __syncthreads();  // The workers have counted.
     if (!is_leader()) return;
     Leader leader(p(), s.call);
@@ -453,7 +456,7 @@ struct LowLatencyDispatch {
     const uint64_t begin_ns = global_time_ns();
     for (;;) {
       // Pairs with the release in exchange().
-      if (__shfl_sync(kAllLanes, load_acquire_block(&s.found.counted), 0) != 0) return true;
+      if (__shfl_sync(kAllLanes, load_acquire_block(&s.found.counted), 0) != 0) break;
       const uint64_t now = __shfl_sync(kAllLanes, global_time_ns(), 0);
       if (now < s.call.deadline_ns) continue;
       const uint64_t missing = leader.ranks_where([&](uint32_t src) { return in_view(s.call.view, src) && !has_counts(src); });
@@ -469,6 +472,8 @@ struct LowLatencyDispatch {
       leader.announce_failure();
       return false;
     }
+    __syncwarp();  // What the first lane has acquired, all have; others may have looked before.
+    return true;
   }
 
   __device__ const uint64_t* words_of(uint32_t src) const {

@@ -90,6 +90,7 @@ struct Waits {
     for (uint32_t rank = lane; rank < p.options.num_ranks; rank += kWarpLanes) {
       if (rank != p.rank && test(rank)) mine |= rank_bit(rank);
     }
+    __syncwarp();  // What one lane has acquired in a test, all have: warp_or() orders no memory.
     return warp_or(mine);
   }
 
