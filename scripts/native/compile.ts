@@ -106,7 +106,7 @@ function unitsOf(backend: string, recipe: Recipe, { strict, archs, toolkit }: Op
     if (isKernel && !cu) throw new Error(`Cannot compile ${source} without nvcc`);
     // nvcc names what has internal linkage by the absolute path and a random number, unless it is told both.
     const names = isKernel ? ["-Xcudafe", `--orig_src_path_name=${source}`, `-frandom-seed=${source}`] : [];
-    const command = [...(isKernel ? cu! : cpp), ...names, "-c", source];
+    const command = [...(isKernel ? cu! : cpp), ...(recipe.own?.[source] ?? []), ...names, "-c", source];
     const variant = sha256(JSON.stringify(command)).slice(0, 8);
     const object = join(root, "build", backend, `${source.replaceAll("/", "_")}.${variant}`);
     return { source, command, object, version };

@@ -13,6 +13,8 @@ export interface Recipe {
   readonly includes: readonly string[];
   /** Flags of g++ for each .cpp file. */
   readonly cpp: readonly string[];
+  /** More flags of g++ for single .cpp files. */
+  readonly own?: Readonly<Record<string, readonly string[]>>;
   /** Flags of nvcc for each .cu file. A backend that has them is built with the CUDA toolkit. */
   readonly cu?: readonly string[];
   /** Architectures whose machine code is in the library, and those whose PTX is: the driver compiles it for later ones. */

@@ -2,6 +2,7 @@
 
 #include "block.hpp"
 
+#include <link.h>
 #include <sched.h>
 #include <sys/mman.h>
 #include <time.h>
@@ -12,6 +13,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <mutex>
+#include <set>
+
+#include "runtime.hpp"
 
 namespace deepep {
 // What kernels declare as extern __shared__. The end is looked at when a block is done.
@@ -49,15 +53,19 @@ asm(".pushsection .text\n"
     ".popsection\n");
 
 namespace emulator {
+
+uintptr_t all_stacks = 0;
+
 namespace {
 
 constexpr uint8_t kGarbage = 0xa5;
 constexpr uint64_t kCanary = 0x5ca1ab1e5ca1ab1e;
 
-// Stacks that nobody uses, the latest used first.
+// Stacks that nobody uses, the latest used first, and where the next new ones are.
 struct Stacks {
   std::mutex mutex;
   std::vector<void*> free;
+  uintptr_t next = 0;
 };
 
 Stacks& stacks() {
@@ -66,18 +74,23 @@ Stacks& stacks() {
 }
 
 std::vector<void*> take_stacks(uint32_t count) {
-  constexpr uint32_t kAtOnce = 64;
   Stacks& all = stacks();
   const std::lock_guard lock(all.mutex);
-  while (all.free.size() < count) {
-    void* const memory = mmap(nullptr, (kAtOnce + 1) * kStackBytes, PROT_READ | PROT_WRITE,
+  if (all.next == 0) {
+    void* const memory = mmap(nullptr, kAllStackBytes + kStackBytes, PROT_READ | PROT_WRITE,
                               MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) {
       std::perror("emulated device: no memory for stacks");
       std::abort();
     }
-    const uintptr_t first = (reinterpret_cast<uintptr_t>(memory) + kStackBytes - 1) & ~(kStackBytes - 1);
-    for (uint32_t i = 0; i < kAtOnce; ++i) all.free.push_back(reinterpret_cast<void*>(first + i * kStackBytes));
+    all_stacks = all.next = (reinterpret_cast<uintptr_t>(memory) + kStackBytes - 1) & ~(kStackBytes - 1);
+  }
+  for (; all.free.size() < count; all.next += kStackBytes) {
+    if (all.next == all_stacks + kAllStackBytes) {
+      std::fprintf(stderr, "emulated device: more threads than it has stacks for\n");
+      std::abort();
+    }
+    all.free.push_back(reinterpret_cast<void*>(all.next));
   }
   std::vector<void*> taken(all.free.end() - count, all.free.end());
   all.free.resize(all.free.size() - count);
@@ -91,11 +104,36 @@ void give_stacks(const std::vector<void*>& given) {
 }
 
 uint32_t seed() {
-  static const uint32_t value = [] {
-    const char* const text = getenv("EMULATED_SEED");
-    return text ? static_cast<uint32_t>(strtoul(text, nullptr, 10)) : 0;
-  }();
+  static const auto value = static_cast<uint32_t>(setting("EMULATED_SEED", 0));
   return value;
+}
+
+// From where to where of it the dynamic shared memory is.
+std::pair<uintptr_t, uintptr_t> dynamic_within(const Range& shared) {
+  const auto begin = reinterpret_cast<uintptr_t>(deepep::dynamic_shared) - shared.begin;
+  return {begin, begin + sizeof deepep::dynamic_shared};
+}
+
+Range find_shared() {
+  Range range = {};
+  // The library's thread_local memory: that of the kernels, and some words that no block uses.
+  const auto look = [](dl_phdr_info* info, size_t, void* out) {
+    for (int i = 0; i < info->dlpi_phnum; ++i) {
+      const auto& part = info->dlpi_phdr[i];
+      if (part.p_type != PT_TLS || info->dlpi_tls_data == nullptr) continue;
+      const auto begin = reinterpret_cast<uintptr_t>(info->dlpi_tls_data);
+      if (reinterpret_cast<uintptr_t>(deepep::dynamic_shared) - begin < part.p_memsz) {
+        *static_cast<Range*>(out) = {begin, part.p_memsz};
+      }
+    }
+    return 0;
+  };
+  dl_iterate_phdr(look, &range);
+  if (range.bytes == 0) {
+    std::fprintf(stderr, "emulated device: it cannot find its shared memory\n");
+    std::abort();
+  }
+  return range;
 }
 
 // The address as addr2line wants it.
@@ -126,6 +164,8 @@ Block::Block(const Grid& launched, uint3 index_)
       warps_((num_threads_ + kLanes - 1) / kLanes),
       ready_(num_threads_),
       random_(seed() + index_.x) {
+  const Range shared = find_shared();
+  if (accesses_are_told()) races = std::make_unique<Races>(num_threads_, shared);
   for (uint32_t i = 0; i < num_threads_; ++i) {
     Fiber& fiber = fibers_[i];
     fiber.block = this;
@@ -143,10 +183,27 @@ Block::Block(const Grid& launched, uint3 index_)
   }
   // Lanes that a last warp does not have.
   for (uint32_t lane = num_threads_ % kLanes; lane != 0 && lane < kLanes; ++lane) warps_.back().gone |= 1u << lane;
-  memset(deepep::dynamic_shared, kGarbage, grid.shared_bytes + deepep::kFence);
+  fill_shared(shared);
 }
 
-Block::~Block() { give_stacks(stacks_); }
+Block::~Block() {
+  give_stacks(stacks_);
+  const Range shared = find_shared();
+  const auto [begin, end] = dynamic_within(shared);
+  auto* const memory = reinterpret_cast<uint8_t*>(shared.begin);
+  memcpy(memory, unshared_.data(), begin);
+  memcpy(memory + end, unshared_.data() + begin, shared.bytes - end);
+}
+
+// Kernels find nothing in shared memory that they can rely on, zeros neither.
+void Block::fill_shared(const Range& shared) {
+  const auto [begin, end] = dynamic_within(shared);
+  auto* const memory = reinterpret_cast<uint8_t*>(shared.begin);
+  unshared_.assign(memory, memory + begin);
+  unshared_.insert(unshared_.end(), memory + end, memory + shared.bytes);
+  memset(memory, kGarbage, begin + grid.shared_bytes + deepep::kFence);
+  memset(memory + end, kGarbage, shared.bytes - end);
+}
 
 void Block::run(const Grid& grid, uint3 index) {
   Block block(grid, index);
@@ -210,6 +267,32 @@ void Block::note(const void* at) {
   met_at[0] = at;
 }
 
+// Others go on, unless it is drawn itself.
+void Block::yield() {
+  Fiber& self = this_fiber();
+  ready(&self);
+  if (Fiber* const drawn = next(); drawn != &self) emulator_switch(&self.stack, drawn->stack);
+}
+
+void Block::maybe_switch() {
+  constexpr uint32_t kOften = 8;
+  if (seed() == 0 || num_ready_ == 0 || random_() % kOften != 0) return;
+  yield();
+}
+
+void Block::race(const Deed& now, const Deed& before, const void* address, const char* words) {
+  static std::mutex* const mutex = new std::mutex;
+  static auto* const told = new std::set<std::pair<const void*, const void*>>;
+  char line[384];
+  std::snprintf(line, sizeof line, "thread %u %s %p at 0x%zx, which thread %u %s at 0x%zx: %s", now.thread, now.what, address,
+                within_library(now.at), before.thread, before.what, within_library(before.at), words);
+  static const char* const mode = getenv("EMULATED_RACES");
+  if (mode == nullptr || strcmp(mode, "go_on") != 0) report(line);
+  const std::lock_guard lock(*mutex);
+  if (!told->emplace(now.at, before.at).second) return;
+  std::fprintf(stderr, "emulated device: %s, block %u of %u, %s\n", grid.name, index.x, grid.blocks.x, line);
+}
+
 void Block::wait(const char* what) {
   Fiber& self = this_fiber();
   self.waits_for = what;
@@ -229,9 +312,7 @@ void Block::poll() {
     }
   }
   if (num_ready_ == 0) return;
-  Fiber& self = this_fiber();
-  ready(&self);
-  emulator_switch(&self.stack, next()->stack);
+  yield();
 }
 
 uint64_t Block::synchronize(uint32_t number, uint32_t threads, Vote vote, bool value, const void* at) {
@@ -255,6 +336,11 @@ uint64_t Block::synchronize(uint32_t number, uint32_t threads, Vote vote, bool v
   if (barrier.waiting.size() < threads) {
     wait(number == 0 ? "__syncthreads" : "a named barrier");
     return self.result;
+  }
+  if (races) {
+    races->meet([&](auto&& act) {
+      for (const Fiber* const fiber : barrier.waiting) act(fiber->index);
+    });
   }
   const uint64_t result = vote == Vote::any ? barrier.votes != 0 : vote == Vote::all ? barrier.votes == threads : barrier.votes;
   for (Fiber* const fiber : barrier.waiting) {
@@ -289,6 +375,13 @@ uint64_t Block::meet(Meet kind, uint32_t mask, uint64_t value, uint32_t argument
     return self.result;
   }
   conclude(meeting, &fibers_[self.index - lane]);
+  // Votes, shuffles and sums order no accesses: CUDA says so.
+  if (races && kind == Meet::sync) {
+    const uint32_t first = self.index - lane;
+    races->meet([&](auto&& act) {
+      for (uint32_t rest = mask; rest != 0; rest &= rest - 1) act(first + static_cast<uint32_t>(__builtin_ctz(rest)));
+    });
+  }
   meeting.here = 0;
   for (uint32_t rest = mask & ~(1u << lane); rest != 0; rest &= rest - 1) {
     ready(&fibers_[self.index - lane + static_cast<uint32_t>(__builtin_ctz(rest))]);

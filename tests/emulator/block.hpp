@@ -4,8 +4,9 @@
 // In: what a thread runs, and calls of the device language and the primitives from within. Out: every thread has run to its
 // end, or the process stops with words about what is wrong with the kernel: threads that wait at different barriers, a lane
 // that others wait for and that has gone, wrong masks, bulk copies that nobody waits for. A fiber runs until it waits or polls;
-// so what is missing between the lanes of a warp shows. EMULATED_SEED in the environment draws their order. Callers: grid.cpp,
-// language.hpp, bulk.cpp.
+// so what is missing between the lanes of a warp shows. EMULATED_SEED in the environment draws their order instead, and in
+// libraries for races.hpp they also leave off between accesses. Shared memory is full of garbage when a block begins. Callers:
+// grid.cpp, language.hpp, bulk.cpp, races.cpp.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -14,11 +15,13 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <random>
 #include <string>
 #include <vector>
 
 #include "bulk.hpp"
+#include "races.hpp"
 
 namespace emulator {
 
@@ -28,6 +31,8 @@ constexpr uint32_t kMostThreads = 1024;
 constexpr uint32_t kMostShared = 227 * 1024;       // of a block
 constexpr uint32_t kReservedShared = 8 * 1024;     // of that, what kernels are said to declare themselves
 constexpr uintptr_t kStackBytes = uintptr_t{32} << 10;  // of a fiber; stacks are aligned to it
+constexpr uintptr_t kAllStackBytes = uintptr_t{16} << 30;  // address space
+extern uintptr_t all_stacks;                               // where they begin; not 0 once there are any
 
 // What a kernel is launched with.
 struct Grid {
@@ -80,6 +85,13 @@ struct Fiber {
   std::vector<BulkStore> stores;  // not complete yet, oldest first
 };
 
+// A thread and what it does.
+struct Deed {
+  uint32_t thread;
+  const char* what;
+  const void* at;
+};
+
 class Block {
  public:
   // On the present thread of the operating system; returns when all threads of the block have ended.
@@ -92,6 +104,12 @@ class Block {
   uint64_t meet(Meet kind, uint32_t mask, uint64_t value, uint32_t argument, const void* at);
   // It looks for something that others do. Lets them.
   void poll();
+  // Lets others go on, now and then, when EMULATED_SEED says so.
+  void maybe_switch();
+  // Two threads are at the same memory. Ends the process unless EMULATED_RACES=go_on: then each two places are told once.
+  void race(const Deed& now, const Deed& before, const void* address, const char* words);
+  // Whether it is a block's thread that asks.
+  static bool runs();
   // The block has done something that others may wait for.
   void progress() { polls_ = 0, naps_ = 0; }
   [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 2, 3)));
@@ -105,6 +123,7 @@ class Block {
     uint64_t* barrier;
   };
   std::vector<Load> loads;  // bulk loads under way
+  std::unique_ptr<Races> races;  // where accesses are looked at
 
  private:
   struct Barrier {
@@ -128,7 +147,9 @@ class Block {
   ~Block();
   static void begin();
   void end();
+  void fill_shared(const Range& shared);
   void wait(const char* what);
+  void yield();
   void note(const void* at);
   void ready(Fiber* fiber);
   Fiber* next();
@@ -144,6 +165,7 @@ class Block {
   std::vector<Fiber*> ready_;  // a ring
   uint32_t ready_begin_ = 0, num_ready_ = 0;
   std::minstd_rand random_;
+  std::vector<uint8_t> unshared_;  // what was where kernels have their static shared memory
   void* home_ = nullptr;  // where run() goes on
   uint64_t polls_ = 0;    // since the last progress
   uint64_t naps_ = 0;
@@ -154,6 +176,9 @@ inline Fiber& this_fiber() {
   uintptr_t stack;
   asm("mov %%rsp, %0" : "=r"(stack));
   return **reinterpret_cast<Fiber**>((stack | (kStackBytes - 1)) - 7);
+}
+inline bool Block::runs() {
+  return reinterpret_cast<uintptr_t>(__builtin_frame_address(0)) - all_stacks < kAllStackBytes;
 }
 inline Block& this_block() { return *this_fiber().block; }
 

@@ -5,6 +5,7 @@
  * on machines without a GPU: `DEEPEP_LIBRARY_CUDA=build/emulated/libdeepep_cuda.so` in the environment makes them load it.
  *
  *   bun tests/emulator/build.ts
+ *   bun tests/emulator/build.ts --races   build/emulated/libdeepep_cuda_races.so, which looks for races (races.hpp)
  */
 import { cpSync, mkdirSync, rmSync } from "node:fs";
 import { join, relative } from "node:path";
@@ -28,8 +29,14 @@ const recipe: Recipe = {
     .concat(["-Wl,--no-as-needed", "-l:libpthread.so.0"]),
 };
 
+/** The kernels call a function before every access to memory. */
+const races: Recipe = {
+  ...recipe,
+  own: { [`${here}/kernels.cpp`]: ["-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0", "-Wno-tsan"] },
+};
+
 /** Builds it; answers the file. */
-export async function buildEmulated(): Promise<string> {
+export async function buildEmulated(looksForRaces = false): Promise<string> {
   rmSync(join(root, copy), { recursive: true, force: true });
   mkdirSync(join(root, copy), { recursive: true });
   for (const folder of ["abi", "common", "host", "kernels"]) {
@@ -39,14 +46,14 @@ export async function buildEmulated(): Promise<string> {
     });
   }
   cpSync(join(root, here, "primitives.cuh"), join(root, copy, "cuda/kernels/primitives.cuh"));
-  const file = join(root, "build/emulated/libdeepep_cuda.so");
-  await build("emulated", recipe, file, { strict: true });
+  const file = join(root, `build/emulated/libdeepep_cuda${looksForRaces ? "_races" : ""}.so`);
+  await build("emulated", looksForRaces ? races : recipe, file, { strict: true });
   return file;
 }
 
 if (import.meta.main) {
   try {
-    console.log(relative(process.cwd(), await buildEmulated()));
+    console.log(relative(process.cwd(), await buildEmulated(process.argv.includes("--races"))));
   } catch (error) {
     const { stderr, message } = error as Error & { stderr?: string };
     console.error(stderr || message); // the compiler's words

@@ -50,8 +50,12 @@ void check_copy(const void* shared, const void* global, uint32_t bytes) {
   }
 }
 
+constexpr auto kBulkRead = static_cast<uint32_t>(Access::async);
+constexpr auto kBulkWrite = kBulkRead | static_cast<uint32_t>(Access::write);
+
 void read(BulkStore& store) {
   if (!store.read.empty()) return;
+  look_at(store.from, store.bytes, kBulkRead, store.at);
   const auto* const from = static_cast<const uint8_t*>(store.from);
   store.read.assign(from, from + store.bytes);
 }
@@ -61,6 +65,12 @@ void read(BulkStore& store) {
 void bulk_load(void* to_shared, const void* from, uint32_t bytes, uint64_t* barrier) {
   check_copy(to_shared, from, bytes);
   barrier_at(barrier);
+  const void* const at = __builtin_return_address(0);
+  look_at(from, bytes, kBulkRead, at);
+  look_at(to_shared, bytes, kBulkWrite, at);
+  // Its bytes arrive.
+  Block& block = this_block();
+  if (block.races) block.races->release(this_fiber().index, barrier, false);
   memset(to_shared, 0xa5, bytes);
   this_block().loads.push_back({to_shared, from, bytes, barrier});
   this_block().progress();
@@ -69,7 +79,7 @@ void bulk_load(void* to_shared, const void* from, uint32_t bytes, uint64_t* barr
 void bulk_store(void* to, const void* from_shared, uint32_t bytes) {
   check_copy(from_shared, to, bytes);
   Fiber& self = this_fiber();
-  self.stores.push_back({to, from_shared, bytes, self.commits, {}});
+  self.stores.push_back({to, from_shared, bytes, self.commits, __builtin_return_address(0), {}});
   this_block().progress();
 }
 
@@ -84,7 +94,10 @@ void bulk_wait(uint32_t pending, bool wholly) {
   const auto complete = std::find_if_not(self.stores.begin(), self.stores.end(), [&](const BulkStore& store) {
     return is_before(store, wholly ? pending : std::max(pending, kMostGroups));
   });
-  for (auto store = self.stores.begin(); store != complete; ++store) memcpy(store->to, store->read.data(), store->bytes);
+  for (auto store = self.stores.begin(); store != complete; ++store) {
+    look_at(store->to, store->bytes, kBulkWrite, store->at);
+    memcpy(store->to, store->read.data(), store->bytes);
+  }
   self.stores.erase(self.stores.begin(), complete);
   this_block().progress();
 }
@@ -106,12 +119,14 @@ void barrier_invalidate(uint64_t* word) {
 void barrier_arrive(uint64_t* word, uint32_t expected_bytes) {
   Barrier& barrier = barrier_at(word);
   if (barrier.pending == 0) this_block().fail("more arrive at a barrier than it is for");
+  if (Block& block = this_block(); block.races) block.races->release(this_fiber().index, word, false);
   barrier.bytes += static_cast<int32_t>(expected_bytes);
   barrier.pending -= 1;
   turn_when_complete(barrier);
 }
 
-bool barrier_try_wait(uint64_t* word, uint32_t parity) {
+// Looks at a barrier: what was to arrive there does.
+bool has_turned(uint64_t* word, uint32_t parity) {
   if (barrier_at(word).phase != parity) return true;
   auto& loads = this_block().loads;
   for (size_t i = 0; i < loads.size();) {
@@ -129,6 +144,16 @@ bool barrier_try_wait(uint64_t* word, uint32_t parity) {
   if (barrier_at(word).phase != parity) return true;
   this_block().poll();
   return barrier_at(word).phase != parity;
+}
+
+bool barrier_try_wait(uint64_t* word, uint32_t parity) {
+  const bool done = has_turned(word, parity);
+  if (Block& block = this_block(); done && block.races) block.races->acquire(this_fiber().index, word);
+  return done;
+}
+
+void proxy_fence() {
+  if (Block& block = this_block(); block.races) block.races->proxy_fence(this_fiber().index);
 }
 
 }  // namespace emulator

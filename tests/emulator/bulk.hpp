@@ -16,6 +16,7 @@ struct BulkStore {
   const void* from;
   uint32_t bytes;
   uint32_t group;
+  const void* at;
   std::vector<uint8_t> read;  // what it has read of shared memory, once it has
 };
 
@@ -24,6 +25,8 @@ void bulk_store(void* to, const void* from_shared, uint32_t bytes);
 void bulk_commit();
 // All but the latest `pending` groups of the thread have read, or with `wholly` are complete.
 void bulk_wait(uint32_t pending, bool wholly);
+
+void proxy_fence();
 
 void barrier_init(uint64_t* barrier, uint32_t arrivals);
 void barrier_invalidate(uint64_t* barrier);

@@ -101,13 +101,13 @@ inline void __threadfence_system() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 namespace emulator {
 
 // Replaces *address by change(*address), and answers what was there.
-template <class T, class Change>
+template <int kOrder = __ATOMIC_RELAXED, class T, class Change>
 T atomically(T* address, Change change) {
   T old, next;
   __atomic_load(address, &old, __ATOMIC_RELAXED);
   do {
     next = change(old);
-  } while (!__atomic_compare_exchange(address, &old, &next, false, __ATOMIC_SEQ_CST, __ATOMIC_RELAXED));
+  } while (!__atomic_compare_exchange(address, &old, &next, false, kOrder, __ATOMIC_RELAXED));
   this_block().progress();
   return old;
 }

@@ -5,10 +5,14 @@
 
 #include <sys/mman.h>
 
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <map>
 #include <mutex>
 
+#include "races.hpp"
 #include "runtime.hpp"
 
 namespace emulator {
@@ -17,6 +21,7 @@ namespace {
 constexpr uint64_t kPage = 4096;
 constexpr uint64_t kAlignment = 256;  // CUDA's
 constexpr int kGarbage = 0xa5;
+constexpr uint64_t kSpaceBytes = uint64_t{1} << 40;  // addresses, which are used again late
 
 struct Mapped {
   void* begin;
@@ -27,6 +32,7 @@ struct Memory {
   std::mutex mutex;
   std::map<void*, Mapped> blocks;
   uint64_t used_bytes = 0;
+  uint64_t next = 0;  // where there is room, from the beginning of all addresses
 };
 
 Memory& memory() {
@@ -36,19 +42,30 @@ Memory& memory() {
 
 uint64_t total_bytes() { return setting("EMULATED_MEMORY_MB", 8192) << 20; }
 
+// Addresses for `bytes` that are not in use.
+uint8_t* find_room(Memory& all, uint64_t bytes) {
+  auto* const space = reinterpret_cast<uint8_t*>(device_memory().begin);
+  for (;;) {
+    if (all.next + bytes > kSpaceBytes) all.next = 0;
+    uint8_t* const begin = space + all.next;
+    all.next += bytes;
+    const auto after = all.blocks.lower_bound(begin);
+    if (after != all.blocks.end() && static_cast<uint8_t*>(after->second.begin) < begin + bytes) continue;
+    if (after == all.blocks.begin()) return begin;
+    const Mapped& before = std::prev(after)->second;
+    if (static_cast<uint8_t*>(before.begin) + before.bytes + kPage <= begin) return begin;
+  }
+}
+
 cudaError_t allocate(void** out, uint64_t bytes) {
   const uint64_t aligned = (bytes + kAlignment - 1) / kAlignment * kAlignment;
   const uint64_t pages = (aligned + kPage - 1) / kPage * kPage;
   Memory& all = memory();
   const std::lock_guard lock(all.mutex);
   if (bytes > total_bytes() || all.used_bytes + pages > total_bytes()) return fail(cudaErrorMemoryAllocation);
-  void* const begin = mmap(nullptr, pages + kPage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (begin == MAP_FAILED) return fail(cudaErrorMemoryAllocation);
-  if (mprotect(begin, pages, PROT_READ | PROT_WRITE) != 0) {
-    munmap(begin, pages + kPage);
-    return fail(cudaErrorMemoryAllocation);
-  }
-  *out = static_cast<uint8_t*>(begin) + (pages - aligned);
+  uint8_t* const begin = find_room(all, pages + kPage);
+  if (mprotect(begin, pages, PROT_READ | PROT_WRITE) != 0) return fail(cudaErrorMemoryAllocation);
+  *out = begin + (pages - aligned);
   memset(begin, kGarbage, pages);
   all.blocks[*out] = {begin, pages};
   all.used_bytes += pages;
@@ -61,13 +78,25 @@ cudaError_t release(void* address) {
   const std::lock_guard lock(all.mutex);
   const auto found = all.blocks.find(address);
   if (found == all.blocks.end()) return fail(cudaErrorInvalidValue);
-  munmap(found->second.begin, found->second.bytes + kPage);
+  // Nothing is there any more.
+  mmap(found->second.begin, found->second.bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  forget_accesses({reinterpret_cast<uintptr_t>(found->second.begin), found->second.bytes});
   all.used_bytes -= found->second.bytes;
   all.blocks.erase(found);
   return cudaSuccess;
 }
 
 }  // namespace
+
+Range device_memory() {
+  static void* const space = mmap(nullptr, kSpaceBytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (space == MAP_FAILED) {
+    std::perror("emulated device: no addresses");
+    std::abort();
+  }
+  return {reinterpret_cast<uintptr_t>(space), kSpaceBytes};
+}
+
 }  // namespace emulator
 
 cudaError_t cudaMalloc(void** memory, size_t bytes) { return emulator::allocate(memory, bytes); }

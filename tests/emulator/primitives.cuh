@@ -84,7 +84,7 @@ void store_relaxed_gpu(T* address, std::type_identity_t<T> value) {
 template <class T>
 T add_acq_rel_gpu(T* address, std::type_identity_t<T> value) {
   check_word(address);
-  return atomicAdd(address, value);
+  return emulator::atomically<__ATOMIC_ACQ_REL>(address, [&](T old) { return static_cast<T>(old + value); });
 }
 template <class T>
 T add_relaxed_gpu(T* address, std::type_identity_t<T> value) {
@@ -98,13 +98,7 @@ T max_relaxed_gpu(T* address, std::type_identity_t<T> value) {
   check_word(address);
   return atomicMax(address, value);
 }
-template <class T>
-T compare_swap_acq_rel_gpu(T* address, std::type_identity_t<T> expected, std::type_identity_t<T> desired) {
-  check_word(address);
-  return atomicCAS(address, expected, desired);
-}
 
-inline void fence_acq_rel_gpu() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void fence_acq_rel_sys() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 // ---- 16 bytes at once ----------------------------------------------------------------------------------------------------
@@ -159,7 +153,6 @@ inline void store_release_block(uint32_t* shared, uint32_t value) { stored<__ATO
 inline void barrier_init(uint64_t* barrier, uint32_t arrivals) { emulator::barrier_init(barrier, arrivals); }
 inline void fence_barrier_init() {}
 inline void barrier_invalidate(uint64_t* barrier) { emulator::barrier_invalidate(barrier); }
-inline void barrier_arrive(uint64_t* barrier) { emulator::barrier_arrive(barrier, 0); }
 inline void barrier_arrive_expect(uint64_t* barrier, uint32_t bytes) { emulator::barrier_arrive(barrier, bytes); }
 inline bool barrier_try_wait(uint64_t* barrier, uint32_t parity) { return emulator::barrier_try_wait(barrier, parity); }
 inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
@@ -167,8 +160,8 @@ inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
   }
 }
 
-inline void fence_proxy_async_shared() {}
-inline void fence_proxy_async() {}
+inline void fence_proxy_async_shared() { emulator::proxy_fence(); }
+inline void fence_proxy_async() { emulator::proxy_fence(); }
 
 inline void bulk_load(void* to_shared, const void* from, uint32_t bytes, uint64_t* barrier) {
   emulator::bulk_load(to_shared, from, bytes, barrier);

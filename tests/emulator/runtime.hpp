@@ -10,6 +10,15 @@
 
 namespace emulator {
 
+// A part of the address space.
+struct Range {
+  uintptr_t begin;
+  uintptr_t bytes;
+};
+
+// Where all memory of the device is, and the host's that it reaches.
+Range device_memory();
+
 // Keeps the error for cudaGetLastError, and answers it.
 cudaError_t fail(cudaError_t error);
 
