@@ -24,6 +24,8 @@ const importMap = ["--import-map", "tests/support/import_map.json"];
 /** Bun gives a test 5 s unless told otherwise, which a busy machine of two cores can need. */
 const patience = ["--timeout", "60000"];
 const rebuilt = join("build", "native");
+/** The tests of the emulated device. */
+const emulated = "^cuda: (dispatch|combine|low latency|peers that are late, silent or gone, low latency (silent )?in )";
 /** The longest run of a step: only what hangs takes so long, even on a busy machine. */
 const PATIENCE_S = 600;
 /** Where the whole output of steps that fail is kept. */
@@ -79,6 +81,20 @@ const steps: readonly Step[] = [
     tests: "bun",
     skip: noCompiler,
     env: { DEEPEP_LIBRARY_CPU: join(root, rebuilt, "libdeepep_cpu.so") },
+  },
+  { name: "compile emulated cuda", command: [bun, "tests/emulator/build.ts", "--races"], skip: noCompiler },
+  {
+    // The kernels themselves, on threads whose order is drawn; two that race end the run. A part of it, for the time it takes.
+    name: "tests (emulated cuda)",
+    command: [bun, "test", ...patience, "cuda_test", "cuda_failure_test", "-t", emulated],
+    tests: "bun",
+    skip: noCompiler,
+    env: {
+      DEEPEP_LIBRARY_CUDA: join(root, "build/emulated/libdeepep_cuda_races.so"),
+      DEEPEP_TEST_RANDOM: "4",
+      EMULATED_SMS: "8",
+      EMULATED_SEED: "1",
+    },
   },
   { name: "examples in docs", command: [deno, "test", "-A", "--doc", ...importMap, "mod.ts"], tests: "deno" },
   { name: "examples in README", command: [deno, "check", "--doc-only", ...importMap, "README.md"] },
