@@ -22,7 +22,7 @@ export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
     cpu: "33d0c82f76896185fb9af3cef2b4fed00ca7b378ba47ced611a31e5f4d53df8d",
-    cuda: "4578a912d84cdf1e4dc7ab5e776d7c171e0d68eb0759c0e7f168424f77908105",
+    cuda: "8d40703f3b1d661eca79872bd313089043d0f51252fbd3973d40cb9eba8066fe",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -34,8 +34,8 @@ export const manifest: Manifest = {
       bytes: 510384,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "22e971920da34b0f2b63f43f11a271fdf5db8d80a7c6791614b8fd04b77f5b87",
-      bytes: 3078872,
+      sha256: "a17fd1a5f70c17b6cfb5dea157fa924b907d6625b32c19ed03bddd70353385c7",
+      bytes: 3062488,
     },
   },
 };
