@@ -339,8 +339,10 @@ struct LowLatencyCombine {
   // False when the call has failed half-way; a refusal is kept for the receive half.
   __device__ bool send(Leader& leader, uint64_t routed, const LaneSlots& slots) {
     if (!leader.enter(DEEPEP_PHASE_PUBLISH)) return false;
-    if (copies()) {
-      // Otherwise the outputs are there already, and deepep_expert_output() has waited where there was something to wait for.
+    // Otherwise the outputs are there already, and deepep_expert_output() has waited where there was something to wait for. A
+    // refusal must not take the place of an announcement that a peer has yet to read.
+    const bool refuses = header().valid == 0 || s.bad != 0;
+    if (copies() || refuses) {
       leader.begin_waits();
       wait_for_readers(leader, p().slot, 1);
       if (leader.failed()) return false;
