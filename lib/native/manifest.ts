@@ -22,7 +22,7 @@ export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
     cpu: "33d0c82f76896185fb9af3cef2b4fed00ca7b378ba47ced611a31e5f4d53df8d",
-    cuda: "8d40703f3b1d661eca79872bd313089043d0f51252fbd3973d40cb9eba8066fe",
+    cuda: "0bad929ef87642ea8e7d8753ee9853a7fda4d09e797ff63d24f5139971c94623",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -34,8 +34,8 @@ export const manifest: Manifest = {
       bytes: 510384,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "a17fd1a5f70c17b6cfb5dea157fa924b907d6625b32c19ed03bddd70353385c7",
-      bytes: 3062488,
+      sha256: "9c4a58a67df6e623a4211928f6cc79dee3ead3fb62db66248c7dea66313909c0",
+      bytes: 3066584,
     },
   },
 };
