@@ -118,10 +118,12 @@ function lowLatencyCases(ranks: Ranks, backend: BackendSubject["backend"]): void
           assert(after instanceof BigInt64Array);
           const what = `rank ${rank}, ${op} ${phase}, recvHook ${recvHook}: ${grown} ms`;
           assertEquals(grown[rank], 0, what);
-          if (rank !== 1) assert(grown[1]! > 100 && grown[1]! < 5000 && grown[2 - rank]! < 75, what);
+          if (rank !== 1) assert(grown[1]! > 100 && grown[1]! < 5000, what);
           before = after;
         }
       }
+      // Of all calls: the other peer has had to wait as well, and a busy machine can hold it up once.
+      if (rank !== 1) assert(before[2 - rank]! < before[1]! / 2n, `rank ${rank}: ${before} ns`);
     });
   });
   test("a masked peer that is taken in again takes part again", async () => {
