@@ -8,7 +8,6 @@
  */
 import process from "node:process";
 import type { Group } from "../mod.ts";
-import { constants } from "../lib/ffi/abi.ts";
 import { compare } from "./demo/compare.ts";
 import { denseLayer, type DenseResult } from "./demo/dense.ts";
 import { INTERMEDIATE, Layer } from "./demo/layer.ts";
@@ -107,12 +106,7 @@ async function runModes(world: World, begun: number): Promise<boolean> {
   const paint = new Painter(onTerminal("stdout") && !process.env.NO_COLOR);
   const talks = prints && !demo.json, reports: ModeReport[] = [];
   if (talks) printHeading(world, paint);
-  const { features } = ranks[0]!.buffer.core.capabilities;
   for (const name of demo.modes) {
-    if (name === "low-latency" && (features & constants.FEATURE.LOW_LATENCY[0]) === 0) {
-      if (prints) console.error(`demo: the ${ranks[0]!.buffer.backend} backend has no low-latency mode yet; left out`);
-      continue;
-    }
     const [report] = await Promise.all(ranks.map((rank) => runRank(world, name, rank)));
     reports.push(report!);
     if (talks) console.log(modeLines(report!, modes[name].rows, paint));

@@ -27,8 +27,7 @@ constexpr uint32_t kLookedUp = 1024;
 
 struct LowLatencyCombineShared {
   CallShared call;
-  uint64_t view;  // ranks that take part, as the workers see it
-  uint32_t bad;   // ~position of the first entry that is not the dispatch's; 0 = none
+  uint32_t bad;  // ~position of the first entry that is not the dispatch's; 0 = none
   uint32_t num_rows;
   uint32_t stop;
   const uint8_t* regions[DEEPEP_MAX_RANKS];  // expert outputs, by rank
@@ -232,7 +231,6 @@ struct LowLatencyCombine {
       if (s.bad != 0) return false;
       view = routed & ~s.call.masked;  // In a call that is not led nobody is masked.
     }
-    if (threadIdx.x == 0) s.view = view;
     for (uint32_t src = threadIdx.x; src < p().options.num_ranks; src += num_workers()) {
       const bool counts = in_view(view, src);
       s.regions[src] = counts ? region_of(src, header().peer_slots[src]) : nullptr;

@@ -22,7 +22,7 @@ export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
     cpu: "33d0c82f76896185fb9af3cef2b4fed00ca7b378ba47ced611a31e5f4d53df8d",
-    cuda: "0bad929ef87642ea8e7d8753ee9853a7fda4d09e797ff63d24f5139971c94623",
+    cuda: "a702f71e0d7f1aeb6f3215e8de9fe0de690c3847db306154d6207d3f0f301104",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -34,7 +34,7 @@ export const manifest: Manifest = {
       bytes: 510384,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "9c4a58a67df6e623a4211928f6cc79dee3ead3fb62db66248c7dea66313909c0",
+      sha256: "70d59dfa226295c59425060019ac92b72d415b6290211d6acd86448199fcde59",
       bytes: 3066584,
     },
   },

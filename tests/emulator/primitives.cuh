@@ -75,10 +75,6 @@ template <class T>
 void store_release_gpu(T* address, std::type_identity_t<T> value) {
   stored<__ATOMIC_RELEASE>(address, value);
 }
-template <class T>
-void store_relaxed_gpu(T* address, std::type_identity_t<T> value) {
-  stored<__ATOMIC_RELAXED>(address, value);
-}
 
 // All of these return the word as it was before.
 template <class T>
