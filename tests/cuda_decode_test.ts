@@ -4,7 +4,6 @@
  * itself and replayed with what the host writes, compared with the reference bit for bit. And kernels that compute between the
  * halves.
  */
-import process from "node:process";
 import { test } from "node:test";
 import { assert, assertEquals } from "@std/assert";
 import { EpBuffer, Group, type LowLatencyResult, type Tensor } from "@deepep/deepep";
@@ -20,7 +19,7 @@ import { lowLatencyOutput } from "./support/experts.ts";
 import { type NewCompute, runOverlapCases } from "./support/overlap_cases.ts";
 import { Random, runSeed } from "./support/random.ts";
 import { readLowLatency, writeExpertRows } from "./support/rank_host.ts";
-import { suite } from "./support/suite.ts";
+import { replayCount as times, suite } from "./support/suite.ts";
 import { makeWorld, type TestWorld, type WorldSpec } from "./support/worlds.ts";
 
 /** An emulated device computes on the cores of the host: there it gets less to do. */
@@ -47,8 +46,6 @@ const arithmetic: NewCompute = (b) => {
 
 runOverlapCases({ name: "cuda", backend: "cuda", skip: noCudaDecode }, arithmetic);
 
-/** How often to replay: DEEPEP_TEST_REPLAYS at most, where it is set. */
-const times = (usual: number): number => Math.min(usual, Number(process.env["DEEPEP_TEST_REPLAYS"] || usual));
 const seed = runSeed();
 
 const base: Omit<SoakOptions, "shape" | "ranks" | "steps"> = {

@@ -12,7 +12,7 @@ import { noCudaGraphs } from "./support/cuda.ts";
 import { layer } from "./support/order_cases.ts";
 import { Random, runSeed } from "./support/random.ts";
 import { ranksOf, reasonOf, tiny } from "./support/ranks.ts";
-import { suite } from "./support/suite.ts";
+import { replayCount, suite } from "./support/suite.ts";
 import { makeWorld, type TestWorld, type WorldSpec } from "./support/worlds.ts";
 
 const spec: WorldSpec = {
@@ -122,7 +122,8 @@ const closeAll = (all: readonly EpBuffer[]) => Promise.all(all.map((b) => b.clos
 
 suite("cuda: graphs", noCudaGraphs, () => {
   const seed = runSeed();
-  for (const [layout, count] of [["rank", 1000], ["expert", 300]] as const) {
+  for (const [layout, usual] of [["rank", 1000], ["expert", 300]] as const) {
+    const count = replayCount(usual);
     test(`${count} replays, ${layout} layout, DEEPEP_SEED=${seed}`, { timeout: 120_000 }, async () => {
       const all = await buffers();
       try {
@@ -148,7 +149,7 @@ suite("cuda: graphs", noCudaGraphs, () => {
         layers: all.map((b) => captured(b, layout)),
       }));
       const random = new Random(seed);
-      for (let i = 0; i < 100; i++) {
+      for (let i = 0; i < replayCount(100); i++) {
         const { layout, layers } = random.pick(both);
         if (random.chance(0.5)) await replay(layers, layout, makeWorld(spec, seed + i));
         else await Promise.all(all.map((b) => eager(b, seed + i)));

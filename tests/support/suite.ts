@@ -25,6 +25,11 @@ export function suite(name: string, skip: string | false | undefined, body: () =
   else describe(name, body);
 }
 
+/** How often to replay a graph: DEEPEP_TEST_REPLAYS at most, where it is set. */
+export function replayCount(usual: number): number {
+  return Math.min(usual, Number(process.env["DEEPEP_TEST_REPLAYS"] || usual));
+}
+
 /** How many random worlds or programs to draw: DEEPEP_TEST_RANDOM when it is set. */
 export function randomCount(usual: number): number {
   const text = process.env["DEEPEP_TEST_RANDOM"];
