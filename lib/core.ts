@@ -209,7 +209,7 @@ export class Core implements EventOwner, TensorOwner {
   }
 
   #mark(stream: Stream): EpEvent {
-    return this.#captureEvent(new EpEvent(this, this.#recorded(stream), "event", this.captured ? "captured" : 0n));
+    return new EpEvent(this, this.#recorded(stream), "event", 0n);
   }
 
   #recorded(stream: Stream): bigint {
@@ -217,11 +217,6 @@ export class Core implements EventOwner, TensorOwner {
     eventStruct.pack({ stream: streamAddress("record an event", stream) });
     this.device.call("deepep_event_record", native, eventStruct, "event");
     return native;
-  }
-
-  #captureEvent(event: EpEvent): EpEvent {
-    this.captured?.events.push(event);
-    return event;
   }
 
   /** Fields and event for an operation `op` that is about to be enqueued. */
@@ -244,7 +239,7 @@ export class Core implements EventOwner, TensorOwner {
     this.#numCalls++;
     return {
       op,
-      event: this.#captureEvent(new EpEvent(this, native, op, captured ? "captured" : id)),
+      event: new EpEvent(this, native, op, captured ? "captured" : id),
       fields: {
         stream,
         previous_event: previousEvent?.address ?? 0n,
@@ -413,6 +408,7 @@ export class Core implements EventOwner, TensorOwner {
     const address = streamAddress("free a tensor", stream);
     if (this.#latest?.event.done) this.#latest = undefined;
     if (!this.#latest || this.#latest.waits === address) return stream;
+    if (this.captured?.stream.address === address) return stream; // what a graph uses is not handed out again
     this.#reclaim ??= this.createStream();
     this.#mark(stream).wait(this.#reclaim);
     this.#latest.event.wait(this.#reclaim);

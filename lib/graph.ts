@@ -29,8 +29,6 @@ export interface Captured {
   readonly stream: Stream;
   /** Bit s: slot s was free when the capture began, and is not yet taken by it. */
   freeSlots: number;
-  /** A replay records them anew, so they are not used for anything else. */
-  readonly events: EpEvent[];
   /** Memory that is read or written. */
   readonly used: Set<Hold>;
   /** Memory that is written: its reader must hear of a replay that failed. */
@@ -40,7 +38,8 @@ export interface Captured {
 
 /**
  * The operations that can be captured, each as `EpBuffer`'s of the same name but synchronous: what they return describes
- * what a replay will leave in the same memory. Their events order streams inside the capture and cannot be awaited.
+ * what a replay will leave in the same memory. Their events order what is captured together, as `previousEvent` or by
+ * `event.wait()`, and say nothing outside of the capture: there use the event of {@linkcode Graph.launch}.
  */
 export interface Recorder {
   /** The stream that is captured: the default of every `stream` option. */
@@ -135,7 +134,6 @@ export function capture<T>(core: Core, stream: Stream, record: (operations: Reco
   const captured: Captured = {
     stream,
     freeSlots: core.info().free_slots,
-    events: [],
     used: new Set(),
     written: new Set(),
     routings: new Set(),

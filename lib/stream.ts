@@ -49,6 +49,9 @@ const collected = new FinalizationRegistry<{ owner: EventOwner; native: bigint }
 /**
  * A point in a stream. `event.wait(stream)` orders another stream after it; `await event` waits on the host. Being awaitable,
  * an event that an async function returns by itself is awaited there: return it in an object to hand it on.
+ *
+ * The event of a captured operation, or of a captured stream, orders what is captured with it and is of no use outside of
+ * that capture: there use the event that `graph.launch()` returns.
  */
 export class EpEvent implements PromiseLike<void> {
   /** The native event. */
@@ -60,7 +63,7 @@ export class EpEvent implements PromiseLike<void> {
 
   /**
    * @ignore Operations and `buffer.record()` make events. `id` is the operation's completion id, 0 for none; an operation
-   * that was captured completes with each replay of its graph, never by itself.
+   * that was captured never completes: the replays of its graph do.
    */
   constructor(owner: EventOwner, address: bigint, op: string, id: bigint | "captured") {
     this.#owner = owner;
@@ -70,14 +73,18 @@ export class EpEvent implements PromiseLike<void> {
     collected.register(this, { owner, native: address });
   }
 
-  /** Makes `stream` wait for this point. Returns at once; costs the host one call. */
+  /**
+   * Makes `stream` wait for this point. Returns at once; costs the host one call.
+   *
+   * @throws {EpError} `invalidArgument` when the point was captured and `stream` is not part of the same capture
+   */
   wait(stream: Stream): void {
     if (!(stream instanceof Stream)) throw new TypeError("Cannot make a stream wait: stream is no stream");
     eventStruct.pack({ stream: stream.address });
     this.#owner.device.call("deepep_event_wait", this.address, eventStruct, "event");
   }
 
-  /** Whether the point has been reached. */
+  /** Whether the point has been reached. @throws {EpError} `invalidArgument` when it was captured */
   get done(): boolean {
     eventStruct.pack({});
     this.#owner.device.call("deepep_event_query", this.address, eventStruct, "event");
@@ -89,7 +96,7 @@ export class EpEvent implements PromiseLike<void> {
    * or see `done`. The resolution is about a microsecond. On cuda the event of an operation keeps no time, which would cost
    * every call a microsecond: measure between events of `buffer.record()`.
    *
-   * @throws {EpError} `invalidArgument` when one of the points has not been reached yet
+   * @throws {EpError} `invalidArgument` when one of the points has not been reached yet, or was captured
    */
   elapsedSince(earlier: EpEvent): number {
     if (!(earlier instanceof EpEvent)) throw new TypeError("Cannot measure a time: earlier is no event");
@@ -109,7 +116,7 @@ export class EpEvent implements PromiseLike<void> {
     if (status !== 0) throw device.failure(native, this.#id, this.#op, status);
   }
 
-  /** Resolves when the point is reached. @throws {EpError} when the operation failed */
+  /** Resolves when the point is reached. @throws {EpError} when the operation failed, or was captured */
   then<A = void, B = never>(
     onDone?: ((value: void) => A | PromiseLike<A>) | null,
     onError?: ((reason: unknown) => B | PromiseLike<B>) | null,

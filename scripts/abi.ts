@@ -57,7 +57,9 @@ const preamble = `
  *   - "Collective" calls must be made by every unmasked rank, in the same order, with arguments that agree. "Local"
  *     calls concern one rank and never wait for a peer. "Graph-safe" calls can be captured in a CUDA graph.
  *   - A captured call names its slot, which must stay held as long as the graph may be replayed, and gives no ids: a
- *     replay completes none. Its event, if it has one, is recorded anew by every replay.
+ *     replay completes none. Its event, like one that is recorded on a captured stream, orders what is captured with
+ *     it, as previous_event or by deepep_event_wait. Outside of that capture it says nothing, and to wait for it, to
+ *     query it or to be notified of it is INVALID_ARGUMENT: record an event after deepep_graph_launch.
  *   - What happens while an operation runs is reported later: give it a \`done_id\` (any number but 0, unique per queue),
  *     drain the queue, and for a status other than DEEPEP_OK ask deepep_get_status for the record.
  *   - Tensors are row-major and dense where no stride is given. Shapes are written dtype [rows, columns]. Payload rows

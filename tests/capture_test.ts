@@ -178,6 +178,21 @@ test("what a replay could not repeat is refused", async () => {
   await assertRejects(async () => await graph.results, EpError, "await what graph.launch() returns");
 });
 
+test("memory that is given back in a capture goes in the order of its stream, for which nothing outside can wait", () => {
+  const { device, core, x } = world();
+  core.barrier({ asyncFinish: true });
+  const address = x.address;
+  using _graph = capture(core, core.stream, (operations) => {
+    x.release();
+    return operations.barrier();
+  });
+  assertEquals(device.of("deepep_free").map(({ args }) => [args.address, args.stream]), [[
+    address,
+    core.stream.address,
+  ]]);
+  assertEquals(device.of("deepep_event_wait").length, 0);
+});
+
 test("closing a buffer destroys its graphs first", async () => {
   const { device, core } = world();
   capture(core, core.stream, (operations) => void operations.barrier());

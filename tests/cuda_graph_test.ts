@@ -4,7 +4,15 @@
  */
 import { test } from "node:test";
 import { assert, assertEquals, assertThrows } from "@std/assert";
-import { type BufferOptions, type DispatchResult, EpBuffer, EpError, Group, type Tensor } from "@deepep/deepep";
+import {
+  type BufferOptions,
+  type DispatchResult,
+  EpBuffer,
+  EpError,
+  type EpEvent,
+  Group,
+  type Tensor,
+} from "@deepep/deepep";
 import { bytesOf } from "../lib/dtype.ts";
 import { type RankOutput, referenceCombine, referenceDispatch, type RowLayout } from "../lib/reference/mod.ts";
 import { assertCombined, assertDispatched } from "./support/compare.ts";
@@ -178,6 +186,66 @@ suite("cuda: graphs", noCudaGraphs, () => {
       await last;
       assert(last.elapsedSince(began) > 0);
       graph.results.release();
+      await b.destroyStream(other);
+    });
+  });
+
+  test("events of a capture order what is captured with them, and are refused elsewhere", async () => {
+    await ranks(2, {}, async (b) => {
+      using x = b.tensor("bf16", [4, 16], new Uint16Array(64).fill(0x3f80));
+      using topkIdx = b.tensor("i32", [4, 2], Int32Array.of(0, 4, 0, 4, 0, 4, 0, 4));
+      const other = b.createStream(), before = b.record();
+      await before;
+      const refused = (use: () => unknown) => {
+        const { code, message } = assertThrows(use, EpError);
+        assertEquals(code, "invalidArgument");
+        assert(message.includes("use the event of the replay"), message);
+      };
+      const ofNoUse = (events: readonly EpEvent[]) => {
+        for (const event of events) {
+          refused(() => event.done);
+          refused(() => event.wait(other));
+          refused(() => event.elapsedSince(before));
+          refused(() => before.elapsedSince(event));
+          refused(() => b.getDispatchLayout(topkIdx, { previousEvent: event }));
+        }
+      };
+      const graph = b.capture(b.stream, (operations) => {
+        const recv = operations.dispatch(x, { topkIdx, asyncFinish: true });
+        recv.event.wait(operations.stream);
+        const recorded = b.record(operations.stream);
+        const out = operations.combine(recv.x, recv.handle, { previousEvent: recorded, asyncFinish: true });
+        operations.barrier({ previousEvent: out.event });
+        for (const event of [recv.event, recorded]) {
+          refused(() => event.done);
+          refused(() => event.wait(other));
+        }
+        return { recv, out, recorded };
+      });
+      const { recv, out, recorded } = graph.results, events = [recv.event, out.event, recorded];
+      ofNoUse(events);
+      const another = b.capture(b.stream, (operations) => {
+        for (const event of events) refused(() => event.wait(operations.stream));
+        for (const event of events) refused(() => operations.barrier({ previousEvent: event }));
+        operations.barrier();
+      });
+      for (let i = 0; i < 2; i++) {
+        const replay = graph.launch();
+        replay.wait(other);
+        assertEquals([...await out.x.read({ stream: other })], new Array(64).fill(0x4000)); // 1 + 1
+        await replay;
+        assert(replay.elapsedSince(before) > 0);
+        await another.launch();
+        ofNoUse(events);
+      }
+      for (const event of events) {
+        const reason = await reasonOf(event);
+        assert(reason instanceof EpError && reason.code === "invalidArgument", String(reason));
+      }
+      recv.release();
+      out[Symbol.dispose]();
+      graph.release();
+      another.release();
       await b.destroyStream(other);
     });
   });

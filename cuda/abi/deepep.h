@@ -22,7 +22,9 @@
  *   - "Collective" calls must be made by every unmasked rank, in the same order, with arguments that agree. "Local"
  *     calls concern one rank and never wait for a peer. "Graph-safe" calls can be captured in a CUDA graph.
  *   - A captured call names its slot, which must stay held as long as the graph may be replayed, and gives no ids: a
- *     replay completes none. Its event, if it has one, is recorded anew by every replay.
+ *     replay completes none. Its event, like one that is recorded on a captured stream, orders what is captured with
+ *     it, as previous_event or by deepep_event_wait. Outside of that capture it says nothing, and to wait for it, to
+ *     query it or to be notified of it is INVALID_ARGUMENT: record an event after deepep_graph_launch.
  *   - What happens while an operation runs is reported later: give it a `done_id` (any number but 0, unique per queue),
  *     drain the queue, and for a status other than DEEPEP_OK ask deepep_get_status for the record.
  *   - Tensors are row-major and dense where no stride is given. Shapes are written dtype [rows, columns]. Payload rows
@@ -1555,10 +1557,13 @@ DEEPEP_API int32_t deepep_stream_destroy(uint64_t stream, deepep_error* error);
 /* Makes an event. */
 DEEPEP_API int32_t deepep_event_create(uint64_t buffer, deepep_event_create_args* args, deepep_error* error);
 
-/* Records the present work of a stream. */
+/* Records the present work of a stream; on one that is captured, what was captured on it so far, for what else is
+ * captured with it. No replay records it. */
 DEEPEP_API int32_t deepep_event_record(uint64_t event, deepep_event_args* args, deepep_error* error);
 
-/* Makes a stream wait for what the event has recorded. */
+/* Makes a stream wait for what the event has recorded. INVALID_ARGUMENT when that was captured and the stream is not
+ * part of the same capture. A captured stream has every replay wait for what was recorded outside of the capture,
+ * unless that has ended by now. */
 DEEPEP_API int32_t deepep_event_wait(uint64_t event, deepep_event_args* args, deepep_error* error);
 
 /* Says whether the recorded work has ended, and how. */
@@ -1571,7 +1576,8 @@ DEEPEP_API int32_t deepep_event_notify(uint64_t event, deepep_event_args* args, 
 DEEPEP_API int32_t deepep_event_destroy(uint64_t event, deepep_error* error);
 
 /* Time between the recorded points of two events, both of which must have been reached. On CUDA events of
- * deepep_event_record and of replays keep the time, those that an operation was given do not. Never blocks. */
+ * deepep_event_record keep the time, unless that was captured; those that an operation was given do not. Never
+ * blocks. */
 DEEPEP_API int32_t deepep_event_elapsed(uint64_t event, deepep_event_elapsed_args* args, deepep_error* error);
 
 /* From now on operations on `stream` are recorded instead of run. They must be given no completion ids, and

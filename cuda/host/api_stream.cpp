@@ -42,14 +42,6 @@ void settle_if_comm(cudaStream_t stream) {
   if (buffer->present_capture() == 0) buffer->settle();
 }
 
-// What a captured stream has marked or waits for is used by every replay.
-void keep_for_capture(const Event& event, const std::shared_ptr<Record>& record, CaptureId capture) {
-  const auto owner = owner_of(event.owner);
-  if (capture == 0 || !owner) return;
-  const std::lock_guard lock(owner->mutex);
-  owner->keep_for_capture(record);
-}
-
 }  // namespace
 
 extern "C" {
@@ -203,10 +195,8 @@ int32_t deepep_event_record(uint64_t handle, deepep_event_args* args, deepep_err
     const auto event = find_event(call, handle);
     const cudaStream_t stream = given_stream(args->stream);
     settle_if_comm(stream);
-    const CaptureId capture = capture_of(stream);
     auto record = std::make_shared<Record>(event->device, true);
-    record->mark(stream, capture);
-    keep_for_capture(*event, record, capture);
+    record->mark(stream, capture_of(stream));
     event->set(std::move(record));
   });
 }
@@ -219,9 +209,11 @@ int32_t deepep_event_wait(uint64_t handle, deepep_event_args* args, deepep_error
     const auto record = event->latest();
     if (!record) return;
     settle_if_comm(stream);
-    const CaptureId capture = capture_of(stream);
-    record->make_wait(stream, capture);
-    keep_for_capture(*event, record, capture);
+    const bool by_replays = record->make_wait(stream, capture_of(stream));
+    const auto owner = owner_of(event->owner);
+    if (!by_replays || !owner) return;
+    const std::lock_guard lock(owner->mutex);
+    owner->keep_for_capture(record);
   });
 }
 
@@ -245,6 +237,7 @@ int32_t deepep_event_notify(uint64_t handle, deepep_event_args* args, deepep_err
     if (args->done_id == 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "done_id is 0");
     buffer->check_id(args->done_id, "done_id");
     const auto record = event->latest();
+    if (record) record->check_capture(0);
     const std::lock_guard lock(buffer->mutex);
     buffer->check_open();
     if (record)
@@ -271,6 +264,7 @@ int32_t deepep_event_elapsed(uint64_t handle, deepep_event_elapsed_args* args, d
     for (const auto& record : {since, until}) {
       const char* const name = record == since ? "since" : "the event";
       if (!record) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s was not recorded yet", name);
+      record->check_capture(0);
       if (!record->is_timed()) {
         reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s marks the end of an operation, which keeps no time: record one after it",
                name);

@@ -2,7 +2,8 @@
 //
 // In: a stream between deepep_graph_begin and deepep_graph_end; the communication stream joins its capture with the first call.
 // Out: a graph whose replays run in the order of the buffer's other operations. Epochs, masks and failures are in device
-// memory, so a replay is a call like any other; what the captured calls need (handles, events) lives as long as the graph.
+// memory, so a replay is a call like any other; what the captured calls need (handles, events from before) lives as long as the
+// graph.
 #pragma once
 
 #include <cuda_runtime_api.h>

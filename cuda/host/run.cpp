@@ -62,8 +62,7 @@ bool Buffer::is_own(cudaStream_t stream) const {
 }
 
 void Buffer::wait_for(const std::shared_ptr<Record>& record, cudaStream_t stream, CaptureId capture) {
-  record->make_wait(stream, capture);
-  if (capture != 0) keep_for_capture(record);  // Every replay may wait for it.
+  if (record->make_wait(stream, capture)) keep_for_capture(record);
 }
 
 // The capture that the operation becomes part of, or 0; rejects what cannot be captured.
@@ -122,6 +121,7 @@ uint64_t Buffer::enqueue(const StreamFields& fields, Enqueued what, const Launch
   cudaStream_t stream = stream_of(fields.stream, "stream");
   if (stream == comm_) stream = nullptr;  // It is in order with itself.
   const CaptureId capture = check_capture(fields, what, stream);
+  if (previous) previous->check_capture(capture);
   std::shared_ptr<Record> record;
   if (event) record = std::make_shared<Record>(device->index);
 
@@ -162,7 +162,6 @@ uint64_t Buffer::enqueue(const StreamFields& fields, Enqueued what, const Launch
                         .needs = std::move(what.needs)});
   } else {
     keep_for_capture(std::move(what.needs));
-    keep_for_capture(record);
   }
   if (const cudaError_t error = launch(call, where); error != cudaSuccess) {
     if (capture == 0) pending_.pop_back();

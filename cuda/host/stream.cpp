@@ -95,36 +95,39 @@ Record::Record(int device, bool timed) : device_(device), timed_(timed), event_(
 Record::~Record() {
   // Work that waits for it keeps what it needs, even when the event is recorded anew.
   give_event(device_, timed_, event_);
-  give_event(device_, false, inner_);
 }
 
 void Record::mark(cudaStream_t stream, CaptureId capture) {
   capture_ = capture;
-  if (capture == 0) {
-    stream_ = id_of(stream);
-    DEEPEP_CUDA("record an event", cudaEventRecord(event_, stream));
-    return;
-  }
-  if (!inner_) inner_ = take_event(device_, false);
-  DEEPEP_CUDA("capture an event", cudaEventRecord(inner_, stream));
-  DEEPEP_CUDA("capture an event", cudaEventRecordWithFlags(event_, stream, cudaEventRecordExternal));
+  if (capture == 0) stream_ = id_of(stream);
+  DEEPEP_CUDA("record an event", cudaEventRecord(event_, stream));
 }
 
-void Record::make_wait(cudaStream_t stream, CaptureId capture) {
-  if (capture != 0 && capture == capture_) {
-    DEEPEP_CUDA("order a capture", cudaStreamWaitEvent(stream, inner_, 0));
-    return;
+bool Record::make_wait(cudaStream_t stream, CaptureId capture) {
+  check_capture(capture);
+  if (capture_ != 0) {
+    DEEPEP_CUDA("order a capture", cudaStreamWaitEvent(stream, event_, cudaEventWaitDefault));
+    return false;
   }
-  if (capture == 0 && !is_captured() && id_of(stream) == stream_) return;  // It is in order with itself.
+  if (capture == 0 && id_of(stream) == stream_) return false;  // It is in order with itself.
   // To ask CUDA costs more than a wait for nothing, but a graph would wait for it in every replay.
-  if (!is_captured() && (capture != 0 ? done() : done_.load(std::memory_order_acquire))) return;
+  if (capture != 0 ? done() : done_.load(std::memory_order_acquire)) return false;
   const unsigned flags = capture != 0 ? cudaEventWaitExternal : cudaEventWaitDefault;
   DEEPEP_CUDA("make a stream wait", cudaStreamWaitEvent(stream, event_, flags));
+  return capture != 0;
+}
+
+void Record::check_capture(CaptureId capture) const {
+  if (capture_ == 0 || capture_ == capture) return;
+  reject(DEEPEP_ERROR_INVALID_ARGUMENT,
+         "what the event has recorded was captured, and orders only what is captured with it: use the event of the replay, "
+         "which Graph.launch() gives, or record one after deepep_graph_launch");
 }
 
 bool Record::done() {
+  check_capture(0);
   if (done_.load(std::memory_order_acquire)) return true;
-  if (is_operation_ && !is_captured()) return false;
+  if (is_operation_) return false;
   const Relaxed relaxed;
   const cudaError_t error = cudaEventQuery(event_);
   if (error == cudaErrorNotReady) {
@@ -132,7 +135,7 @@ bool Record::done() {
     return false;
   }
   if (error != cudaSuccess) reject_cuda(error, "query an event");
-  if (!is_captured()) done_.store(true, std::memory_order_release);  // A replay records it again.
+  done_.store(true, std::memory_order_release);
   return true;
 }
 

@@ -3,6 +3,10 @@
 // In: streams as 64-bit numbers, which must be alive. Out: Records, points in a stream. Each time an event is recorded it gets
 // a new record with a cudaEvent_t of its own, so that who waits for, or is to be told of, what was recorded before is not
 // disturbed. Callers: enqueue, the C ABI of streams and events, slots, memory that is freed in stream order.
+//
+// Captures. A record marked in one orders nodes of its graph and is no node itself: as one it would be a side branch, and CUDA
+// runs a graph that branches over several channels, where graphs of ranks that share a device hold each other up. So replays
+// say nothing through it, and asking it for anything outside of its capture is an error.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -29,14 +33,18 @@ class Record {
   Record(const Record&) = delete;
   Record& operator=(const Record&) = delete;
 
-  // Marks the present end of the stream; in a capture (`capture` is its number) the end of what was captured so far, and every
-  // replay marks it anew. Rejects with SYSTEM.
+  // Marks the present end of the stream; in a capture (`capture` is its number) the end of what was captured so far. Rejects
+  // with SYSTEM.
   void mark(cudaStream_t stream, CaptureId capture);
-  // Makes later work of the stream wait for this point. In the capture that has marked it this orders nodes of the graph; in
-  // another one every replay waits. Nothing to do when it is reached already. Rejects with SYSTEM.
-  void make_wait(cudaStream_t stream, CaptureId capture);
+  // Makes later work of the stream, which is in this capture, wait for this point. What was marked outside every replay waits
+  // for, unless it is reached already: then answers true, and the record must live as long as the graph. Rejects as
+  // check_capture() does, and with SYSTEM.
+  bool make_wait(cudaStream_t stream, CaptureId capture);
+  // Rejects with INVALID_ARGUMENT what was marked in another capture than this one. The host is in none.
+  void check_capture(CaptureId capture) const;
 
-  // Whether the point has been reached. For an operation: whether the buffer has taken note of its end.
+  // Whether the point has been reached. For an operation: whether the buffer has taken note of its end. Rejects as
+  // check_capture(0) does.
   bool done();
   // Why the operation failed, or nullptr. Valid once done.
   std::shared_ptr<const Status> failure() const;
@@ -47,7 +55,6 @@ class Record {
   void complete(std::shared_ptr<const Status> failure);
 
   bool is_operation() const { return is_operation_; }
-  bool is_captured() const { return capture_ != 0; }
   cudaEvent_t event() const { return event_; }
   bool is_timed() const { return timed_; }
 
@@ -55,8 +62,7 @@ class Record {
   const int device_;
   const bool timed_;
   cudaEvent_t event_ = nullptr;
-  cudaEvent_t inner_ = nullptr;    // orders nodes within the capture
-  CaptureId capture_ = 0;          // that has marked it
+  CaptureId capture_ = 0;          // that it was marked in
   unsigned long long stream_ = 0;  // that it was marked on, outside of captures; 0 = none
   bool is_operation_ = false;
   std::atomic<bool> done_{false};

@@ -889,12 +889,14 @@ export const functions = {
   deepep_event_record: {
     args: [["event", "u64"], ["args", "deepep_event_args"], ["error", "deepep_error"]],
     ret: "i32",
-    doc: "Records the present work of a stream.",
+    doc:
+      "Records the present work of a stream; on one that is captured, what was captured on it so far, for what else is captured with it. No replay records it.",
   },
   deepep_event_wait: {
     args: [["event", "u64"], ["args", "deepep_event_args"], ["error", "deepep_error"]],
     ret: "i32",
-    doc: "Makes a stream wait for what the event has recorded.",
+    doc:
+      "Makes a stream wait for what the event has recorded. INVALID_ARGUMENT when that was captured and the stream is not part of the same capture. A captured stream has every replay wait for what was recorded outside of the capture, unless that has ended by now.",
   },
   deepep_event_query: {
     args: [["event", "u64"], ["args", "deepep_event_args"], ["error", "deepep_error"]],
@@ -915,7 +917,7 @@ export const functions = {
     args: [["event", "u64"], ["args", "deepep_event_elapsed_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc:
-      "Time between the recorded points of two events, both of which must have been reached. On CUDA events of deepep_event_record and of replays keep the time, those that an operation was given do not. Never blocks.",
+      "Time between the recorded points of two events, both of which must have been reached. On CUDA events of deepep_event_record keep the time, unless that was captured; those that an operation was given do not. Never blocks.",
   },
   deepep_graph_begin: {
     args: [["buffer", "u64"], ["args", "deepep_graph_args"], ["error", "deepep_error"]],

@@ -23,7 +23,7 @@ namespace {
 // A launch. Nodes that do not wait for each other run at once.
 struct Run {
   std::shared_ptr<Graph> graph;
-  std::vector<std::shared_ptr<Point>> points;  // that nodes reach or wait for
+  std::vector<std::shared_ptr<Point>> points;  // that nodes wait for
   std::vector<std::atomic<size_t>> missing;    // nodes before each
   std::atomic<size_t> left;
   Point end;
@@ -36,7 +36,6 @@ void run_from(const std::shared_ptr<Run>& run, Node* node) {
   while (node) {
     const auto& point = run->points[node->index];
     if (node->work) node->work();
-    if (node->record) point->reach();
     if (node->wait && point) point->wait();
     Node* next = nullptr;
     for (Node* const after : node->after) {
@@ -142,7 +141,6 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsig
 
 cudaError_t cudaGraphUpload(cudaGraphExec_t, cudaStream_t) { return cudaSuccess; }
 
-// What is enqueued from now on and waits for an event that the graph records waits for this launch.
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t handle) {
   const std::lock_guard lock(runtime_mutex());
   const auto stream = find_stream(handle);
@@ -151,7 +149,6 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t handle) {
   const auto run = std::make_shared<emulator::Run>(exec->graph);
   for (const auto& node : exec->graph->nodes) {
     if (node->wait) run->points[node->index] = node->wait->latest;
-    if (node->record) node->record->latest = run->points[node->index] = std::make_shared<emulator::Point>();
   }
   stream->push([run, turn = exec->turn] {
     const std::lock_guard one(*turn);

@@ -244,11 +244,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   return cudaSuccess;
 }
 
-cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-  return cudaEventRecordWithFlags(event, stream, cudaEventRecordDefault);
-}
-
-cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t handle, unsigned flags) {
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t handle) {
   const std::lock_guard lock(runtime_mutex());
   const auto stream = find_stream(handle);
   if (!stream || !event) return fail(cudaErrorInvalidResourceHandle);
@@ -259,12 +255,6 @@ cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t handle, uns
     return cudaSuccess;
   }
   if (stream->capture->failed) return fail(cudaErrorStreamCaptureInvalidated);
-  if (flags == cudaEventRecordExternal) {
-    emulator::Node* const node = stream->capture->add(stream->ends);
-    node->record = event;
-    stream->ends = {node};
-    return cudaSuccess;
-  }
   event->capture = stream->capture;
   event->nodes = stream->ends;
   return cudaSuccess;

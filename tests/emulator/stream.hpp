@@ -14,10 +14,9 @@
 #include <mutex>
 #include <vector>
 
-// Work of a graph, or an event that it records or waits for.
+// Work of a graph, or an event that it waits for.
 struct CUgraphNode_st {
   std::function<void()> work;
-  cudaEvent_t record = nullptr;
   cudaEvent_t wait = nullptr;
   std::vector<CUgraphNode_st*> before;
   std::vector<CUgraphNode_st*> after;
