@@ -12,7 +12,7 @@ usage() {
 Usage: [BUN=/path/bun] [DENO=/path/deno] scripts/gpu_check.sh [options]
 
   --quick           fewer random worlds, a shorter bench, one round under the sanitizer
-  --only A,B,...    of: doctor local load_store size order graph decode failure worker process kill native soak serve bench sanitizer;
+  --only A,B,...    of: doctor local load_store size order graph shape decode failure worker process kill native soak serve bench sanitizer;
                     and bench_low_latency, the part of the bench that is in its name
   --soak N          decode steps of the step "soak", default 200000, each runtime for a minute at most; more without that limit
   --mps             start CUDA MPS privately for the steps "process" and "kill", and stop it after
@@ -289,6 +289,7 @@ suite load_store tests/cuda_test.ts DEEPEP_CUDA_TMA=0
 suite size tests/cuda_size_test.ts
 suite order tests/cuda_order_test.ts
 suite graph tests/cuda_graph_test.ts
+suite shape tests/cuda_graph_shape_test.ts
 suite decode tests/cuda_decode_test.ts
 suite failure tests/cuda_failure_test.ts
 suite worker tests/cuda_worker_test.ts

@@ -130,8 +130,8 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   std::shared_ptr<Graph> capturing;
   // Puts the communication stream behind all operations so far. The caller holds `mutex`.
   void settle();
-  // Makes `after` wait for the present work of `before`; both may be captured.
-  void order(cudaStream_t before, cudaStream_t after);
+  // Makes `after` wait for the present work of `before`; both are part of `capture`, or will be by this.
+  void order(cudaStream_t before, cudaStream_t after, CaptureId capture);
   // A replay of a graph is enqueued: `ended` marks its end. Failures of captured operations are then its failures.
   // `num_collective`: the collective calls in it.
   void note_replay(std::shared_ptr<Record> ended, uint64_t done_id, std::shared_ptr<void> graph, uint64_t num_collective);

@@ -49,7 +49,7 @@ void graph_end(Buffer& buffer, deepep_graph_args& args) {
   try {
     // Calls with ASYNC_FINISH have left the communication stream on its own; every fork must be joined before the end.
     const CaptureId own = buffer.present_capture();
-    if (own != 0 && own == capture_of(stream)) buffer.order(buffer.comm(), stream);
+    if (own != 0 && own == capture_of(stream)) buffer.order(buffer.comm(), stream, own);
   } catch (const Rejected&) {
     // The capture has failed; the call below says so, and makes the streams usable again.
   }
@@ -81,7 +81,7 @@ void graph_launch(uint64_t id, deepep_graph_args& args) {
   }
   auto ended = std::make_shared<Record>(buffer->device->index, true);
   buffer->settle();
-  if (stream) buffer->order(stream, buffer->comm());
+  if (stream) buffer->order(stream, buffer->comm(), 0);
   DEEPEP_CUDA("launch the graph", cudaGraphLaunch(graph->exec, buffer->comm()));
   ended->mark(buffer->comm(), 0);
   if (stream) ended->make_wait(stream, 0);

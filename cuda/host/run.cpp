@@ -36,15 +36,16 @@ void Buffer::keep_for_capture(std::shared_ptr<void> needs) {
     kept_for_good_.push_back(std::move(needs));
 }
 
-void Buffer::order(cudaStream_t before, cudaStream_t after) {
+void Buffer::order(cudaStream_t before, cudaStream_t after, CaptureId capture) {
   DEEPEP_CUDA("order streams", cudaEventRecord(order_event_, before));
   DEEPEP_CUDA("order streams", cudaStreamWaitEvent(after, order_event_, 0));
+  if (capture != 0) drop_passed(after);
 }
 
 void Buffer::follow(cudaStream_t next) {
   if (last_ == next) return;
   if (last_ == comm_)
-    order(comm_, next);
+    order(comm_, next, 0);
   else
     last_end_->make_wait(next, 0);
 }
@@ -138,7 +139,7 @@ uint64_t Buffer::enqueue(const StreamFields& fields, Enqueued what, const Launch
   else
     settle();
   // A capture is joined by a wait for its stream, whatever else is waited for.
-  if (!direct && stream && (!fields.previous_event || capture != capture_)) order(stream, comm_);
+  if (!direct && stream && (!fields.previous_event || capture != capture_)) order(stream, comm_, capture);
   if (capture != 0) capture_ = capture, is_captured_ = true;
   if (previous) wait_for(previous, where, capture);
   for (const int32_t slot : slots.taken()) {
@@ -186,7 +187,7 @@ uint64_t Buffer::enqueue(const StreamFields& fields, Enqueued what, const Launch
     if (record)
       record->make_wait(stream, capture);
     else
-      order(comm_, stream);
+      order(comm_, stream, capture);
   }
   if (direct) {
     if (!record) end->mark(where, 0);

@@ -78,6 +78,24 @@ unsigned long long id_of(cudaStream_t stream) {
   return id;
 }
 
+// One that has waited until all before it has ended, as edges do unless somebody asks for less.
+bool is_whole(const cudaGraphEdgeData& edge) {
+  return edge.from_port == 0 && edge.to_port == 0 && edge.type == cudaGraphDependencyTypeDefault;
+}
+
+// The nodes that a node waits for the end of. Rejects with SYSTEM.
+std::vector<cudaGraphNode_t> nodes_before(cudaGraphNode_t node) {
+  size_t num = 0;
+  DEEPEP_CUDA("look at a graph", cudaGraphNodeGetDependencies(node, nullptr, nullptr, &num));
+  std::vector<cudaGraphNode_t> nodes(num), whole;
+  std::vector<cudaGraphEdgeData> edges(num);
+  if (num != 0) DEEPEP_CUDA("look at a graph", cudaGraphNodeGetDependencies(node, nodes.data(), edges.data(), &num));
+  for (size_t i = 0; i < num; ++i) {
+    if (is_whole(edges[i])) whole.push_back(nodes[i]);
+  }
+  return whole;
+}
+
 uint64_t number_of(cudaStream_t stream) { return reinterpret_cast<uint64_t>(stream); }
 
 cudaStream_t keep_stream(cudaStream_t stream, std::weak_ptr<void> owner, bool is_comm) {
@@ -107,6 +125,7 @@ bool Record::make_wait(cudaStream_t stream, CaptureId capture) {
   check_capture(capture);
   if (capture_ != 0) {
     DEEPEP_CUDA("order a capture", cudaStreamWaitEvent(stream, event_, cudaEventWaitDefault));
+    drop_passed(stream);
     return false;
   }
   if (capture == 0 && id_of(stream) == stream_) return false;  // It is in order with itself.
@@ -191,6 +210,35 @@ CaptureId capture_of(cudaStream_t stream) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the capture on the stream has failed before: end it");
   }
   return status == cudaStreamCaptureStatusActive ? id : 0;
+}
+
+void drop_passed(cudaStream_t stream) noexcept {
+  constexpr size_t kMostNodes = 1024;  // to look at: what a stream has passed is seldom far back
+  try {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    const cudaGraphNode_t* nodes = nullptr;
+    const cudaGraphEdgeData* edges = nullptr;
+    size_t num = 0;
+    DEEPEP_CUDA("look at a stream", cudaStreamGetCaptureInfo(stream, &status, nullptr, nullptr, &nodes, &edges, &num));
+    if (status != cudaStreamCaptureStatusActive || num < 2) return;
+    for (size_t i = 0; edges && i < num; ++i) {
+      if (!is_whole(edges[i])) return;
+    }
+    std::vector<cudaGraphNode_t> ends(nodes, nodes + num), before = ends;
+    std::unordered_set<cudaGraphNode_t> seen;
+    for (size_t i = 0; i < before.size() && i < kMostNodes && ends.size() > 1; ++i) {
+      for (const cudaGraphNode_t node : nodes_before(before[i])) {
+        if (!seen.insert(node).second) continue;
+        before.push_back(node);
+        std::erase(ends, node);
+      }
+    }
+    if (ends.size() == num) return;
+    DEEPEP_CUDA("order a capture", cudaStreamUpdateCaptureDependencies(stream, ends.data(), nullptr, ends.size(),
+                                                                       cudaStreamSetCaptureDependencies));
+  } catch (...) {
+    // Then the graph has an edge more.
+  }
 }
 
 cudaStream_t make_stream(std::weak_ptr<void> owner) {

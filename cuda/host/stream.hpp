@@ -90,6 +90,10 @@ cudaStream_t stream_of(uint64_t stream, const char* name);
 // The capture in progress on the stream. Rejects where CUDA cannot tell because somebody captures beside the legacy stream.
 CaptureId capture_of(cudaStream_t stream);
 
+// After a captured stream was made to wait: its next node need not wait for what comes before the rest of what it waits for.
+// CUDA keeps such edges, and calls one after another would not be a chain. Best effort: without it the graph is the same.
+void drop_passed(cudaStream_t stream) noexcept;
+
 // Streams that this library has made: it takes only these back. `owner` is the buffer.
 cudaStream_t make_stream(std::weak_ptr<void> owner);
 // The communication stream of a buffer, which deepep_stream_destroy refuses. Its blocks go first where there is a choice.

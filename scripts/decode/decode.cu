@@ -8,9 +8,11 @@
 #include <cuda_runtime_api.h>
 #include <time.h>
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 namespace {
 
@@ -55,6 +57,12 @@ struct Compute {
 
 struct Stamp {
   uint64_t at;  // u64
+};
+
+// Of a graph, so far.
+struct Shape {
+  uint64_t nodes, edges;
+  uint64_t widest;  // the most edges from or to one node
 };
 
 template <class T>
@@ -252,6 +260,33 @@ DECODE_API int32_t deepep_decode_compute(const void* compute, uint64_t stream) {
 }
 
 DECODE_API int32_t deepep_decode_stamp(const void* stamp, uint64_t stream) { return launch(stamp_kernel, 1, 1, stamp, stream); }
+
+// Says what the graph looks like that a stream is captured into. It may fail for want of memory.
+DECODE_API int32_t deepep_decode_shape(void* out, uint64_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  cudaGraph_t graph = nullptr;
+  cudaError_t error =
+      cudaStreamGetCaptureInfo(reinterpret_cast<cudaStream_t>(stream), &status, nullptr, &graph, nullptr, nullptr, nullptr);
+  if (error == cudaSuccess && status != cudaStreamCaptureStatusActive) error = cudaErrorInvalidValue;
+  size_t nodes = 0, edges = 0;
+  if (error == cudaSuccess) error = cudaGraphGetNodes(graph, nullptr, &nodes);
+  if (error == cudaSuccess) error = cudaGraphGetEdges(graph, nullptr, nullptr, nullptr, &edges);
+  std::vector<cudaGraphNode_t> from(edges), to(edges);
+  std::vector<cudaGraphEdgeData> kinds(edges);
+  if (error == cudaSuccess && edges != 0) {
+    error = cudaGraphGetEdges(graph, from.data(), to.data(), kinds.data(), &edges);
+  }
+  if (error != cudaSuccess) return error;
+  Shape shape = {nodes, edges, 0};
+  for (const auto& ends : {from, to}) {
+    for (const cudaGraphNode_t node : ends) {
+      const auto at_it = static_cast<uint64_t>(std::count(ends.begin(), ends.end(), node));
+      if (at_it > shape.widest) shape.widest = at_it;
+    }
+  }
+  memcpy(out, &shape, sizeof shape);
+  return cudaSuccess;
+}
 
 // Writes what an error code means.
 DECODE_API int32_t deepep_decode_error(int32_t code, char* out, uint32_t bytes) {

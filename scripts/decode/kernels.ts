@@ -31,12 +31,14 @@ const table = {
   deepep_decode_check: { args: ["buf", "u64"], ret: "i32" },
   deepep_decode_compute: { args: ["buf", "u64"], ret: "i32" },
   deepep_decode_stamp: { args: ["buf", "u64"], ret: "i32" },
+  deepep_decode_shape: { args: ["buf", "u64"], ret: "i32" },
   deepep_decode_error: { args: ["i32", "buf", "u32"], ret: "i32" },
 } as const;
 
 type Run = (words: Uint8Array, stream: bigint) => number;
 type Symbols = Record<`deepep_decode_${Command}`, Run> & {
   deepep_decode_open(device: number): number;
+  deepep_decode_shape: Run;
   deepep_decode_error(code: number, out: Uint8Array, bytes: number): number;
 };
 
@@ -54,6 +56,14 @@ export class DecodeKernels {
   run(command: Command, values: Readonly<Record<string, bigint | number>>, stream: bigint): void {
     const words = BigUint64Array.from(fields[command], (field: string) => BigInt(values[field]!));
     this.#check(command, this.#symbols[`deepep_decode_${command}`](new Uint8Array(words.buffer), stream));
+  }
+
+  /** The graph that `stream` is being captured into: its size, and the most edges from or to one of its nodes. */
+  shape(stream: bigint): { nodes: number; edges: number; widest: number } {
+    const words = new BigUint64Array(3);
+    this.#check("shape", this.#symbols.deepep_decode_shape(new Uint8Array(words.buffer), stream));
+    const [nodes, edges, widest] = Array.from(words, Number) as [number, number, number];
+    return { nodes, edges, widest };
   }
 
   #check(what: string, code: number): void {

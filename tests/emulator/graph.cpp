@@ -7,10 +7,6 @@
 #include "stream.hpp"
 #include "threads.hpp"
 
-struct CUgraph_st {
-  std::shared_ptr<emulator::Graph> graph;
-};
-
 struct CUgraphExec_st {
   std::shared_ptr<emulator::Graph> graph;
   // Launches of one graph run one after another.
@@ -118,19 +114,70 @@ cudaError_t cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
   capture->ended = true;
   if (capture->failed) return fail(cudaErrorStreamCaptureInvalidated);
   if (!joined) return fail(cudaErrorStreamCaptureUnjoined);
-  *graph = new CUgraph_st{capture->graph};
+  *graph = new CUgraph_st{capture->made};
   return cudaSuccess;
 }
 
-cudaError_t cudaStreamGetCaptureInfo(cudaStream_t handle, cudaStreamCaptureStatus* status, unsigned long long* id, cudaGraph_t*,
-                                     const cudaGraphNode_t**, const cudaGraphEdgeData**, size_t*) {
+// Edges are all plain: there are no arrays of what they are like.
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t handle, cudaStreamCaptureStatus* status, unsigned long long* id,
+                                     cudaGraph_t* graph, const cudaGraphNode_t** nodes, const cudaGraphEdgeData** edges,
+                                     size_t* num_nodes) {
   const std::lock_guard lock(runtime_mutex());
   const auto stream = find_stream(handle);
   if (!stream) return fail(cudaErrorInvalidResourceHandle);
   *status = !stream->capture          ? cudaStreamCaptureStatusNone
             : stream->capture->failed ? cudaStreamCaptureStatusInvalidated
                                       : cudaStreamCaptureStatusActive;
-  if (id && *status == cudaStreamCaptureStatusActive) *id = stream->capture->id;
+  if (*status != cudaStreamCaptureStatusActive) return cudaSuccess;
+  if (id) *id = stream->capture->id;
+  if (graph) *graph = &stream->capture->made;
+  if (nodes) *nodes = stream->ends.data();
+  if (edges) *edges = nullptr;
+  if (num_nodes) *num_nodes = stream->ends.size();
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamUpdateCaptureDependencies(cudaStream_t handle, cudaGraphNode_t* nodes, const cudaGraphEdgeData*,
+                                                size_t num_nodes, unsigned flags) {
+  const std::lock_guard lock(runtime_mutex());
+  const auto stream = find_stream(handle);
+  if (!stream) return fail(cudaErrorInvalidResourceHandle);
+  if (!stream->capture || flags != cudaStreamSetCaptureDependencies) return fail(cudaErrorInvalidValue);
+  stream->ends.assign(nodes, nodes + num_nodes);
+  return cudaSuccess;
+}
+
+// Arrays that are nullptr are only counted; those that there are have room for all.
+cudaError_t cudaGraphNodeGetDependencies(cudaGraphNode_t node, cudaGraphNode_t* before, cudaGraphEdgeData* edges, size_t* num) {
+  const std::lock_guard lock(runtime_mutex());
+  *num = node->before.size();
+  if (before) std::copy(node->before.begin(), node->before.end(), before);
+  if (edges) std::fill_n(edges, *num, cudaGraphEdgeData{});
+  return cudaSuccess;
+}
+
+cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, size_t* num) {
+  const std::lock_guard lock(runtime_mutex());
+  *num = 0;
+  for (const auto& node : graph->graph->nodes) {
+    if (nodes) nodes[*num] = node.get();
+    *num += 1;
+  }
+  return cudaSuccess;
+}
+
+cudaError_t cudaGraphGetEdges(cudaGraph_t graph, cudaGraphNode_t* from, cudaGraphNode_t* to, cudaGraphEdgeData* edges,
+                              size_t* num) {
+  const std::lock_guard lock(runtime_mutex());
+  *num = 0;
+  for (const auto& node : graph->graph->nodes) {
+    for (emulator::Node* const before : node->before) {
+      if (from) from[*num] = before;
+      if (to) to[*num] = node.get();
+      if (edges) edges[*num] = {};
+      *num += 1;
+    }
+  }
   return cudaSuccess;
 }
 

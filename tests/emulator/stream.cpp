@@ -53,8 +53,9 @@ void Point::reach() {
 }
 
 Node* Capture::add(const Nodes& before) {
-  auto& node = graph->nodes.emplace_back(std::make_unique<Node>());
-  node->index = graph->nodes.size() - 1;
+  auto& nodes = made.graph->nodes;
+  auto& node = nodes.emplace_back(std::make_unique<Node>());
+  node->index = nodes.size() - 1;
   node->before = before;
   for (Node* const each : before) each->after.push_back(node.get());
   return node.get();

@@ -41,12 +41,20 @@ struct Graph {
   std::vector<std::unique_ptr<Node>> nodes;
 };
 
+}  // namespace emulator
+
+struct CUgraph_st {
+  std::shared_ptr<emulator::Graph> graph = std::make_shared<emulator::Graph>();
+};
+
+namespace emulator {
+
 struct Capture {
   unsigned long long id = 0;
   cudaStream_t origin = nullptr;
   bool failed = false;
   bool ended = false;
-  std::shared_ptr<Graph> graph = std::make_shared<Graph>();
+  CUgraph_st made;
 
   Node* add(const Nodes& before);
 };

@@ -1,8 +1,8 @@
 // The CUDA runtime as the emulated device has it: as much of it as the CUDA backend calls.
 //
-// In: calls of cuda/host. Out: the same as from CUDA's own header of this name, with an emulated device behind it. Numbers and
-// layouts are those of CUDA 13 where somebody could look at them. Callers: cuda/host, cuda/kernels, when they are compiled by
-// tests/emulator/build.ts, which puts this folder first in the include path.
+// In: calls of cuda/host and scripts/decode. Out: the same as from CUDA's own header of this name, with an emulated device
+// behind it. Numbers and layouts are those of CUDA 13 where somebody could look at them. Callers: cuda/host, cuda/kernels, when
+// they are compiled by tests/emulator/build.ts, which puts this folder first in the include path.
 #pragma once
 
 #include <stddef.h>
@@ -66,6 +66,7 @@ enum cudaStreamCaptureMode {
   cudaStreamCaptureModeThreadLocal = 1,
   cudaStreamCaptureModeRelaxed = 2,
 };
+constexpr unsigned cudaStreamSetCaptureDependencies = 1;
 enum cudaMemcpyKind {
   cudaMemcpyHostToHost = 0,
   cudaMemcpyHostToDevice = 1,
@@ -109,7 +110,11 @@ struct cudaMemPoolProps {
   cudaMemAllocationType allocType;
   cudaMemLocation location;
 };
-struct cudaGraphEdgeData;
+
+enum cudaGraphDependencyType { cudaGraphDependencyTypeDefault = 0, cudaGraphDependencyTypeProgrammatic = 1 };
+struct cudaGraphEdgeData {
+  unsigned char from_port, to_port, type, reserved[5];
+};
 
 // Errors, versions, devices.
 cudaError_t cudaGetLastError();
@@ -163,6 +168,12 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph);
 cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long* id,
                                      cudaGraph_t* graph, const cudaGraphNode_t** nodes, const cudaGraphEdgeData** edges,
                                      size_t* num_nodes);
+cudaError_t cudaStreamUpdateCaptureDependencies(cudaStream_t stream, cudaGraphNode_t* nodes, const cudaGraphEdgeData* edges,
+                                                size_t num_nodes, unsigned flags);
+cudaError_t cudaGraphNodeGetDependencies(cudaGraphNode_t node, cudaGraphNode_t* before, cudaGraphEdgeData* edges, size_t* num);
+cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, size_t* num);
+cudaError_t cudaGraphGetEdges(cudaGraph_t graph, cudaGraphNode_t* from, cudaGraphNode_t* to, cudaGraphEdgeData* edges,
+                              size_t* num);
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* exec, cudaGraph_t graph, unsigned long long flags);
 cudaError_t cudaGraphUpload(cudaGraphExec_t exec, cudaStream_t stream);
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream);
