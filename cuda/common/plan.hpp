@@ -84,14 +84,12 @@ DEEPEP_HOST_DEVICE constexpr Plan copy_plan(const Plan& plan, uint32_t row_bytes
   return plan.tma != 0 ? cut_for_push(plan, row_bytes, 1, plan.block_bytes) : plan;
 }
 
-// Shared memory in which a block of a low-latency dispatch counts: four words an expert, two an entry of a round.
+// Shared memory in which a block of a low-latency dispatch counts: four words an expert, and what it knows of a round's
+// entries.
+constexpr uint32_t kEntryTableBytes = 24;
 DEEPEP_HOST_DEVICE constexpr uint32_t low_latency_table_bytes(uint32_t num_experts, uint32_t num_topk) {
-  return static_cast<uint32_t>(align_up(16 * uint64_t{num_experts} + 8 * uint64_t{kRoundTokens} * num_topk, 128));
-}
-
-// What a row of `channels` takes there once it is cast to FP8: the row, then its scales.
-DEEPEP_HOST_DEVICE constexpr uint32_t cast_row_bytes(uint32_t channels) {
-  return static_cast<uint32_t>(align_up(align_up(channels, 16) + 4 * align_up(ceil_div(channels, kFp8BlockChannels), 4), 128));
+  return static_cast<uint32_t>(
+      align_up(16 * uint64_t{num_experts} + kEntryTableBytes * uint64_t{kRoundTokens} * num_topk, 128));
 }
 
 constexpr bool is_low_latency(int32_t op) {
@@ -100,24 +98,11 @@ constexpr bool is_low_latency(int32_t op) {
 
 // Blocks that low latency has work for: a block more is one more to wait for.
 constexpr int32_t useful_blocks(const Work& work) {
-  constexpr uint32_t kPieceBytes = 1024;  // of a row that a warp of a combine reduces at once
+  constexpr uint32_t kPieceBytes = 512;  // of a row that a warp of a combine reduces at once
   const uint64_t pieces = work.op == DEEPEP_OP_LOW_LATENCY_DISPATCH
                               ? work.num_tokens
                               : ceil_div(uint64_t{work.num_tokens} * ceil_div(work.row_bytes, kPieceBytes), kMaxWarps);
   return pieces < 1 ? 1 : static_cast<int32_t>(pieces < kMaxBlocks ? pieces : kMaxBlocks);
-}
-
-// Rows that are cast wait in shared memory, whole. No stages = a row does not fit.
-constexpr Plan plan_cast(Plan plan, const Work& work, uint32_t table_bytes, uint32_t bytes) {
-  const uint32_t row = cast_row_bytes(work.row_bytes / 2);
-  // A combine casts what it has received, which only the device knows.
-  const uint64_t wanted =
-      work.op == DEEPEP_OP_LOW_LATENCY_DISPATCH ? ceil_div(work.num_tokens, static_cast<uint64_t>(plan.sms)) : kRoundTokens;
-  const uint64_t most = wanted < 1 ? 1 : wanted < kRoundTokens ? wanted : kRoundTokens;
-  plan.stages = static_cast<uint32_t>(bytes / row < most ? bytes / row : most);
-  plan.chunk_bytes = row;
-  plan.block_bytes = table_bytes + plan.stages * row;
-  return plan;
 }
 
 constexpr Plan make_plan(const Work& work, const Topology& topology) {
@@ -128,16 +113,17 @@ constexpr Plan make_plan(const Work& work, const Topology& topology) {
   if (is_low_latency(work.op) && useful_blocks(work) < plan.sms) plan.sms = useful_blocks(work);
   plan.warps = kMaxWarps;
   const bool push = work.op == DEEPEP_OP_DISPATCH || work.op == DEEPEP_OP_LOW_LATENCY_DISPATCH;
-  const uint32_t table_bytes =
-      work.op == DEEPEP_OP_LOW_LATENCY_DISPATCH ? low_latency_table_bytes(work.num_experts, work.hops) : 0;
+  const uint32_t table_bytes = work.op == DEEPEP_OP_LOW_LATENCY_DISPATCH  ? low_latency_table_bytes(work.num_experts, work.hops)
+                               : work.op == DEEPEP_OP_LOW_LATENCY_COMBINE ? 4 * (work.num_experts + 1)
+                                                                          : 0;
   const uint32_t taken = kReservedShared + table_bytes;
   const uint32_t bytes = topology.shared_bytes > taken ? topology.shared_bytes - taken : 0;
   plan.tma = topology.compute_capability >= 90;
-  if (is_low_latency(work.op) && work.fp8) return plan_cast(plan, work, table_bytes, bytes);
   // With little shared memory fewer warps, each with room for what it cannot do without.
   const uint32_t least = push ? kPushStages * push_stage_bytes(1024, work.hops) : kLeastPullStages * pull_stage_bytes();
   while (plan.warps > 4 && bytes / plan.warps < least) plan.warps /= 2;
-  if (plan.tma == 0 || bytes / plan.warps < least) {
+  // Low latency moves little, and each row through registers is sooner there than through shared memory.
+  if (plan.tma == 0 || is_low_latency(work.op) || bytes / plan.warps < least) {
     plan.tma = 0;
     plan.warps = kMaxWarps;
     plan.stages = 1;

@@ -26,7 +26,7 @@
 // The ring. s writes message e + ring over message e. Calls other than the send half of a low-latency combine wait for the
 // message of A, and A publishes e only when it is past e - 1. So s is ahead of a reader A that still needs message e by at
 // most one such call and one send half a slot (a slot with a receive half to come refuses another): num_slots + 2 messages
-// are in use at once, the ring has 2 * num_slots + 2.
+// are in use at once, the ring has 2 * num_slots + 2 at least.
 //
 // Failures. An error that a rank finds in its own arguments travels in its message (`code`), one that follows from all
 // messages (capacity, disagreement) is found by every rank alike: both before a byte moves, so the buffer stays good. A rank
@@ -71,8 +71,18 @@ enum Agreed : uint32_t {
   kNumAgreed,
 };
 constexpr const char* kAgreedNames[kNumAgreed] = {
-    "op",       "layout",        "expert_alignment", "row_bytes", "num_scales",          "scale_elem_bytes",
-    "num_topk", "topk_idx_bytes", "topk_weights",     "cached",    "flags (the shared ones)", "MASK_ON_TIMEOUT",
+    "op",
+    "layout",
+    "expert_alignment",
+    "row_bytes",
+    "num_scales",
+    "scale_elem_bytes",
+    "num_topk",
+    "topk_idx_bytes",
+    "topk_weights",
+    "cached",
+    "flags (the shared ones)",
+    "MASK_ON_TIMEOUT",
     "the handle's dispatch",
 };
 constexpr uint32_t kNoOpinion = 2;
@@ -171,7 +181,7 @@ DEEPEP_HOST_DEVICE inline ReadyLine* ready_at(uint8_t* base, const Regions& regi
   return reinterpret_cast<ReadyLine*>(base + regions.ready + (src * kMaxSlots + slot) * kLineBytes);
 }
 DEEPEP_HOST_DEVICE inline MessageHeader* message_at(uint8_t* base, const Regions& regions, uint32_t src, uint64_t epoch) {
-  const uint64_t index = src * uint64_t{regions.message_ring} + epoch % regions.message_ring;
+  const uint64_t index = src * uint64_t{regions.message_ring} + (epoch & (regions.message_ring - 1));
   return reinterpret_cast<MessageHeader*>(base + regions.messages + index * regions.message_bytes);
 }
 DEEPEP_HOST_DEVICE inline uint64_t* row_flags_at(uint8_t* base, const Regions& regions, uint32_t src) {
@@ -179,7 +189,7 @@ DEEPEP_HOST_DEVICE inline uint64_t* row_flags_at(uint8_t* base, const Regions& r
 }
 DEEPEP_HOST_DEVICE inline uint64_t* count_words_at(uint8_t* base, const Regions& regions, uint32_t num_experts, uint32_t src,
                                                    uint64_t epoch) {
-  const uint64_t index = src * uint64_t{regions.message_ring} + epoch % regions.message_ring;
+  const uint64_t index = src * uint64_t{regions.message_ring} + (epoch & (regions.message_ring - 1));
   return reinterpret_cast<uint64_t*>(base + regions.count_words) + index * (num_experts + kNumCountInfos);
 }
 DEEPEP_HOST_DEVICE inline uint32_t* message_counts(MessageHeader* message) {

@@ -63,19 +63,19 @@ struct Regions {
   uint64_t symmetric_bytes = 0;  // control_bytes + num_slots * slot_bytes
 
   // Control area. A part indexed by `src` is written by that rank only.
-  uint64_t doorbell = 0;       // one Doorbell: where this rank sleeps
-  uint64_t aborts = 0;         // [src] one line each: an abort word
-  uint64_t pushed = 0;         // [src] one line each: u64 [kMaxSlots], epoch of the dispatch that src has finished pushing
-  uint64_t pushed_view = 0;    // [src] one line each: u64 [kMaxSlots], ranks that src counted in for it
-  uint64_t views = 0;          // [src] one line each: a View, for agreement under MASK_ON_TIMEOUT
-  uint64_t pulled = 0;         // [src] one line each: u64 [kMaxSlots], epoch of the combine that src has finished pulling
-  uint64_t ready = 0;          // [src][kMaxSlots] one line each: low-latency combine's announcement
+  uint64_t doorbell = 0;     // one Doorbell: where this rank sleeps
+  uint64_t aborts = 0;       // [src] one line each: an abort word
+  uint64_t pushed = 0;       // [src] one line each: u64 [kMaxSlots], epoch of the dispatch that src has finished pushing
+  uint64_t pushed_view = 0;  // [src] one line each: u64 [kMaxSlots], ranks that src counted in for it
+  uint64_t views = 0;        // [src] one line each: a View, for agreement under MASK_ON_TIMEOUT
+  uint64_t pulled = 0;       // [src] one line each: u64 [kMaxSlots], epoch of the combine that src has finished pulling
+  uint64_t ready = 0;        // [src][kMaxSlots] one line each: low-latency combine's announcement
   // Low latency on a GPU: what blocks tell each other without their leaders.
   uint64_t row_flags = 0;      // [src] u64 [kMaxBlocks]: epoch of the dispatch whose rows that block of src has pushed
   uint64_t count_words = 0;    // [src][ring] u64 [num_experts + kNumCountInfos]: protocol.hpp
   uint64_t messages = 0;       // [src][ring] message_bytes each
   uint64_t message_bytes = 0;  // header, then u32 tokens_per_rank [num_ranks], then u32 entries_per_expert [num_experts]
-  uint32_t message_ring = 0;   // messages kept per source: epoch % message_ring
+  uint32_t message_ring = 0;   // messages kept per source, a power of two: epoch % message_ring
 
   // A slot.
   uint64_t recv_x = 0, recv_x_bytes = 0;
@@ -101,7 +101,8 @@ DEEPEP_HOST_DEVICE constexpr Regions make_regions(const Options& options) {
   r.low_latency_rows = options.max_low_latency_tokens_per_rank * options.num_ranks;
   // A rank can be ahead of a slow reader by one message for each low-latency combine whose receive half is still to come
   // (at most one a slot), and by one more of an operation that waits for the reader (protocol.hpp has the argument).
-  r.message_ring = 2 * options.num_slots + 2;
+  r.message_ring = 4;
+  while (r.message_ring < 2 * options.num_slots + 2) r.message_ring *= 2;
   r.message_bytes = align_up(kMessageHeaderBytes + 4 * (ranks + options.num_experts), kLineBytes);
 
   uint64_t at = 0;
@@ -127,9 +128,9 @@ DEEPEP_HOST_DEVICE constexpr Regions make_regions(const Options& options) {
   r.recv_x = at, r.recv_x_bytes = align_up(most_rows * options.max_row_bytes, kRegionAlignment), at += r.recv_x_bytes;
   // Column-major scales pad the rows to 16 bytes a column, hence the alignment by 16 rows.
   r.recv_scales = at;
-  r.recv_scales_bytes = align_up(larger(align_up(rows, 16), r.max_local_experts * align_up(r.low_latency_rows, 16)) *
-                                     options.max_scale_bytes,
-                                 kRegionAlignment);
+  r.recv_scales_bytes =
+      align_up(larger(align_up(rows, 16), r.max_local_experts * align_up(r.low_latency_rows, 16)) * options.max_scale_bytes,
+               kRegionAlignment);
   at += r.recv_scales_bytes;
   r.expert_output = at;
   r.expert_output_bytes = align_up(most_rows * options.hidden * 2, kRegionAlignment);

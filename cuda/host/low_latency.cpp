@@ -1,8 +1,8 @@
 // Low-latency mode: a half of a call, or both, becomes the params of one kernel.
 //
-// In: args that api/low_latency.cpp has checked; Buffer::mutex is held. Out: the kernel, enqueued. What a later half needs of an
-// earlier one is in device memory (LowLatencyRouting), so captured halves find what their own replay has left there; the host
-// keeps only what does not change from replay to replay.
+// In: args that api/low_latency.cpp has checked; Buffer::mutex is held. Out: the kernel, enqueued. What a later half needs of
+// an earlier one is in device memory (LowLatencyRouting), so captured halves find what their own replay has left there; the
+// host keeps only what does not change from replay to replay.
 
 #include "../api/low_latency.hpp"
 
@@ -51,6 +51,7 @@ Plan plan_combine(const Buffer& buffer, const LowLatencyFacts& facts, uint32_t f
                       .hops = hops_of(facts),
                       .num_sms = num_sms,
                       .num_tokens = facts.plan.num_tokens,
+                      .num_experts = buffer.options.num_experts,
                       .fp8 = (flags & DEEPEP_FLAG_FP8) != 0});
 }
 
@@ -98,19 +99,21 @@ uint64_t enqueue_dispatch(Buffer& buffer, const deepep_low_latency_dispatch_args
                                  .fp8 = (args.flags & DEEPEP_FLAG_FP8) != 0});
   const Halves halves = slot->received ? Halves::both : Halves::send;
   const auto index = static_cast<uint32_t>(args.slot);
-  const uint64_t epoch = buffer.enqueue(
-      stream_fields(args), {.op = DEEPEP_OP_LOW_LATENCY_DISPATCH, .collective = true, .halves = halves},
-      [&](const CallParams& call, cudaStream_t stream) {
-        LowLatencyDispatchParams params = {.call = call,
-                                           .args = args,
-                                           .routing = routing_of(buffer, index, *slot),
-                                           .scales = scales_of(slot->layout),
-                                           .row_bytes = slot->layout.row_bytes,
-                                           .receives = slot->received ? 1u : 0u,
-                                           .plan = plan};
-        params.call.slot = index;
-        return launch_low_latency_dispatch(params, stream);
-      });
+  const uint64_t epoch =
+      buffer.enqueue(stream_fields(args), {.op = DEEPEP_OP_LOW_LATENCY_DISPATCH, .collective = true, .halves = halves},
+                     [&](const CallParams& call, cudaStream_t stream) {
+                       LowLatencyDispatchParams params = {.call = call,
+                                                          .args = args,
+                                                          .routing = routing_of(buffer, index, *slot),
+                                                          .scales = scales_of(slot->layout),
+                                                          .row_bytes = slot->layout.row_bytes,
+                                                          .receives = slot->received ? 1u : 0u,
+                                                          .agreed = {},
+                                                          .agreed_hash = 0,
+                                                          .plan = plan};
+                       params.call.slot = index;
+                       return launch_low_latency_dispatch(params, stream);
+                     });
   slot->dispatch_capture = buffer.present_capture();
   return epoch;
 }
@@ -128,11 +131,11 @@ uint64_t enqueue_combine(Buffer& buffer, const deepep_low_latency_combine_args& 
                          const std::shared_ptr<LowLatencySlot>& slot) {
   const Plan plan = plan_combine(buffer, *slot, args.flags, args.num_sms);
   const Halves halves = (args.flags & DEEPEP_FLAG_RECEIVE_HOOK) == 0 ? Halves::both : Halves::send;
-  const uint64_t epoch = buffer.enqueue(
-      stream_fields(args), {.op = DEEPEP_OP_LOW_LATENCY_COMBINE, .collective = true, .halves = halves},
-      [&](const CallParams& call, cudaStream_t stream) {
-        return launch_combine(buffer, call, *slot, args, halves, plan, stream);
-      });
+  const uint64_t epoch =
+      buffer.enqueue(stream_fields(args), {.op = DEEPEP_OP_LOW_LATENCY_COMBINE, .collective = true, .halves = halves},
+                     [&](const CallParams& call, cudaStream_t stream) {
+                       return launch_combine(buffer, call, *slot, args, halves, plan, stream);
+                     });
   slot->combine = args;
   slot->combine_capture = buffer.present_capture();
   return epoch;

@@ -166,8 +166,10 @@ struct LowLatencyDispatchParams {
   deepep_low_latency_dispatch_args args;  // with its [out] addresses
   LowLatencyRouting routing;
   LowLatencyScales scales;
-  uint32_t row_bytes;  // as received: e4m3 with FLAG_FP8
-  uint32_t receives;   // 1 = both halves
+  uint32_t row_bytes;           // as received: e4m3 with FLAG_FP8
+  uint32_t receives;            // 1 = both halves
+  uint32_t agreed[kNumAgreed];  // what this rank says; launch_low_latency_dispatch() fills it in
+  uint32_t agreed_hash;
   Plan plan;
 };
 

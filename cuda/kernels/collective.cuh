@@ -86,7 +86,7 @@ __device__ inline void call_begin(const CallParams& p, CallShared& s, bool colle
 __device__ inline void arrive(const CallParams& p, Meeting meeting) {
   __syncthreads();
   // Releases what the block has written; pairs with wait_for_blocks().
-  if (threadIdx.x == 0) add_acq_rel_gpu(&p.state->arrivals[meeting], 1);
+  if (threadIdx.x == 0) reduce_add_release_gpu(&p.state->arrivals[meeting], 1);
 }
 
 // Leader, one thread: releases the other blocks to a step, or stops them. Pairs with await_leader().
@@ -133,7 +133,7 @@ __device__ inline void call_end(const CallParams& p, CallShared& s, const CallEn
   const bool is_dispatch = p.op == DEEPEP_OP_DISPATCH || p.op == DEEPEP_OP_LOW_LATENCY_DISPATCH;
   const uint32_t kind = is_dispatch ? 0 : 1;
   for (uint32_t rank = lane; tells && end.needs_peers && rank < p.options.num_ranks; rank += kWarpLanes) {
-    p.host->wait_ns[kind * p.options.num_ranks + rank] = p.state->wait_ns[kind][rank];
+    p.host->wait_ns[kind * p.options.num_ranks + rank] = load_relaxed_gpu(&p.state->wait_ns[kind][rank]);
   }
   __syncwarp();
   if (lane != 0) return;
@@ -150,7 +150,7 @@ __device__ inline void call_end(const CallParams& p, CallShared& s, const CallEn
   const Finding& finding = state.finding;
   const bool half_way = s.code == DEEPEP_ERROR_TIMEOUT || s.code == DEEPEP_ERROR_PEER_LOST || s.code == DEEPEP_ERROR_ABORTED;
   if (s.code != 0 && end.needs_peers && half_way && finding.agreed == 0) state.failed = 1;
-  if (s.code == 0 && end.counts) (is_dispatch ? state.num_dispatches : state.num_combines) += 1;
+  if (s.code == 0 && end.counts) reduce_add_relaxed_gpu(is_dispatch ? &state.num_dispatches : &state.num_combines, 1);
   state.bad_entry = 0;
   state.claims[kClaimPush] = state.claims[kClaimPull] = 0;
   state.launches = s.launch;
@@ -160,11 +160,11 @@ __device__ inline void call_end(const CallParams& p, CallShared& s, const CallEn
   if (!tells) return;
   host.epoch = state.epoch;
   host.masked = state.masked;
-  host.num_dispatches = state.num_dispatches;
-  host.num_combines = state.num_combines;
-  host.rows_sent = state.rows_sent;
-  host.bytes_sent = state.bytes_sent;
-  host.rows_pulled = state.rows_pulled;
+  host.num_dispatches = load_relaxed_gpu(&state.num_dispatches);
+  host.num_combines = load_relaxed_gpu(&state.num_combines);
+  host.rows_sent = load_relaxed_gpu(&state.rows_sent);
+  host.bytes_sent = load_relaxed_gpu(&state.bytes_sent);
+  host.rows_pulled = load_relaxed_gpu(&state.rows_pulled);
   if (s.code != 0) {
     host.findings[state.num_failures % kNumFailuresKept] = finding;
     state.num_failures += 1;

@@ -38,8 +38,9 @@ __device__ inline void wait_for_readers(Leader& leader, uint32_t slot, int32_t k
 __device__ inline void end_reading(const CallParams& p, uint64_t view, const uint32_t* slots, uint64_t epoch) {
   for (uint32_t rank = threadIdx.x % kWarpLanes; rank < p.options.num_ranks; rank += kWarpLanes) {
     if (rank == p.rank || !in_view(view, rank)) continue;
-    // Reads come before a release; pairs with wait_for_readers() of `rank`.
-    store_release_sys(slot_word_at(p.symmetric[rank], p.regions.pulled, p.rank, slots[rank]), epoch);
+    // All reads are over: what they gave has been used before the blocks met. Nothing that was written is told with this, so
+    // there is nothing to fence. Pairs with wait_for_readers() of `rank`.
+    store_relaxed_sys(slot_word_at(p.symmetric[rank], p.regions.pulled, p.rank, slots[rank]), epoch);
   }
   __syncwarp();
 }

@@ -262,8 +262,8 @@ struct Dispatch {
     p().state->bytes_sent += sent * (params.args.row_bytes + uint64_t{params.args.num_scales} * params.args.scale_elem_bytes);
   }
 
-  // Nothing came: whoever works by the counts, without asking how the call ended, finds no rows of an earlier one. The host does
-  // the same with its own.
+  // Nothing came: whoever works by the counts, without asking how the call ended, finds no rows of an earlier one. The host
+  // does the same with its own.
   __device__ void clear_counts() {
     const uint32_t num_counts = 2 + p().num_local_experts + p().options.num_ranks;
     auto* counts = reinterpret_cast<int32_t*>(params.args.recv_num_rows);

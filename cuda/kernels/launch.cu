@@ -21,16 +21,12 @@ const void* const kKernels[] = {
     reinterpret_cast<const void*>(combine_kernel<true, true>),
     reinterpret_cast<const void*>(combine_kernel<false, false>),
     reinterpret_cast<const void*>(combine_kernel<false, true>),
-    reinterpret_cast<const void*>(low_latency_dispatch_kernel<true, true>),
-    reinterpret_cast<const void*>(low_latency_dispatch_kernel<true, false>),
-    reinterpret_cast<const void*>(low_latency_dispatch_kernel<false, true>),
-    reinterpret_cast<const void*>(low_latency_dispatch_kernel<false, false>),
-    reinterpret_cast<const void*>(low_latency_combine_kernel<true, false, false>),
-    reinterpret_cast<const void*>(low_latency_combine_kernel<true, true, false>),
-    reinterpret_cast<const void*>(low_latency_combine_kernel<false, false, false>),
-    reinterpret_cast<const void*>(low_latency_combine_kernel<false, true, false>),
-    reinterpret_cast<const void*>(low_latency_combine_kernel<false, false, true>),
-    reinterpret_cast<const void*>(low_latency_combine_kernel<false, true, true>),
+    reinterpret_cast<const void*>(low_latency_dispatch_kernel<true>),
+    reinterpret_cast<const void*>(low_latency_dispatch_kernel<false>),
+    reinterpret_cast<const void*>(low_latency_combine_kernel<false, false>),
+    reinterpret_cast<const void*>(low_latency_combine_kernel<true, false>),
+    reinterpret_cast<const void*>(low_latency_combine_kernel<false, true>),
+    reinterpret_cast<const void*>(low_latency_combine_kernel<true, true>),
     reinterpret_cast<const void*>(low_latency_receive_kernel),
     reinterpret_cast<const void*>(low_latency_give_up_kernel),
     reinterpret_cast<const void*>(message_kernel),
@@ -39,7 +35,7 @@ const void* const kKernels[] = {
     reinterpret_cast<const void*>(update_kernel),
     reinterpret_cast<const void*>(copy_kernel<kCopyVectors>),
 };
-constexpr size_t kNumWithDynamicShared = 16;  // the first of them
+constexpr size_t kNumWithDynamicShared = 12;  // the first of them
 
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), const Params& params, uint32_t blocks, uint32_t threads, uint64_t shared,
@@ -91,17 +87,25 @@ cudaError_t launch_combine(const CombineParams& given, cudaStream_t stream) {
                 stream);
 }
 
-cudaError_t launch_low_latency_dispatch(const LowLatencyDispatchParams& params, cudaStream_t stream) {
-  const bool casts = (params.args.flags & DEEPEP_FLAG_FP8) != 0;
-  const auto kernel = params.plan.tma != 0
-                          ? (casts ? low_latency_dispatch_kernel<true, true> : low_latency_dispatch_kernel<true, false>)
-                          : (casts ? low_latency_dispatch_kernel<false, true> : low_latency_dispatch_kernel<false, false>);
+cudaError_t launch_low_latency_dispatch(const LowLatencyDispatchParams& given, cudaStream_t stream) {
+  LowLatencyDispatchParams params = given;
+  const deepep_low_latency_dispatch_args& args = params.args;
+  constexpr uint32_t kFlags = DEEPEP_FLAG_SCALES_COLUMN_MAJOR | DEEPEP_FLAG_FP8 | DEEPEP_FLAG_ROUND_SCALE | DEEPEP_FLAG_UE8M0;
+  params.agreed[kAgreedOp] = DEEPEP_OP_LOW_LATENCY_DISPATCH;
+  params.agreed[kAgreedRowBytes] = args.row_bytes;
+  params.agreed[kAgreedNumScales] = args.num_scales;
+  params.agreed[kAgreedScaleElemBytes] = args.num_scales != 0 ? args.scale_elem_bytes : 0;
+  params.agreed[kAgreedFlags] = args.flags & kFlags;
+  params.agreed[kAgreedMaskOnTimeout] = params.call.mask_on_timeout;
+  params.agreed_hash = agreed_hash(params.agreed);
+  const bool casts = (args.flags & DEEPEP_FLAG_FP8) != 0;
+  const auto kernel = casts ? low_latency_dispatch_kernel<true> : low_latency_dispatch_kernel<false>;
   return launch(kernel, params, static_cast<uint32_t>(params.plan.sms), (params.plan.warps + 1) * kWarpLanes,
                 params.plan.block_bytes, stream);
 }
 
 cudaError_t launch_low_latency_receive(const LowLatencyReceiveParams& params, cudaStream_t stream) {
-  return launch(low_latency_receive_kernel, params, 1, kWarpLanes, 0, stream);
+  return launch(low_latency_receive_kernel, params, 1, kReceiveWarps * kWarpLanes, 0, stream);
 }
 
 cudaError_t launch_low_latency_combine(const LowLatencyCombineParams& params, cudaStream_t stream) {
@@ -112,11 +116,8 @@ cudaError_t launch_low_latency_combine(const LowLatencyCombineParams& params, cu
   // To announce what is there takes no more than one block.
   const bool moves = params.receives != 0 || casts || (params.args.x != 0 && params.args.x != region);
   const bool weighted = params.args.topk_weights != 0;
-  auto kernel = weighted ? low_latency_combine_kernel<false, true, false> : low_latency_combine_kernel<false, false, false>;
-  if (casts)
-    kernel = weighted ? low_latency_combine_kernel<false, true, true> : low_latency_combine_kernel<false, false, true>;
-  else if (params.plan.tma != 0)
-    kernel = weighted ? low_latency_combine_kernel<true, true, false> : low_latency_combine_kernel<true, false, false>;
+  const auto kernel = casts ? (weighted ? low_latency_combine_kernel<true, true> : low_latency_combine_kernel<false, true>)
+                            : (weighted ? low_latency_combine_kernel<true, false> : low_latency_combine_kernel<false, false>);
   return launch(kernel, params, moves ? static_cast<uint32_t>(params.plan.sms) : 1, (params.plan.warps + 1) * kWarpLanes,
                 params.plan.block_bytes, stream);
 }

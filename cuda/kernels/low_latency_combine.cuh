@@ -7,7 +7,7 @@
 // taken over by the send half. Graph-safe. Callers: launch_low_latency_combine(), launch_low_latency_give_up().
 //
 // As in the dispatch nobody waits for a leader: every block pulls as soon as it has seen all announcements, while the last warp
-// of block 0 sees to failures.
+// of block 0 announces this rank's outputs and sees to what does not come soon, or is refused.
 #pragma once
 
 #include "combine.cuh"
@@ -22,7 +22,7 @@ struct ExpertRow {
   uint32_t row;   // in the owner's region, all its experts' rows counted
   float weight;
 };
-// Entries that a block looks up while it waits for the announcements; of more than these each warp looks up its own afterwards.
+// Entries that a block looks up at once; of more than these each warp looks up its own later.
 constexpr uint32_t kLookedUp = 1024;
 
 struct LowLatencyCombineShared {
@@ -30,17 +30,16 @@ struct LowLatencyCombineShared {
   uint32_t bad;  // ~position of the first entry that is not the dispatch's; 0 = none
   uint32_t num_rows;
   uint32_t stop;
+  uint32_t seen;                             // 1 = the workers have seen all announcements; for the leader
+  uint32_t waited_ns[DEEPEP_MAX_RANKS];      // leader's block
   const uint8_t* regions[DEEPEP_MAX_RANKS];  // expert outputs, by rank
-  uint32_t rows[kRoundTokens];               // of this rank's region: those at hand
-  uint32_t num_found[2];
   ExpertRow entries[kLookedUp];
 };
 
 struct LowLatencyCombine {
   const LowLatencyCombineParams& params;
   LowLatencyCombineShared& s;
-  uint8_t* shared;
-  uint64_t* barriers;  // of bulk copies
+  uint32_t* starts;  // dynamic shared memory: [num_local_experts + 1], see find_starts()
 
   __device__ const CallParams& p() const { return params.call; }
   __device__ LowLatencyHeader& header() const { return *params.routing.header; }
@@ -56,10 +55,10 @@ struct LowLatencyCombine {
   __device__ bool copies() const { return params.sends != 0 && (casts() || (x() != nullptr && x() != own_region())); }
   // Whether this rank reads its own rows where the caller has them.
   __device__ bool reads_x() const { return params.sends != 0 && params.receives != 0 && x() != nullptr && !casts(); }
-  // Whether the blocks go by the leader's word. Where rows are cast, this rank's own rows are what other blocks have cast.
+  // Whether the blocks go by the leader's word.
   __device__ bool is_led() const {
-    return (casts() && params.sends != 0 && params.receives != 0) || p().mask_on_timeout != 0 ||
-           p().inject[DEEPEP_PHASE_PUBLISH].wanted != 0 || p().inject[DEEPEP_PHASE_REDUCE].wanted != 0;
+    return p().mask_on_timeout != 0 || p().inject[DEEPEP_PHASE_PUBLISH].wanted != 0 ||
+           p().inject[DEEPEP_PHASE_REDUCE].wanted != 0;
   }
 
   // An entry as the caller gives it to the combine: the dispatch's expert, or -1.
@@ -75,19 +74,21 @@ struct LowLatencyCombine {
 
   // ---- workers ----
 
-  template <bool kTma, bool kWeighted, bool kFp8>
+  template <bool kWeighted, bool kFp8>
   __device__ void work() {
     const uint64_t routed = header().valid != 0 ? header().view : 0;
     const uint64_t combine_epoch = header().combine_epoch;
+    const uint64_t masked = p().state->masked;
     if (threadIdx.x == 0) s.bad = s.num_rows = s.stop = 0;
     workers_meet();
-    if (is_leader() && params.sends != 0) take_entries(routed);
+    if (routed != 0) look_up_entries(routed & ~masked);
     __syncthreads();  // The leader's warp has read the state.
     if (!s.call.skipped) {
       bool goes = true;
       if (copies()) {
         goes = workers_await_leader(p(), s.call, kStepCounted);
         if (goes && routed != 0) {
+          find_starts();
           if constexpr (kFp8)
             cast_in();
           else
@@ -95,134 +96,140 @@ struct LowLatencyCombine {
         }
         workers_arrive(p(), kMeetCopied);
       }
-      if (params.receives != 0 && goes && routed != 0) reduce<kTma, kWeighted, kFp8>(routed, combine_epoch);
+      if (params.receives != 0 && goes && routed != 0) reduce<kWeighted, kFp8>(routed, combine_epoch);
     }
     workers_arrive(p(), kMeetEnd);
   }
 
-  // Block 0: checks the entries, counts the rows, and keeps both for a receive half of its own.
-  __device__ void take_entries(uint64_t routed) {
-    const bool keeps = params.receives == 0;
-    const uint64_t view = routed & ~p().state->masked;
+  // Where the rows of the first entries are. The leader's block checks all entries, counts the rows, and keeps both for a
+  // receive half of its own.
+  __device__ void look_up_entries(uint64_t view) {
+    const bool checks = is_leader() && params.sends != 0, keeps = checks && params.receives == 0;
+    const uint32_t most = params.receives != 0 ? min(num_entries(), kLookedUp) : 0;
+    const uint32_t count = checks ? num_entries() : most;
     uint32_t num_rows = 0;
-    for (uint32_t i = threadIdx.x; routed != 0 && i < num_entries(); i += num_workers()) {
-      const int64_t value = entry(i);
+    for (uint32_t i = threadIdx.x; i < count; i += num_workers()) {
+      const int64_t wanted = params.sends != 0 ? entry(i) : params.routing.kept_experts[i];
       const int32_t expert = params.routing.experts[i];
-      if (value != -1 && value != expert) atomicMax(&s.bad, ~i);
+      const ExpertRow from = found(i, wanted, expert);
+      if (i < most) s.entries[i] = from;
+      if (!checks) continue;
+      if (wanted != -1 && wanted != expert) atomicMax(&s.bad, ~i);
       // A wrong one is not looked at: the call fails.
-      if (value == expert && expert >= 0 && in_view(view, owner_of(expert))) num_rows += 1;
+      if (wanted == expert && from.owner >= 0 && in_view(view, static_cast<uint32_t>(from.owner))) num_rows += 1;
       if (!keeps) continue;
-      params.routing.kept_experts[i] = value == expert ? expert : -1;
+      params.routing.kept_experts[i] = wanted == expert ? expert : -1;
       if (params.args.topk_weights != 0) params.routing.kept_weights[i] = weights()[i];
     }
     if (num_rows != 0) atomicAdd(&s.num_rows, num_rows);
   }
-  __device__ uint32_t owner_of(int32_t expert) const {
-    return expert_rank(static_cast<uint32_t>(expert), p().options.num_experts, p().options.num_ranks);
+
+  // Where the row of an entry is.
+  __device__ ExpertRow found(uint32_t i, int64_t wanted, int32_t expert) const {
+    const uint32_t row = params.routing.rows[i];
+    const float* const weights_of = weights();
+    const float weight = weights_of != nullptr ? weights_of[i] : 1.0f;
+    if (wanted < 0 || expert < 0) return {-1, 0, 0};
+    const uint32_t owner = expert_rank(static_cast<uint32_t>(expert), p().options.num_experts, p().options.num_ranks);
+    const uint32_t first = local_experts(p().options.num_experts, p().options.num_ranks, owner).first;
+    return {static_cast<int32_t>(owner), (static_cast<uint32_t>(expert) - first) * p().regions.low_latency_rows + row, weight};
+  }
+  __device__ ExpertRow look_up(uint32_t i) const {
+    if (i < kLookedUp) return s.entries[i];
+    return found(i, params.sends != 0 ? entry(i) : params.routing.kept_experts[i], params.routing.experts[i]);
+  }
+
+  // ---- what is copied in
+
+  // The rows of this rank's experts, one after another: starts[i] of them come before local expert i. The workers meet after.
+  __device__ void find_starts() const {
+    const auto* counts =
+        reinterpret_cast<const int32_t*>(own_memory(p()) + slot_offset(p().regions, p().slot) + p().regions.counts);
+    if (threadIdx.x < kWarpLanes) {
+      uint32_t before = 0;
+      for (uint32_t first = 0; first < p().num_local_experts; first += kWarpLanes) {
+        const uint32_t local = first + lane_id();
+        const uint32_t count = local < p().num_local_experts ? static_cast<uint32_t>(counts[local]) : 0;
+        uint32_t sum = count;  // inclusive, over the lanes
+        for (uint32_t step = 1; step < kWarpLanes; step *= 2) {
+          const uint32_t other = __shfl_up_sync(kAllLanes, sum, step);
+          if (lane_id() >= step) sum += other;
+        }
+        if (local < p().num_local_experts) starts[local] = before + sum - count;
+        before += __shfl_sync(kAllLanes, sum, kWarpLanes - 1);
+      }
+      if (lane_id() == 0) starts[p().num_local_experts] = before;
+    }
+    workers_meet();
+  }
+
+  // Of the nth of those rows.
+  struct LocalRow {
+    uint32_t local;  // expert
+    uint32_t row;
+    uint64_t at;  // in the region, all experts' rows counted
+  };
+  __device__ LocalRow local_row(uint32_t nth) const {
+    uint32_t begin = 0, end = p().num_local_experts;  // the last expert that starts at nth or before
+    while (end - begin > 1) {
+      const uint32_t middle = (begin + end) / 2;
+      (starts[middle] <= nth ? begin : end) = middle;
+    }
+    const uint32_t row = nth - starts[begin];
+    return {begin, row, uint64_t{begin} * p().regions.low_latency_rows + row};
   }
 
   // Copies what the peers will pull; this rank's own rows too when x may be gone before the receive half. All warps of all
   // blocks share the rows.
   __device__ void copy_in() const {
-    const uint8_t* slot = own_memory(p()) + slot_offset(p().regions, p().slot);
-    const auto* counts = reinterpret_cast<const int32_t*>(slot + p().regions.counts);
-    const auto* ranges = reinterpret_cast<const int64_t*>(slot + p().regions.layout_range);
-    const uint32_t warps = num_workers() / kWarpLanes;
-    uint32_t row = blockIdx.x * warps + threadIdx.x / kWarpLanes;
-    for (uint32_t local = 0; local < p().num_local_experts; ++local) {
-      const auto count = static_cast<uint32_t>(counts[local]);
-      const int64_t own = ranges[local * p().options.num_ranks + p().rank];
-      const auto own_begin = static_cast<uint32_t>(own >> 32), own_count = static_cast<uint32_t>(own);
-      for (; row < count; row += gridDim.x * warps) {
-        const bool is_own = row - own_begin < own_count;
-        if (!is_own || !reads_x()) copy_row(uint64_t{local} * p().regions.low_latency_rows + row);
+    const auto* ranges =
+        reinterpret_cast<const int64_t*>(own_memory(p()) + slot_offset(p().regions, p().slot) + p().regions.layout_range);
+    const uint32_t warps = num_workers() / kWarpLanes, count = starts[p().num_local_experts];
+    const auto bytes = static_cast<uint32_t>(row_bytes());
+    for (uint32_t nth = blockIdx.x * warps + threadIdx.x / kWarpLanes; nth < count; nth += gridDim.x * warps) {
+      const LocalRow from = local_row(nth);
+      if (reads_x()) {
+        const int64_t own = ranges[from.local * p().options.num_ranks + p().rank];
+        if (from.row - static_cast<uint32_t>(own >> 32) < static_cast<uint32_t>(own)) continue;
       }
-      row -= count;
-    }
-  }
-  __device__ void copy_row(uint64_t row) const {
-    constexpr uint32_t kVectors = 4;
-    const uint8_t* from = x() + row * row_bytes();
-    uint8_t* to = own_region() + row * row_bytes();
-    for (uint32_t first = lane_id() * 16; first < row_bytes(); first += kVectors * kWarpLanes * 16) {
-      uint4 values[kVectors];
-#pragma unroll
-      for (uint32_t v = 0; v < kVectors; ++v) {
-        const uint32_t at = first + v * kWarpLanes * 16;
-        if (at < row_bytes()) values[v] = load_stream(from + at);
-      }
-#pragma unroll
-      for (uint32_t v = 0; v < kVectors; ++v) {
-        const uint32_t at = first + v * kWarpLanes * 16;
-        if (at < row_bytes()) store_stream(to + at, values[v]);
+      for (uint32_t offset = 0; offset < bytes; offset += kPieceUnits * kUnitBytes) {
+        RowPiece<false> piece;
+        piece.load(x() + from.at * bytes + offset, kPieceUnits, bytes - offset);
+        piece.store(own_region() + from.at * bytes + offset, kPieceUnits, bytes - offset);
       }
     }
   }
 
   // Casts all rows to FP8, from where they are, which can be the region itself: a row of it then begins with the e4m3 row, and
-  // its scales follow. Blocks share the rows.
-  __device__ void cast_in() {
+  // its scales follow. Blocks share the rows; a block reads some whole ones before it writes.
+  __device__ void cast_in() const {
     const CastRows rows = {.channels = p().options.hidden, .round = false, .ue8m0 = false};
-    const uint32_t warps = num_workers() / kWarpLanes, at_once = min(params.plan.stages, kRoundTokens);
+    const auto bytes = static_cast<uint32_t>(row_bytes());
+    const uint32_t warps = num_workers() / kWarpLanes,
+                   per_row = (bytes + kPieceUnits * kUnitBytes - 1) / (kPieceUnits * kUnitBytes);
+    const uint32_t at_once = warps / per_row, count = starts[p().num_local_experts];
+    const uint32_t in_pass = threadIdx.x / kWarpLanes / per_row, first_unit = threadIdx.x / kWarpLanes % per_row * kPieceUnits;
     const uint8_t* from = x() != nullptr ? x() : own_region();
-    for (uint32_t first = blockIdx.x * at_once;; first += gridDim.x * at_once) {
-      const uint32_t count = find_rows(first, at_once);
-      if (count == 0) return;
-      cast_rows(rows, shared, params.plan.chunk_bytes, count, warps,
-                [&](uint32_t nth) { return from + s.rows[nth] * row_bytes(); });
+    for (uint32_t first = blockIdx.x * at_once; first < count; first += gridDim.x * at_once) {
+      const uint32_t nth = first + in_pass, offset = first_unit * kUnitBytes;
+      const bool has = in_pass < at_once && nth < count;
+      const uint64_t at = has ? local_row(nth).at * bytes : 0;
+      const uint32_t left = has ? bytes - offset : 0, units = min(kPieceUnits, (left + kUnitBytes - 1) / kUnitBytes);
+      RowPiece<true> piece;
+      piece.load(from + at + offset, units, left);
+      piece.cast(units, rows.round);
       workers_meet();
-      const uint32_t bytes =
-          CastRows::scales_offset(rows.channels) + static_cast<uint32_t>(align_up(rows.num_blocks() * 4, 16));
-      for (uint32_t nth = threadIdx.x / kWarpLanes; nth < count; nth += warps) {
-        const uint8_t* stage = shared + nth * params.plan.chunk_bytes;
-        uint8_t* to = own_region() + s.rows[nth] * row_bytes();
-        for (uint32_t at = lane_id() * 16; at < bytes; at += kWarpLanes * 16) {
-          store_stream(to + at, *reinterpret_cast<const uint4*>(stage + at));
-        }
-      }
-      workers_meet();
+      if (!has) continue;
+      uint8_t* to = own_region() + at;
+      piece.store(to + offset / 2, units, left);
+      piece.store_scales(rows, to + CastRows::scales_offset(rows.channels), sizeof(float), 2 * first_unit, units);
     }
   }
 
-  // Finds up to `most` rows from the first-th on, all experts' rows one after another. Returns how many there are.
-  __device__ uint32_t find_rows(uint32_t first, uint32_t most) {
-    const auto* counts =
-        reinterpret_cast<const int32_t*>(own_memory(p()) + slot_offset(p().regions, p().slot) + p().regions.counts);
-    bool found = false;
-    if (threadIdx.x < most) {
-      uint32_t row = first + threadIdx.x;
-      for (uint32_t local = 0; local < p().num_local_experts && !found; ++local) {
-        const auto count = static_cast<uint32_t>(counts[local]);
-        found = row < count;
-        if (found) s.rows[threadIdx.x] = local * p().regions.low_latency_rows + row;
-        row -= count;
-      }
-    }
-    if (threadIdx.x < 2 * kWarpLanes) {
-      const uint32_t in_warp = static_cast<uint32_t>(__popc(__ballot_sync(kAllLanes, found)));
-      if (lane_id() == 0) s.num_found[threadIdx.x / kWarpLanes] = in_warp;
-    }
-    workers_meet();
-    return s.num_found[0] + s.num_found[1];
-  }
-
-  // Where the row of an entry is.
-  __device__ ExpertRow look_up(uint32_t i) const {
-    const int64_t wanted = params.sends != 0 ? entry(i) : params.routing.kept_experts[i];
-    const int32_t expert = params.routing.experts[i];
-    const uint32_t row = params.routing.rows[i];
-    const float* const weights_of = weights();
-    const float weight = weights_of != nullptr ? weights_of[i] : 1.0f;
-    if (wanted < 0 || expert < 0) return {-1, 0, 0};
-    const uint32_t owner = owner_of(expert);
-    const uint32_t first = local_experts(p().options.num_experts, p().options.num_ranks, owner).first;
-    return {static_cast<int32_t>(owner), (static_cast<uint32_t>(expert) - first) * p().regions.low_latency_rows + row, weight};
-  }
-  __device__ bool looks_up_early() const { return num_entries() <= kLookedUp; }
+  // ---- what is pulled
 
   // Waits for the announcements of all ranks of the dispatch. False when the call stops.
   __device__ bool await_outputs(uint64_t routed, uint64_t epoch) {
-    for (uint32_t i = threadIdx.x; looks_up_early() && i < num_entries(); i += num_workers()) s.entries[i] = look_up(i);
     uint64_t view = 0;
     if (is_led()) {
       if (!workers_await_leader(p(), s.call, kStepGo)) return false;
@@ -235,23 +242,25 @@ struct LowLatencyCombine {
       const bool counts = in_view(view, src);
       s.regions[src] = counts ? region_of(src, header().peer_slots[src]) : nullptr;
       if (src == p().rank && reads_x()) s.regions[src] = x();
-      if (!counts || src == p().rank || is_led()) continue;
+      // Where rows are cast, this rank's own ones are what all its blocks have cast, which it is told as the others are.
+      if (!counts || (src == p().rank && !casts()) || is_led()) continue;
       const ReadyLine* line = ready_at(own_memory(p()), p().regions, src, p().slot);
+      const uint64_t begin_ns = global_time_ns();
+      uint32_t looks = 1;
       // Pairs with announce() of src. Whether it refuses the call the leader sees; to read its rows then does no harm.
-      for (uint32_t looks = 1; load_acquire_sys(&line->epoch) < epoch; ++looks) {
+      for (; load_acquire_sys(&line->epoch) < epoch; ++looks) {
         if (looks % kLooksBetween != 0 || !is_stopped(p(), s.call)) continue;
         atomicOr(&s.stop, 1u);
         break;
       }
+      if (looks > 1 && src != p().rank) s.waited_ns[src] = static_cast<uint32_t>(global_time_ns() - begin_ns);
     }
-    // Peers have written the rows by plain stores, perhaps; they are read by TMA, perhaps.
-    if constexpr (kHasTma) fence_proxy_async();
     workers_meet();
+    if (is_leader() && threadIdx.x == 0) store_release_block(&s.seen, 1);  // Pairs with comes_soon().
     return s.stop == 0;
   }
-  static constexpr uint32_t kLooksBetween = 16;
 
-  template <bool kTma, bool kWeighted, bool kFp8>
+  template <bool kWeighted, bool kFp8>
   __device__ void reduce(uint64_t routed, uint64_t combine_epoch) {
     const uint64_t epoch = params.sends != 0 ? s.call.epoch : combine_epoch;
     if (epoch == 0 || !await_outputs(routed, epoch)) return;
@@ -265,11 +274,9 @@ struct LowLatencyCombine {
                            .out = reinterpret_cast<uint16_t*>(params.args.out),
                            .plan = params.plan,
                            .claims = &p().state->claims[kClaimPull]};
-    const bool early = looks_up_early();
     const auto source = [&](uint32_t token, uint32_t hop, float& weight) -> const uint8_t* {
       if (hop >= num_topk) return nullptr;
-      const uint32_t i = token * num_topk + hop;
-      const ExpertRow from = early ? s.entries[i] : look_up(i);
+      const ExpertRow from = look_up(token * num_topk + hop);
       if (from.owner < 0 || s.regions[from.owner] == nullptr) return nullptr;
       if constexpr (kWeighted) weight = from.weight;
       return s.regions[from.owner] + from.row * row_bytes();
@@ -277,42 +284,58 @@ struct LowLatencyCombine {
     if constexpr (kFp8) {
       pull_fp8_rows<kWeighted>(pull, source);
     } else {
-      pull_rows<kTma, kWeighted>(pull, shared, barriers, [&](uint32_t token, uint32_t hop, float& weight) {
-        return reinterpret_cast<const uint16_t*>(source(token, hop, weight));
-      });
+      constexpr uint32_t kVectors = 1, kBatch = 8;
+      pull_rows_plain<kWeighted, kVectors, kBatch>(pull, source);
     }
   }
 
   // ---- the last warp ----
 
   __device__ void lead() {
-    if (threadIdx.x % kWarpLanes == 0) {
+    if (lane_id() == 0) {
       read_call(p(), s.call, params.sends != 0, true);
       if (params.sends == 0) s.call.epoch = header().combine_epoch;
+      s.seen = 0;
     }
-    const uint64_t routed = header().valid != 0 ? header().view : 0;
-    const LaneSlots slots = lane_slots();  // under way with the rest: what is announced goes there
-    __syncthreads();                       // The workers have taken the entries.
-    if (!is_leader()) return;
-    Leader leader(p(), s.call);
-    leader.wait_stats = reinterpret_cast<int64_t*>(params.args.wait_stats);
-    const bool sends = params.sends != 0, receives = params.receives != 0;
-    bool goes = !s.call.skipped;
-    if (goes && sends) goes = send(leader, routed, slots);
-    if (!goes && leader.lane == 0) header().combine_epoch = 0;
+    for (uint32_t rank = lane_id(); rank < DEEPEP_MAX_RANKS; rank += kWarpLanes) s.waited_ns[rank] = 0;
     __syncwarp();
-    uint64_t view = 0;
-    if (goes && receives) goes = receive(leader, routed, view);
+    const uint64_t routed = header().valid != 0 ? header().view : 0;
+    const LaneSlots slots = lane_slots();
+    const bool leads = is_leader() && !s.call.skipped, sends = params.sends != 0, receives = params.receives != 0;
+    // What is announced is there already: all but the last word of it is said while the workers look up the entries.
+    const bool is_early = leads && sends && !is_led() && !copies();
+    if (is_early) {
+      say(routed, slots);
+      fence_acq_rel_sys();
+    }
+    __syncthreads();  // The workers have looked up the entries.
+    if (!is_leader()) return;
+    bool goes = leads;
+    if (goes && sends) {
+      if (is_early && routed != 0 && s.bad == 0) {
+        raise(routed, slots);
+        keep_sent();
+      } else {
+        goes = send_slowly(params, s, starts);
+      }
+    }
+    if (!goes && lane_id() == 0) header().combine_epoch = 0;
+    __syncwarp();
+    uint64_t view = routed & ~s.call.masked;
+    if (goes && receives) goes = receive(routed, view);
     if (!s.call.skipped && (!goes || (is_led() && receives))) stop_or_release(kStepGo, goes);
-    leader.await_blocks(kMeetEnd, false);
-    if (receives && (goes || is_refused()) && !leader.is_overtaken()) {
+    Leader(p(), s.call).await_blocks(kMeetEnd, false);
+    if (receives && (goes || is_refused()) && (p().mask_on_timeout == 0 || !Leader(p(), s.call).is_overtaken())) {
       // When the call was refused nobody reads, and says so too: then the announcements may be made anew.
       end_reading(p(), view & ~s.call.lost, header().peer_slots, s.call.epoch);
-      if (goes && leader.lane == 0) p().state->rows_pulled += header().num_rows;
-      if (leader.lane == 0) header().combine_epoch = 0;  // Nothing is left to be received, or given up.
+      if (goes && lane_id() == 0) reduce_add_relaxed_gpu(&p().state->rows_pulled, header().num_rows);
+      if (lane_id() == 0) header().combine_epoch = 0;  // Nothing is left to be received, or given up.
     }
+    if (goes && receives && p().mask_on_timeout == 0) keep_waits(p(), 1, s.waited_ns, wait_stats());
     call_end(p(), s.call, {sends, true, receives});
   }
+
+  __device__ int64_t* wait_stats() const { return reinterpret_cast<int64_t*>(params.args.wait_stats); }
 
   // The slots that ranks have used in the dispatch: of those that a lane has to do with.
   struct LaneSlots {
@@ -330,12 +353,96 @@ struct LowLatencyCombine {
   __device__ bool is_refused() const { return s.call.code != 0 && p().state->finding.agreed != 0; }
 
   __device__ void stop_or_release(Step step, bool go) const {
-    if (threadIdx.x % kWarpLanes == 0) release_blocks(p(), s.call, step, go);
+    if (lane_id() == 0) release_blocks(p(), s.call, step, go);
     __syncwarp();
   }
 
-  // False when the call has failed half-way; a refusal is kept for the receive half.
-  __device__ bool send(Leader& leader, uint64_t routed, const LaneSlots& slots) {
+  // ---- the announcement: a line for the ranks of the dispatch; a message in the ring as well, so that a rank which is in
+  // another call notices. First what it says, then, when that is there, the epoch that makes it true.
+
+  template <class Do>
+  __device__ void for_each_peer(const LaneSlots& slots, Do what) const {
+#pragma unroll
+    for (uint32_t nth = 0; nth < LaneSlots::kPeers; ++nth) {
+      const uint32_t peer = nth * kWarpLanes + lane_id();
+      if (peer >= p().options.num_ranks || in_view(s.call.masked | s.call.lost, peer)) continue;
+      what(peer, ready_at(p().symmetric[peer], p().regions, p().rank, slots.slot[nth]),
+           message_at(p().symmetric[peer], p().regions, p().rank, s.call.epoch));
+    }
+    __syncwarp();
+  }
+  // This rank, where rows are cast, is told as well.
+  __device__ bool is_told(uint64_t routed, uint32_t peer) const {
+    return in_view(routed, peer) && (peer != p().rank || casts());
+  }
+  __device__ void say(uint64_t routed, const LaneSlots& slots) const {
+    for_each_peer(slots, [&](uint32_t peer, ReadyLine* line, MessageHeader* message) {
+      if (is_told(routed, peer)) {
+        store_relaxed_sys(&line->code, s.call.code);
+        store_relaxed_sys(&line->flags, params.args.flags & DEEPEP_FLAG_FP8);
+      }
+#pragma unroll
+      for (uint32_t i = 0; i < kNumAgreed; ++i) {
+        message->agreed[i] = i == kAgreedOp              ? uint32_t{DEEPEP_OP_LOW_LATENCY_COMBINE}
+                             : i == kAgreedMaskOnTimeout ? p().mask_on_timeout
+                                                         : 0;
+      }
+      message->slot = p().slot;
+      message->num_tokens = params.routing.num_tokens;
+      message->code = s.call.code;
+    });
+  }
+  // After a fence. Pairs with await_outputs() and receive_slowly() of the peer, and with its gather().
+  __device__ void raise(uint64_t routed, const LaneSlots& slots) const {
+    for_each_peer(slots, [&](uint32_t peer, ReadyLine* line, MessageHeader* message) {
+      if (is_told(routed, peer)) store_relaxed_sys(&line->epoch, s.call.epoch);
+      store_relaxed_sys(&message->epoch, s.call.epoch);
+    });
+  }
+
+  // What the receive half, and later calls, need to know of the send half.
+  __device__ void keep_sent() const {
+    if (lane_id() == 0) {
+      p().state->combine_epoch[p().slot] = s.call.epoch;
+      header().refusal.code = 0;
+      if (s.call.code != 0) header().refusal = p().state->finding;
+      header().num_rows = s.num_rows;
+      header().combine_epoch = s.call.epoch;
+    }
+    __syncwarp();
+  }
+
+  // Waits for the outputs of every rank that takes part, which `view` then has. False when the call fails, on all ranks alike
+  // or half-way.
+  __device__ bool receive(uint64_t routed, uint64_t& view) {
+    const bool may_go = routed != 0 && s.call.epoch != 0 && s.call.code == 0 && header().refusal.code == 0;
+    if (!is_led() && may_go && comes_soon(&s.seen, 1)) {
+      const uint32_t flags = params.args.flags & DEEPEP_FLAG_FP8;
+      bool is_odd = false;
+      for (uint32_t src = lane_id(); src < p().options.num_ranks; src += kWarpLanes) {
+        const ReadyLine* line = ready_at(own_memory(p()), p().regions, src, p().slot);
+        if (src != p().rank && in_view(view, src)) is_odd = is_odd || line->code != 0 || line->flags != flags;
+      }
+      if (!__any_sync(kAllLanes, is_odd)) return true;
+    }
+    view = receive_slowly(params, s, starts);
+    return s.call.code == 0;
+  }
+
+  // ---- its seldom ways ----
+
+  // The send half where something is copied, or refused, or deepep_inject wants something. False when the call has failed
+  // half-way; a refusal is kept for the receive half.
+  DEEPEP_COLD __device__ static bool send_slowly(const LowLatencyCombineParams& params, LowLatencyCombineShared& s,
+                                                 uint32_t* starts) {
+    LowLatencyCombine self{params, s, starts};
+    return self.send();
+  }
+  __device__ bool send() {
+    Leader leader(p(), s.call);
+    leader.wait_stats = wait_stats();
+    const uint64_t routed = header().valid != 0 ? header().view : 0;
+    const LaneSlots slots = lane_slots();
     if (!leader.enter(DEEPEP_PHASE_PUBLISH)) return false;
     // Otherwise the outputs are there already, and deepep_expert_output() has waited where there was something to wait for. A
     // refusal must not take the place of an announcement that a peer has yet to read.
@@ -350,14 +457,10 @@ struct LowLatencyCombine {
       stop_or_release(kStepCounted, true);
       leader.await_blocks(kMeetCopied, false);
     }
-    announce(leader, routed, slots);
-    if (leader.lane == 0) {
-      p().state->combine_epoch[p().slot] = s.call.epoch;
-      header().refusal = s.call.code != 0 ? p().state->finding : Finding{};
-      header().num_rows = s.num_rows;
-      header().combine_epoch = s.call.epoch;
-    }
-    __syncwarp();
+    say(routed, slots);
+    fence_acq_rel_sys();
+    raise(routed, slots);
+    keep_sent();
     return true;
   }
 
@@ -375,27 +478,19 @@ struct LowLatencyCombine {
     }
   }
 
-  // Tells the ranks of the dispatch; a message in the ring as well, so that a rank which is in another call notices.
-  __device__ void announce(Leader& leader, uint64_t routed, const LaneSlots& slots) {
-    const uint64_t gone = s.call.masked | s.call.lost;
-#pragma unroll
-    for (uint32_t nth = 0; nth < LaneSlots::kPeers; ++nth) {
-      const uint32_t peer = nth * kWarpLanes + leader.lane;
-      if (peer >= p().options.num_ranks || peer == p().rank || !in_view(routed & ~gone, peer)) continue;
-      ReadyLine* line = ready_at(p().symmetric[peer], p().regions, p().rank, slots.slot[nth]);
-      store_relaxed_sys(&line->code, s.call.code);
-      store_relaxed_sys(&line->flags, params.args.flags & DEEPEP_FLAG_FP8);
-      store_release_sys(&line->epoch, s.call.epoch);  // Pairs with await_outputs() and receive() of the peer.
-    }
-    uint32_t agreed[kNumAgreed] = {};
-    agreed[kAgreedOp] = DEEPEP_OP_LOW_LATENCY_COMBINE;
-    agreed[kAgreedMaskOnTimeout] = p().mask_on_timeout;
-    leader.publish_all(agreed, params.routing.num_tokens);
+  DEEPEP_COLD __device__ static uint64_t receive_slowly(const LowLatencyCombineParams& params, LowLatencyCombineShared& s,
+                                                        uint32_t* starts) {
+    LowLatencyCombine self{params, s, starts};
+    Leader leader(params.call, s.call);
+    leader.wait_stats = self.wait_stats();
+    uint64_t view = 0;
+    self.wait_for_outputs(leader, self.header().valid != 0 ? self.header().view : 0, view);
+    return view;
   }
 
   // Waits for the outputs of every rank that takes part, which `view` then has. False when the call fails, on all ranks alike
   // or half-way.
-  __device__ bool receive(Leader& leader, uint64_t routed, uint64_t& view) {
+  __device__ bool wait_for_outputs(Leader& leader, uint64_t routed, uint64_t& view) {
     Finding refusal;
     if (params.sends == 0 && s.call.epoch == 0) {
       leader.refuse(DEEPEP_ERROR_ABORTED, Reason::no_send);
@@ -408,8 +503,8 @@ struct LowLatencyCombine {
     if (!leader.enter(DEEPEP_PHASE_REDUCE)) return false;
     leader.begin_waits();
     const auto line = [&](uint32_t src) { return ready_at(own_memory(p()), p().regions, src, p().slot); };
-    const uint64_t came =
-        leader.wait_for(routed, {Reason::late_output, s.call.epoch, 1, false}, [&](uint32_t src) { return &line(src)->epoch; });
+    const uint64_t came = leader.wait_for(routed, {Reason::late_output, s.call.epoch, p().mask_on_timeout != 0 ? 1 : -1, false},
+                                          [&](uint32_t src) { return &line(src)->epoch; });
     if (leader.failed() && !is_refused()) return false;
     view = (came | rank_bit(p().rank)) & routed & ~s.call.masked;
     if (leader.lane == 0) p().state->view = view;
@@ -444,15 +539,15 @@ struct LowLatencyCombine {
 
 // Low-latency combine of one rank: the send half, which is collective, the receive half, or both. Graph-safe. The last warp of
 // block 0 leads.
-template <bool kTma, bool kWeighted, bool kFp8>
+template <bool kWeighted, bool kFp8>
 __global__ void __launch_bounds__(kMaxBlockThreads + kWarpLanes, 1)
     low_latency_combine_kernel(const __grid_constant__ LowLatencyCombineParams params) {
   extern __shared__ __align__(128) uint8_t dynamic_shared[];
   __shared__ LowLatencyCombineShared s;
-  __shared__ uint64_t barriers[kTma ? kMaxBarriers : 1];
-  LowLatencyCombine combine{params, s, dynamic_shared, barriers};
+  fetch_params(params);
+  LowLatencyCombine combine{params, s, reinterpret_cast<uint32_t*>(dynamic_shared)};
   if (is_worker())
-    combine.template work<kTma, kWeighted, kFp8>();
+    combine.template work<kWeighted, kFp8>();
   else
     combine.lead();
 }

@@ -10,6 +10,8 @@
 
 namespace deepep {
 
+constexpr uint32_t kLooksBetween = 16;  // at a peer's word, between two at the leader's
+
 // The warps that work, which are all but the last, meet here; that one waits for peers meanwhile.
 __device__ inline uint32_t num_workers() { return blockDim.x - kWarpLanes; }
 __device__ inline void workers_meet() { named_barrier(1, num_workers()); }
@@ -19,7 +21,7 @@ __device__ inline bool is_worker() { return threadIdx.x < num_workers(); }
 __device__ inline void workers_arrive(const CallParams& p, Meeting meeting) {
   workers_meet();
   // Releases what the workers have written; pairs with Leader::await_blocks().
-  if (threadIdx.x == 0) add_acq_rel_gpu(&p.state->arrivals[meeting], 1);
+  if (threadIdx.x == 0) reduce_add_release_gpu(&p.state->arrivals[meeting], 1);
 }
 
 // The workers wait for the leader's release to `step`, or its stop.
@@ -29,12 +31,48 @@ __device__ inline bool workers_await_leader(const CallParams& p, CallShared& s, 
   return s.go != 0;
 }
 
+// ---- what the leader's warp hears of the workers of its block
+
+// Waits a little for a word that they raise. False when it is time to look elsewhere.
+__device__ inline bool comes_soon(const uint32_t* word, uint32_t at_least) {
+  const uint64_t begin_ns = __shfl_sync(kAllLanes, global_time_ns(), 0);
+  while (__shfl_sync(kAllLanes, load_acquire_block(word), 0) < at_least) {
+    if (__shfl_sync(kAllLanes, global_time_ns(), 0) - begin_ns > Waits::kLookNs) return false;
+  }
+  __syncwarp();  // What the first lane has acquired, all have; others may have looked before.
+  return true;
+}
+
+// Adds what they have waited for each rank to the statistics; `kind` is DeviceState::wait_ns's.
+__device__ inline void keep_waits(const CallParams& p, uint32_t kind, const uint32_t* waited_ns, int64_t* wait_stats) {
+  for (uint32_t src = lane_id(); src < p.options.num_ranks; src += kWarpLanes) {
+    const uint32_t waited = waited_ns[src];
+    if (waited == 0) continue;
+    reduce_add_relaxed_gpu(&p.state->wait_ns[kind][src], waited);
+    if (wait_stats != nullptr) reduce_add_relaxed_gpu(wait_stats + src, waited);
+  }
+}
+
 // What the workers of a block find in the counts. Zeroed before the first meeting.
 struct CountFindings {
   uint32_t bad;       // ~position of the first wrong entry; 0 = none
   uint32_t stop;      // 1 = a peer refuses the call, or means another
   uint32_t overfull;  // ~the first expert whose region cannot hold its rows; 0 = none
   uint32_t counted;   // all of this is known; for the leader
+  uint32_t num_sent;  // leader's block: entries of this rank whose rows are sent
+};
+
+// Where the row of an entry goes. x is nullptr when it goes nowhere.
+struct alignas(16) RowPlace {
+  uint8_t* x;
+  uint8_t* scales;
+};
+static_assert(sizeof(RowPlace) + 8 == kEntryTableBytes);
+
+// What the user is told of the counts; nullptr in all blocks but the leader's.
+struct CountsOut {
+  int32_t* counts;  // [num_local_experts]
+  int64_t* ranges;  // [num_local_experts, num_ranks]
 };
 
 // Tables in shared memory.
@@ -43,16 +81,18 @@ struct LowLatencyTables {
   uint32_t* cursor;  // [num_experts]: entries before those that have no place yet
   uint32_t* base;    // [num_experts]: entries of lower ranks
   uint32_t* sum;     // [num_experts]: entries of all ranks
-  int32_t* experts;  // [kRoundTokens, num_topk]: of the round
-  uint32_t* places;  // [kRoundTokens, num_topk]: among this rank's entries of the expert; with base: in its region
+  RowPlace* places;  // [kRoundTokens, num_topk]: of the round
+  int32_t* experts;  // [kRoundTokens, num_topk]: likewise
+  uint32_t* nth;     // [kRoundTokens, num_topk]: place among this rank's entries of the expert; with base: in its region
 
   __device__ LowLatencyTables(uint8_t* shared, uint32_t num_experts, uint32_t num_topk) {
-    own = reinterpret_cast<uint32_t*>(shared);
+    places = reinterpret_cast<RowPlace*>(shared);
+    experts = reinterpret_cast<int32_t*>(places + kRoundTokens * num_topk);
+    nth = reinterpret_cast<uint32_t*>(experts) + kRoundTokens * num_topk;
+    own = nth + kRoundTokens * num_topk;
     cursor = own + num_experts;
     base = cursor + num_experts;
     sum = base + num_experts;
-    experts = reinterpret_cast<int32_t*>(sum + num_experts);
-    places = reinterpret_cast<uint32_t*>(experts) + kRoundTokens * num_topk;
   }
 };
 
@@ -69,7 +109,7 @@ struct LowLatencyCount {
     const uint32_t entries = input.num_tokens * input.num_topk;
     // Under way while the tables are zeroed.
     int64_t value = threadIdx.x < entries ? input.raw(threadIdx.x) : -1;
-    for (uint32_t i = threadIdx.x; i < 4 * num_experts(); i += num_workers()) tables.own[i] = 0;
+    for (uint32_t i = threadIdx.x; i < 2 * num_experts(); i += num_workers()) tables.own[i] = 0;  // and tables.cursor
     if (threadIdx.x == 0) found = {};
     workers_meet();
     const uint32_t before = own.begin * input.num_topk;
@@ -85,15 +125,16 @@ struct LowLatencyCount {
     }
   }
 
-  // Workers: this rank's counts to the peers. The blocks share the peers.
+  // Workers: this rank's counts to the peers. The blocks share the peers. The first thread must have passed a fence since the
+  // slot became free, which its words say, and which pairs with take_sender() of the peer.
   __device__ void publish(uint64_t epoch, uint64_t to, uint32_t hash, const CountSender& sender) const {
     for (uint32_t peer = blockIdx.x; peer < p.options.num_ranks; peer += gridDim.x) {
       if (peer == p.rank || !in_view(to, peer)) continue;
       uint64_t* words = count_words_at(p.symmetric[peer], p.regions, num_experts(), p.rank, epoch);
-      // Its release says that the slot is free; pairs with take_sender() of the peer.
-      if (threadIdx.x == 0)
-        store_release_sys(words + num_experts() + kInfoSender, count_word(epoch, count_sender_word(sender)));
-      if (threadIdx.x == 1) store_relaxed_sys(words + num_experts() + kInfoAgreed, count_word(epoch, hash));
+      if (threadIdx.x == 0) {
+        store_relaxed_sys(words + num_experts() + kInfoSender, count_word(epoch, count_sender_word(sender)));
+        store_relaxed_sys(words + num_experts() + kInfoAgreed, count_word(epoch, hash));
+      }
       for (uint32_t e = threadIdx.x; e < num_experts(); e += num_workers()) {
         store_relaxed_sys(words + e, count_word(epoch, sender.refuses ? 0 : tables.own[e]));
       }
@@ -101,26 +142,16 @@ struct LowLatencyCount {
   }
 
   // Workers: the words of the ranks in the view, each of which says by itself that it is of this call. One thread takes an
-  // expert's counts, one a rank's slot, which `slot_of(rank, slot)` is told: so that all are under way at once. False when the
-  // leader has stopped the call meanwhile. The workers must meet afterwards.
-  template <class SlotOf>
-  __device__ bool take(const CallShared& s, uint64_t view, uint32_t hash, SlotOf slot_of) const {
-    const uint32_t experts = num_experts(), ranks = p.options.num_ranks;
-    for (uint32_t item = threadIdx.x; item < experts + ranks + 1; item += num_workers()) {
-      const bool came = item < experts           ? take_counts(s, view, item)
-                        : item < experts + ranks ? take_sender(s, view, item - experts, slot_of)
-                                                 : take_agreed(s, view, hash);
+  // expert's counts, one what a rank says of itself, which `heard(rank, sender, waited_ns)` is told: so that all are under way
+  // at once. False when the leader has stopped the call meanwhile. The workers must meet afterwards.
+  template <class Heard>
+  __device__ bool take(const CallShared& s, uint64_t view, uint32_t hash, const CountsOut& out, Heard heard) const {
+    const uint32_t experts = num_experts();
+    for (uint32_t item = threadIdx.x; item < experts + p.options.num_ranks; item += num_workers()) {
+      const bool came = item < experts ? take_counts(s, view, item, out) : take_sender(s, view, item - experts, hash, heard);
       if (!came) return false;
     }
     return true;
-  }
-
-  // Workers, with the tables complete: what every rank finds alike.
-  __device__ void check_regions(uint64_t view) const {
-    for (uint32_t e = threadIdx.x; e < num_experts(); e += num_workers()) {
-      if (tables.sum[e] <= p.regions.low_latency_rows) continue;
-      if (in_view(view, expert_rank(e, num_experts(), p.options.num_ranks))) atomicMax(&found.overfull, ~e);
-    }
   }
 
   // Workers: the experts of a round of tokens. They must meet before the places are found.
@@ -142,79 +173,78 @@ struct LowLatencyCount {
       __syncwarp();
       // The last of those with the same expert moves its cursor on.
       if (expert >= 0 && same >> lane == 1) tables.cursor[expert] = place + 1;
-      if (i < count) tables.places[i] = place;
+      if (i < count) tables.nth[i] = place;
       __syncwarp();
     }
   }
 
  private:
   static constexpr uint32_t kLoads = 8;  // words that a thread has under way
-  static constexpr uint32_t kLooksBetween = 16;
 
-  __device__ const uint64_t* word_of(const CallShared& s, uint32_t src, uint32_t i) const {
-    return count_words_at(own_memory(p), p.regions, num_experts(), src, s.epoch) + i;
+  __device__ const uint64_t* words_of(const CallShared& s, uint32_t src) const {
+    return count_words_at(own_memory(p), p.regions, num_experts(), src, s.epoch);
   }
 
-  __device__ bool take_counts(const CallShared& s, uint64_t view, uint32_t expert) const {
-    uint32_t lower = 0, all = in_view(view, p.rank) ? tables.own[expert] : 0;
-    for (uint32_t first = 0; first < p.options.num_ranks; first += kLoads) {
+  // An expert's counts, rank by rank; and what every rank finds alike: whether its region can hold the rows.
+  __device__ bool take_counts(const CallShared& s, uint64_t view, uint32_t expert, const CountsOut& out) const {
+    const uint32_t local = expert - p.first_expert, ranks = p.options.num_ranks;
+    const bool is_local = out.counts != nullptr && local < p.num_local_experts;
+    const uint64_t stride = uint64_t{p.regions.message_ring} * (num_experts() + kNumCountInfos);
+    const uint64_t* words = words_of(s, 0) + expert;
+    uint32_t begin = 0;
+    for (uint32_t first = 0; first < ranks; first += kLoads, words += kLoads * stride) {
+      uint32_t asked = static_cast<uint32_t>((view & all_ranks(p) & ~rank_bit(p.rank)) >> first);
       uint32_t counts[kLoads];
-      if (!take_some(s, view, first, expert, counts)) return false;
+      for (uint32_t looks = 1;; ++looks) {
+        bool all_came = true;
 #pragma unroll
-      for (uint32_t i = 0; i < kLoads; ++i) {
-        all += counts[i];
-        if (first + i < p.rank) lower += counts[i];
+        for (uint32_t nth = 0; nth < kLoads; ++nth) {
+          counts[nth] = 0;
+          if ((asked >> nth & 1) == 0) continue;
+          const uint64_t word = load_relaxed_sys(words + nth * stride);
+          counts[nth] = static_cast<uint32_t>(word);
+          all_came = all_came && is_count_of(word, s.epoch);
+        }
+        if (all_came) break;
+        if (looks % kLooksBetween == 0 && is_stopped(p, s)) return false;
       }
-    }
-    tables.base[expert] = lower;
-    tables.sum[expert] = all;
-    return true;
-  }
-
-  template <class SlotOf>
-  __device__ bool take_sender(const CallShared& s, uint64_t view, uint32_t src, SlotOf slot_of) const {
-    if (src == p.rank) slot_of(src, p.slot);
-    if (src == p.rank || !in_view(view, src)) return true;
-    for (uint32_t looks = 1;; ++looks) {
-      const uint64_t word = load_acquire_sys(word_of(s, src, num_experts() + kInfoSender));  // Pairs with publish() of src.
-      if (is_count_of(word, s.epoch)) {
-        const CountSender sender = count_sender_from_word(static_cast<uint32_t>(word));
-        if (sender.refuses) atomicOr(&found.stop, 1u);
-        slot_of(src, sender.slot);
-        return true;
-      }
-      if (looks % kLooksBetween == 0 && is_stopped(p, s)) return false;
-    }
-  }
-
-  __device__ bool take_agreed(const CallShared& s, uint64_t view, uint32_t hash) const {
-    for (uint32_t first = 0; first < p.options.num_ranks; first += kLoads) {
-      uint32_t hashes[kLoads];
-      if (!take_some(s, view, first, num_experts() + kInfoAgreed, hashes)) return false;
-      for (uint32_t i = 0; i < kLoads; ++i) {
-        if (is_asked(view, first + i) && hashes[i] != hash) atomicOr(&found.stop, 1u);
-      }
-    }
-    return true;
-  }
-
-  __device__ bool is_asked(uint64_t view, uint32_t src) const {
-    return src < p.options.num_ranks && src != p.rank && in_view(view, src);
-  }
-
-  // The i-th words of ranks `first`, first + 1, …; 0 for those that are not asked.
-  __device__ bool take_some(const CallShared& s, uint64_t view, uint32_t first, uint32_t i, uint32_t (&values)[kLoads]) const {
-    for (uint32_t looks = 1;; ++looks) {
-      bool all_came = true;
 #pragma unroll
       for (uint32_t nth = 0; nth < kLoads; ++nth) {
-        values[nth] = 0;
-        if (!is_asked(view, first + nth)) continue;
-        const uint64_t word = load_relaxed_sys(word_of(s, first + nth, i));
-        values[nth] = static_cast<uint32_t>(word);
-        all_came = all_came && is_count_of(word, s.epoch);
+        const uint32_t src = first + nth;
+        if (src >= ranks) break;
+        if (src == p.rank) {
+          tables.base[expert] = begin;
+          counts[nth] = tables.own[expert];
+        }
+        if (is_local) out.ranges[local * ranks + src] = static_cast<int64_t>(uint64_t{begin} << 32 | counts[nth]);
+        begin += counts[nth];
       }
-      if (all_came) return true;
+    }
+    tables.sum[expert] = begin;
+    if (is_local) out.counts[local] = static_cast<int32_t>(begin);
+    const bool all_take_part = view == all_ranks(p);
+    if (begin > p.regions.low_latency_rows || !all_take_part) {
+      if (!in_view(view, expert_rank(expert, num_experts(), ranks))) return true;  // Nobody keeps these rows.
+      if (begin > p.regions.low_latency_rows) atomicMax(&found.overfull, ~expert);
+    }
+    if (out.counts != nullptr && tables.own[expert] != 0) atomicAdd(&found.num_sent, tables.own[expert]);
+    return true;
+  }
+
+  template <class Heard>
+  __device__ bool take_sender(const CallShared& s, uint64_t view, uint32_t src, uint32_t hash, Heard heard) const {
+    if (src == p.rank || !in_view(view, src)) return true;
+    const uint64_t* infos = words_of(s, src) + num_experts();
+    const uint64_t begin_ns = global_time_ns();
+    for (uint32_t looks = 1;; ++looks) {
+      const uint64_t agreed = load_relaxed_sys(infos + kInfoAgreed);
+      const uint64_t word = load_acquire_sys(infos + kInfoSender);  // Pairs with publish() of src.
+      if (is_count_of(word, s.epoch) && is_count_of(agreed, s.epoch)) {
+        const CountSender sender = count_sender_from_word(static_cast<uint32_t>(word));
+        if (sender.refuses || static_cast<uint32_t>(agreed) != hash) atomicOr(&found.stop, 1u);
+        heard(src, sender, looks == 1 ? 0 : static_cast<uint32_t>(global_time_ns() - begin_ns));
+        return true;
+      }
       if (looks % kLooksBetween == 0 && is_stopped(p, s)) return false;
     }
   }

@@ -6,19 +6,21 @@
 // ARRIVE (wait for everyone's rows). Graph-safe. Callers: launch_low_latency_dispatch(), launch_low_latency_receive().
 //
 // Nobody waits for a leader. Every block counts for itself, and pushes as soon as it has the counts of all ranks; every block
-// says to every peer that its rows are there (`row_flags`). Beside that, the last warp of block 0 leads as in normal mode: it
-// exchanges messages, and only when they tell of a failure, or a deadline passes, does it stop the others. That a block may
-// then have pushed already does no harm: whoever has sent counts has given its slot. Only where ranks may be left out, and
-// where deepep_inject wants something, do the blocks go by the leader's word.
+// says to every peer that its rows are there (`row_flags`), and the leader's workers look for them. Beside that, the last warp
+// of block 0 leads. It has little to do as long as all comes soon; when something does not, or a peer refuses the call, it goes
+// the way of normal mode: it reads the messages, watches the deadline, and stops the others. That a block may then have pushed
+// already does no harm: whoever has sent counts has given its slot. Only where ranks may be left out, and where deepep_inject
+// wants something, do the blocks go by the leader's word.
 #pragma once
 
 #include "low_latency_count.cuh"
 #include "pushed.cuh"
 #include "rows_cast.cuh"
-#include "rows_push.cuh"
 #include "scales.cuh"
 
 namespace deepep {
+
+constexpr uint32_t kReceiveWarps = 9;  // of a receive half, the leader's included
 
 // Where a low-latency slot keeps what it received.
 struct ExpertRegions {
@@ -39,11 +41,44 @@ struct ExpertRegions {
   }
 };
 
-// ---- ARRIVE, in either kernel: the leader's warp ----
+// ---- ARRIVE, in either kernel ----
+
+// What the workers of the leader's block have found of the peers.
+struct Arrivals {
+  uint32_t blocks[DEEPEP_MAX_RANKS];  // that each pushes with
+  uint32_t waited_ns[DEEPEP_MAX_RANKS];
+  uint32_t num_came;  // ranks whose rows are there
+};
+
+// Workers of the leader's block: each warp looks for the rows of some ranks, all of whose blocks tell. They give up when the
+// leader does. All have passed a meeting since the call began.
+__device__ inline void look_for_rows(const CallParams& p, const CallShared& s, Arrivals& arrivals, uint64_t view) {
+  const uint64_t begin_ns = global_time_ns();
+  for (uint32_t src = threadIdx.x / kWarpLanes; src < p.options.num_ranks; src += num_workers() / kWarpLanes) {
+    if (src == p.rank || !in_view(view, src)) continue;
+    const uint64_t* flags = row_flags_at(own_memory(p), p.regions, src);
+    bool stopped = false, waited = false;
+    for (uint32_t block = lane_id(); block < arrivals.blocks[src] && !stopped; block += kWarpLanes) {
+      // Pairs with announce_block() of that block.
+      for (uint32_t looks = 1; load_acquire_sys(flags + block) < s.epoch && !stopped; ++looks) {
+        waited = true;
+        stopped = looks % kLooksBetween == 0 && is_stopped(p, s);
+      }
+    }
+    if (__any_sync(kAllLanes, stopped)) return;
+    waited = __any_sync(kAllLanes, waited);
+    __syncwarp();  // What one lane has acquired, all have.
+    if (lane_id() != 0) continue;
+    if (waited) arrivals.waited_ns[src] += static_cast<uint32_t>(global_time_ns() - begin_ns);
+    reduce_add_release_block(&arrivals.num_came, 1);  // Pairs with comes_soon() of the leader.
+  }
+}
+
+// ---- the leader's warp
 
 // A rank that died between its counts and its rows: the places of its rows become zeros without a source, the others stay where
 // they are, because every rank has computed with them.
-__device__ inline void forget_expert_rows_of(const CallParams& p, const ExpertRegions& regions, uint32_t src) {
+DEEPEP_COLD __device__ inline void forget_expert_rows_of(const CallParams& p, const ExpertRegions& regions, uint32_t src) {
   const uint32_t lane = threadIdx.x % kWarpLanes;
   uint8_t* slot = own_memory(p) + slot_offset(p.regions, p.slot);
   auto* ranges = reinterpret_cast<int64_t*>(slot + p.regions.layout_range);
@@ -65,11 +100,13 @@ __device__ inline void forget_expert_rows_of(const CallParams& p, const ExpertRe
   }
 }
 
-// Waits for everyone's rows. False when the call has failed.
-__device__ inline bool receive_rows(Leader& leader, const LowLatencyRouting& routing, const ExpertRegions& regions) {
-  const CallParams& p = leader.p;
+// Waits for everyone's rows, as long as it takes. False when the call has failed.
+DEEPEP_COLD __device__ inline bool wait_for_rows(const CallParams& p, CallShared& s, const LowLatencyRouting& routing,
+                                                 const ExpertRegions& regions, int64_t* wait_stats) {
+  Leader leader(p, s);
   const uint64_t view = routing.header->view;
   if (p.mask_on_timeout != 0) {
+    leader.wait_stats = wait_stats;
     for (uint64_t rest = wait_pushed(leader, view); rest != 0; rest &= rest - 1) {
       forget_expert_rows_of(p, regions, static_cast<uint32_t>(__ffsll(static_cast<long long>(rest)) - 1));
     }
@@ -77,33 +114,37 @@ __device__ inline bool receive_rows(Leader& leader, const LowLatencyRouting& rou
   }
   if (!leader.enter(DEEPEP_PHASE_ARRIVE)) return false;
   leader.begin_waits();
-  const uint64_t epoch = leader.s.epoch;
+  const uint64_t epoch = s.epoch;
   const uint32_t* blocks = routing.header->peer_blocks;
-  const auto flags = [&](uint32_t src) { return row_flags_at(own_memory(p), p.regions, src); };
-  // Pairs with announce_block() of each block of each rank. Their words are under way together, hence acquired together, below.
-  const auto come = [&](uint64_t pending) {
-    uint64_t came = 0;
-#pragma unroll 8
-    for (uint32_t src = 0; src < p.options.num_ranks; ++src) {
-      bool has_come = in_view(pending, src);
-      for (uint32_t block = leader.lane; has_come && block < blocks[src]; block += kWarpLanes) {
-        has_come = load_relaxed_sys(flags(src) + block) >= epoch;
-      }
-      if (__all_sync(kAllLanes, has_come)) came |= rank_bit(src);
-    }
-    return came;
-  };
+  // Pairs with announce_block() of each block of that rank.
   const auto seen = [&](uint32_t src) {
     uint64_t least = epoch;
     for (uint32_t block = 0; block < blocks[src]; ++block) {
-      const uint64_t flag = load_relaxed_sys(flags(src) + block);
+      const uint64_t flag = load_acquire_sys(row_flags_at(own_memory(p), p.regions, src) + block);
       least = flag < least ? flag : least;
     }
     return least;
   };
-  leader.wait_until(view, {Reason::late_rows, epoch, 0, false}, come, seen);
-  fence_acq_rel_sys();
+  const auto come = [&](uint64_t pending) {
+    return leader.ranks_where([&](uint32_t src) { return in_view(pending, src) && seen(src) >= epoch; });
+  };
+  leader.wait_until(view, {Reason::late_rows, epoch, -1, false}, come, seen);
   return !leader.failed();
+}
+
+// Waits for the rows that look_for_rows() looks for. False when the call has failed.
+__device__ inline bool receive_rows(const CallParams& p, CallShared& s, const LowLatencyRouting& routing,
+                                    const ExpertRegions& regions, const Arrivals& arrivals, uint64_t view,
+                                    int64_t* wait_stats) {
+  const bool plain = p.mask_on_timeout == 0 && p.inject[DEEPEP_PHASE_ARRIVE].wanted == 0;
+  const auto others = static_cast<uint32_t>(__popcll(view & ~rank_bit(p.rank)));
+  if (plain && comes_soon(&arrivals.num_came, others)) return true;
+  const bool came = wait_for_rows(p, s, routing, regions, wait_stats);
+  if (!came && lane_id() == 0) release_blocks(p, s, kStepGo, false);  // The workers may still look.
+  __syncwarp();
+  while (came && p.mask_on_timeout == 0 && !comes_soon(&arrivals.num_came, others)) {
+  }
+  return came;
 }
 
 // ---- the send half ----
@@ -111,6 +152,7 @@ __device__ inline bool receive_rows(Leader& leader, const LowLatencyRouting& rou
 struct LowLatencyShared {
   CallShared call;
   CountFindings found;
+  Arrivals arrivals;
   uint64_t to;    // ranks that the workers tell their counts; the leader learns of more that are lost meanwhile
   uint64_t view;  // ranks that the workers count in
   uint8_t* slots[DEEPEP_MAX_RANKS];
@@ -120,235 +162,188 @@ struct LowLatencyDispatch {
   const LowLatencyDispatchParams& params;
   LowLatencyShared& s;
   uint8_t* shared;
-  uint64_t* barriers;  // of bulk copies
   RoutingInput input;
   LowLatencyTables tables;
 
-  __device__ LowLatencyDispatch(const LowLatencyDispatchParams& given, LowLatencyShared& own, uint8_t* dynamic_shared,
-                                uint64_t* own_barriers)
+  __device__ LowLatencyDispatch(const LowLatencyDispatchParams& given, LowLatencyShared& own, uint8_t* dynamic_shared)
       : params(given),
         s(own),
         shared(dynamic_shared),
-        barriers(own_barriers),
         input{reinterpret_cast<const void*>(given.args.topk_idx), nullptr, given.args.topk_idx_bytes, given.routing.num_tokens,
               given.args.topk_idx != 0 ? given.routing.num_topk : 0},
         tables(dynamic_shared, given.call.options.num_experts, given.routing.num_topk) {}
 
   __device__ const CallParams& p() const { return params.call; }
   __device__ LowLatencyCount counting() { return {p(), input, tables, s.found}; }
-  __device__ uint8_t* stages() const {
-    return shared + low_latency_table_bytes(p().options.num_experts, params.routing.num_topk);
-  }
   __device__ ExpertRegions regions() const { return {params.scales, params.row_bytes, p().regions.low_latency_rows}; }
-  __device__ bool casts() const { return (params.args.flags & DEEPEP_FLAG_FP8) != 0; }
+  __device__ int64_t* wait_stats() const { return reinterpret_cast<int64_t*>(params.args.wait_stats); }
 
   // Whether the blocks go by the leader's word. The same on every block.
   __device__ bool is_led() const {
     return p().mask_on_timeout != 0 || p().inject[DEEPEP_PHASE_NOTIFY].wanted != 0 || p().inject[DEEPEP_PHASE_SEND].wanted != 0;
   }
 
-  __device__ void agree(uint32_t (&agreed)[kNumAgreed]) const {
-    constexpr uint32_t kFlags = DEEPEP_FLAG_SCALES_COLUMN_MAJOR | DEEPEP_FLAG_FP8 | DEEPEP_FLAG_ROUND_SCALE | DEEPEP_FLAG_UE8M0;
-    for (uint32_t& value : agreed) value = 0;
-    agreed[kAgreedOp] = DEEPEP_OP_LOW_LATENCY_DISPATCH;
-    agreed[kAgreedRowBytes] = params.args.row_bytes;
-    agreed[kAgreedNumScales] = params.args.num_scales;
-    agreed[kAgreedScaleElemBytes] = params.args.num_scales != 0 ? params.args.scale_elem_bytes : 0;
-    agreed[kAgreedFlags] = params.args.flags & kFlags;
-    agreed[kAgreedMaskOnTimeout] = p().mask_on_timeout;
-  }
-
   // ---- workers ----
 
-  template <bool kTma, bool kCast>
+  template <bool kCast>
   __device__ void work() {
     const TokenRange own = block_tokens(params.routing.num_tokens);
+    // Before this call the slot was free; publish() wants to say so, and this way nobody waits for the fence.
+    if (threadIdx.x == 0) fence_acq_rel_sys();
     counting().count(own);
     __syncthreads();  // The leader's warp has read the state.
-    if (!s.call.skipped && exchange<kTma, kCast>(own)) send<kTma, kCast>(own);
-    workers_arrive(p(), kMeetEnd);
+    bool pushed = false;
+    if (!s.call.skipped && publish()) pushed = send<kCast>(own);
+    workers_meet();  // This block's rows are in place.
+    if (pushed && p().mask_on_timeout == 0) announce_block();
+    // Releases what the workers have written; pairs with Leader::await_blocks(). Not the warp that announces.
+    if (threadIdx.x == num_workers() - kWarpLanes) reduce_add_release_gpu(&p().state->arrivals[kMeetEnd], 1);
+    if (pushed && is_leader() && params.receives != 0 && p().mask_on_timeout == 0) {
+      look_for_rows(p(), s.call, s.arrivals, s.view);
+    }
   }
 
-  // True when rows may be pushed: then the first round is cast, and has its places.
-  template <bool kTma, bool kCast>
-  __device__ bool exchange(TokenRange own) {
+  // False when the leader has stopped the call.
+  __device__ bool publish() {
     const bool led = is_led();
     if (led && !workers_await_leader(p(), s.call, kStepCounted)) return false;
-    uint32_t agreed[kNumAgreed];
-    agree(agreed);
-    const uint32_t hash = agreed_hash(agreed);
-    counting().publish(s.call.epoch, s.to, hash, {p().slot, gridDim.x, s.found.bad != 0});
+    counting().publish(s.call.epoch, s.to, params.agreed_hash, {p().slot, gridDim.x, s.found.bad != 0});
     if (led) workers_arrive(p(), kMeetCounted);
-    prepare<kTma, kCast>(first_round(own));
+    return true;
+  }
+
+  // Takes the counts of all ranks. True when rows may be pushed.
+  __device__ bool exchange() {
+    const bool led = is_led();
     if (led && !workers_await_leader(p(), s.call, kStepGo)) return false;
     if (s.found.bad != 0) return false;
     const uint64_t view = led ? __ldcg(&p().state->view) : all_ranks(p()) & ~s.call.masked;
-    if (threadIdx.x == 0) s.view = view;
-    const bool came = counting().take(s.call, view, hash, [&](uint32_t rank, uint32_t slot) {
-      s.slots[rank] = p().symmetric[rank] + slot_offset(p().regions, slot);
-    });
-    if (!came) atomicOr(&s.found.stop, 1u);
-    workers_meet();
-    counting().check_regions(view);
-    workers_meet();
-    if (came && threadIdx.x == 0) store_release_block(&s.found.counted, 1);
-    return s.found.stop == 0 && s.found.overfull == 0;
-  }
-
-  // Tokens whose places fit into the tables, and whose rows fit into the stages where they are cast.
-  template <bool kCast>
-  __device__ uint32_t round_tokens() const {
-    return kCast ? min(params.plan.stages, kRoundTokens) : kRoundTokens;
-  }
-  __device__ TokenRange first_round(TokenRange own) const { return round_at(own, own.begin); }
-  __device__ TokenRange round_at(TokenRange own, uint32_t begin) const {
-    const uint32_t most = casts() ? round_tokens<true>() : round_tokens<false>();
-    return {begin, min(own.end, begin + most)};
-  }
-
-  // What can be done for a round before the counts are there.
-  template <bool kTma, bool kCast>
-  __device__ void prepare(TokenRange round) {
-    counting().load_round(round);
-    if constexpr (kCast) {
-      const CastRows rows = {.channels = params.row_bytes,
-                             .round = (params.args.flags & DEEPEP_FLAG_ROUND_SCALE) != 0,
-                             .ue8m0 = (params.args.flags & DEEPEP_FLAG_UE8M0) != 0};
-      const auto* x = reinterpret_cast<const uint8_t*>(params.args.x);
-      cast_rows(rows, stages(), params.plan.chunk_bytes, round.end - round.begin, num_workers() / kWarpLanes,
-                [&](uint32_t nth) { return x + uint64_t{round.begin + nth} * params.args.x_stride; });
-      if constexpr (kTma && kHasTma) fence_proxy_async_shared();
+    if (threadIdx.x == 0) {
+      s.view = view;
+      s.slots[p().rank] = own_memory(p()) + slot_offset(p().regions, p().slot);
     }
+    CountsOut out = {nullptr, nullptr};
+    if (is_leader()) {
+      out = {reinterpret_cast<int32_t*>(params.args.recv_count), reinterpret_cast<int64_t*>(params.args.recv_layout_range)};
+    }
+    const auto heard = [&](uint32_t rank, const CountSender& sender, uint32_t waited_ns) {
+      s.slots[rank] = p().symmetric[rank] + slot_offset(p().regions, sender.slot);
+      if (!is_leader()) return;
+      s.arrivals.blocks[rank] = sender.blocks;
+      s.arrivals.waited_ns[rank] = waited_ns;
+      params.routing.header->peer_slots[rank] = sender.slot;
+      params.routing.header->peer_blocks[rank] = sender.blocks;
+    };
+    if (!counting().take(s.call, view, params.agreed_hash, out, heard)) atomicOr(&s.found.stop, 1u);
     workers_meet();
-    if (threadIdx.x < kWarpLanes) counting().find_places(round);
-    workers_meet();
+    const bool goes = s.found.stop == 0 && s.found.overfull == 0;
+    if (is_leader()) {
+      auto* stats = reinterpret_cast<int32_t*>(params.args.expert_stats);
+      for (uint32_t local = threadIdx.x; goes && stats != nullptr && local < p().num_local_experts; local += num_workers()) {
+        stats[local] += static_cast<int32_t>(tables.sum[p().first_expert + local]);
+      }
+      if (threadIdx.x == 0) store_release_block(&s.found.counted, 1);  // Pairs with comes_soon().
+    }
+    return goes;
   }
 
-  // From places to rows in the experts' regions: `base` is known now. Combine will want them.
+  // Tokens whose places fit into the tables.
+  __device__ TokenRange round_at(TokenRange own, uint32_t begin) const { return {begin, min(own.end, begin + kRoundTokens)}; }
+
+  // Casts a first piece each before the counts are there, then pushes. False when nothing may be pushed.
+  template <bool kCast>
+  __device__ bool send(TokenRange own) {
+    const CastRows rows = {.channels = params.row_bytes,
+                           .round = (params.args.flags & DEEPEP_FLAG_ROUND_SCALE) != 0,
+                           .ue8m0 = (params.args.flags & DEEPEP_FLAG_UE8M0) != 0};
+    const uint32_t given_bytes = kCast ? 2 * params.row_bytes : params.row_bytes;
+    const uint32_t warps = num_workers() / kWarpLanes, warp = threadIdx.x / kWarpLanes;
+    const uint32_t num_topk = input.num_topk;
+    const ScaleUnits scales = kCast ? ScaleUnits{} : given_scales();
+    bool known = false, stopped = false;
+    for (TokenRange round = round_at(own, own.begin);; round = round_at(own, round.end)) {
+      counting().load_round(round);
+      workers_meet();
+      if (warp == 0) counting().find_places(round);
+      if (known) {
+        workers_meet();
+        keep_rows(round);
+      }
+      const PieceCut cut(round.end - round.begin, given_bytes, warps);
+      for (uint32_t nth = warp;; nth += warps) {
+        const uint32_t in_round = nth / cut.per_row, first_unit = nth % cut.per_row * cut.units;
+        const uint32_t token = round.begin + in_round, offset = first_unit * kUnitBytes;
+        const uint32_t left = given_bytes - offset;
+        const uint32_t units = min(cut.units, (left + kUnitBytes - 1) / kUnitBytes);
+        RowPiece<kCast> piece;
+        if (nth < cut.count) {
+          piece.load(reinterpret_cast<const uint8_t*>(params.args.x) + token * params.args.x_stride + offset, units, left);
+          if constexpr (kCast) piece.cast(units, rows.round);
+        }
+        if (!known) {
+          if (!exchange()) return false;
+          known = true;
+          keep_rows(round);
+        }
+        if (nth < warps) stopped = stopped || (p().mask_on_timeout != 0 && must_stop(p(), s.call, s.view));
+        if (nth >= cut.count || stopped) break;
+        for (uint32_t hop = 0; hop < num_topk; ++hop) {
+          const RowPlace place = tables.places[in_round * num_topk + hop];
+          if (place.x == nullptr) continue;
+          piece.store(place.x + (kCast ? offset / 2 : offset), units, left);
+          if constexpr (kCast) {
+            piece.store_scales(rows, place.scales, params.scales.to_elem_stride, first_unit * 2, units);
+          } else if (first_unit == 0) {
+            const auto* from = reinterpret_cast<const uint8_t*>(params.args.scales) + token * params.args.scales_row_stride;
+            for (uint32_t unit = lane_id(); unit < scales.count; unit += kWarpLanes) {
+              store_unit(place.scales + scales.to(unit), load_unit(from + scales.from(unit), scales.bytes), scales.bytes);
+            }
+          }
+        }
+      }
+      if (round.end >= own.end) return true;
+    }
+  }
+
+  // From places among this rank's entries to rows in the experts' regions, which combine will want too. The workers must have
+  // met since the places were found.
   __device__ void keep_rows(TokenRange round) {
     const uint32_t first = round.begin * input.num_topk, count = (round.end - round.begin) * input.num_topk;
     for (uint32_t i = threadIdx.x; i < count; i += num_workers()) {
       const int32_t expert = tables.experts[i];
-      if (expert >= 0) tables.places[i] += tables.base[expert];
+      RowPlace place = {nullptr, nullptr};
+      uint32_t row = 0;
+      if (expert >= 0) {
+        const auto key = static_cast<uint32_t>(expert);
+        row = tables.nth[i] + tables.base[key];
+        const uint32_t rank = expert_rank(key, p().options.num_experts, p().options.num_ranks);
+        if (in_view(s.view, rank)) {
+          const uint32_t local = key - local_experts(p().options.num_experts, p().options.num_ranks, rank).first;
+          const ExpertRegions::Row to = regions().row(p().regions, s.slots[rank], local, row);
+          *to.src_idx = static_cast<int32_t>((first + i) / input.num_topk);
+          place = {to.x, to.scales};
+        }
+      }
+      tables.places[i] = place;
       params.routing.experts[first + i] = expert;
-      params.routing.rows[first + i] = tables.places[i];
+      params.routing.rows[first + i] = row;
     }
     workers_meet();
   }
 
-  template <bool kTma, bool kCast>
-  __device__ void send(TokenRange own) {
-    bool stopped = false;
-    for (TokenRange round = first_round(own);;) {
-      keep_rows(round);
-      stopped = stopped || (p().mask_on_timeout != 0 && must_stop(p(), s.call, s.view));
-      if (!stopped) {
-        if constexpr (kCast)
-          push_cast<kTma>(round);
-        else
-          push<kTma>(round);
-      }
-      round = round_at(own, round.end);
-      if (round.begin >= own.end) break;
-      workers_meet();
-      prepare<kTma, kCast>(round);
-    }
-    if constexpr (kCast && kTma && kHasTma) finish_stores();
-    if (p().mask_on_timeout == 0) announce_block();
-  }
-
-  // The row that an entry of the round becomes; x is nullptr when there is none.
-  __device__ ExpertRegions::Row row_of(uint32_t i) const {
-    const int32_t expert = tables.experts[i];
-    if (expert < 0) return {};
-    const auto key = static_cast<uint32_t>(expert);
-    const uint32_t rank = expert_rank(key, p().options.num_experts, p().options.num_ranks);
-    if (!in_view(s.view, rank)) return {};
-    const uint32_t local = key - local_experts(p().options.num_experts, p().options.num_ranks, rank).first;
-    return regions().row(p().regions, s.slots[rank], local, tables.places[i]);
-  }
-
-  // One warp: what lies beside a row.
-  __device__ void put_beside(const ExpertRegions::Row& row, uint32_t token, const uint8_t* scales,
-                             const ScaleUnits& units) const {
-    const uint32_t lane = threadIdx.x % kWarpLanes;
-    if (lane == 0) *row.src_idx = static_cast<int32_t>(token);
-    for (uint32_t unit = lane; unit < units.count; unit += kWarpLanes) {
-      store_unit(row.scales + units.to(unit), load_unit(scales + units.from(unit), units.bytes), units.bytes);
-    }
-  }
-
-  __device__ ScaleUnits units(uint64_t alignment) const {
+  // How the scales that the caller gives are copied.
+  __device__ ScaleUnits given_scales() const {
     const LowLatencyScales& scales = params.scales;
-    return scale_units(ScaleRows{scales.num, scales.elem_bytes, scales.from_elem_stride, scales.to_elem_stride,
-                                 alignment | scales.to_row_stride | scales.expert_stride});
-  }
-
-  // Rows that were cast: each entry's is copied out of shared memory by one warp.
-  template <bool kTma>
-  __device__ void push_cast(TokenRange round) {
-    const uint32_t lane = threadIdx.x % kWarpLanes, warps = num_workers() / kWarpLanes;
-    const uint32_t count = (round.end - round.begin) * input.num_topk;
-    const ScaleUnits scale_units = units(0);
-    for (uint32_t i = threadIdx.x / kWarpLanes; i < count; i += warps) {
-      const ExpertRegions::Row row = row_of(i);
-      if (row.x == nullptr) continue;
-      const uint32_t nth = i / input.num_topk;
-      const uint8_t* stage = stages() + nth * params.plan.chunk_bytes;
-      if constexpr (kTma && kHasTma) {
-        if (lane == 0) bulk_store(row.x, stage, params.row_bytes);
-      } else {
-        for (uint32_t at = lane * 16; at < params.row_bytes; at += kWarpLanes * 16) {
-          store_stream(row.x + at, *reinterpret_cast<const uint4*>(stage + at));
-        }
-      }
-      put_beside(row, round.begin + nth, stage + CastRows::scales_offset(params.row_bytes), scale_units);
-    }
-    if constexpr (kTma && kHasTma) {
-      if (lane == 0) {
-        bulk_commit();
-        bulk_wait_read<0>();  // The stages are free for the next round.
-      }
-      __syncwarp();
-    }
-  }
-
-  __device__ void finish_stores() const {
-    if (threadIdx.x % kWarpLanes != 0) return;
-    // The whole groups, not their reads alone: what was written is published next.
-    bulk_wait<0>();
-    fence_proxy_async();
-  }
-
-  // Rows as the caller has them.
-  template <bool kTma>
-  __device__ void push(TokenRange round) {
-    const PushRows rows = {.x = reinterpret_cast<const uint8_t*>(params.args.x),
-                           .x_stride = params.args.x_stride,
-                           .row_bytes = params.row_bytes,
-                           .hops = input.num_topk,
-                           .begin = round.begin,
-                           .end = round.end,
-                           .plan = params.plan};
-    const auto to = [&](uint32_t token, uint32_t hop) -> uint8_t* {
-      return hop < input.num_topk ? row_of((token - round.begin) * input.num_topk + hop).x : nullptr;
-    };
-    const ScaleUnits scale_units = units(params.args.scales | params.args.scales_row_stride);
-    push_rows<kTma>(rows, stages(), barriers, to, [&](uint32_t token) {
-      const auto* scales = reinterpret_cast<const uint8_t*>(params.args.scales) + token * params.args.scales_row_stride;
-      for (uint32_t hop = 0; hop < input.num_topk; ++hop) {
-        const ExpertRegions::Row row = row_of((token - round.begin) * input.num_topk + hop);
-        if (row.x != nullptr) put_beside(row, token, scales, scale_units);
-      }
-    });
+    return scale_units(
+        ScaleRows{scales.num, scales.elem_bytes, scales.from_elem_stride, scales.to_elem_stride,
+                  params.args.scales | params.args.scales_row_stride | scales.to_row_stride | scales.expert_stride});
   }
 
   // This block's rows are in place, which every peer is told.
   __device__ void announce_block() const {
-    workers_meet();
     for (uint32_t dst = threadIdx.x; dst < p().options.num_ranks; dst += num_workers()) {
       if (dst == p().rank || !in_view(s.view, dst)) continue;
-      // Pairs with receive_rows() of `dst`.
+      // Pairs with look_for_rows() of `dst`.
       store_release_sys(row_flags_at(p().symmetric[dst], p().regions, p().rank) + blockIdx.x, s.call.epoch);
     }
   }
@@ -356,48 +351,80 @@ struct LowLatencyDispatch {
   // ---- the last warp ----
 
   __device__ void lead() {
-    if (threadIdx.x % kWarpLanes == 0) {
+    if (lane_id() == 0) {
       read_call(p(), s.call, true, true);
       s.to = all_ranks(p()) & ~(s.call.masked | s.call.lost);
+      s.arrivals.num_came = 0;
     }
+    for (uint32_t rank = lane_id(); rank < DEEPEP_MAX_RANKS; rank += kWarpLanes) s.arrivals.waited_ns[rank] = 0;
     __syncthreads();  // The workers have counted.
     if (!is_leader()) return;
-    Leader leader(p(), s.call);
-    leader.wait_stats = reinterpret_cast<int64_t*>(params.args.wait_stats);
     LowLatencyHeader& header = *params.routing.header;
-    bool sent = false;
-    if (leader.lane == 0) {
+    if (lane_id() == 0) {
       header.epoch = s.call.epoch;
       header.valid = 0;
-      header.failure = Finding{};
+      header.failure.code = 0;
+      header.peer_slots[p().rank] = p().slot;
     }
     __syncwarp();
-    if (!s.call.skipped) {
-      sent = exchange_messages(leader);
-      if (is_led() || !sent) stop_or_release(kStepGo, sent);
-      sent = sent && take_findings(leader);
-    }
-    leader.await_blocks(kMeetEnd, false);
-    if (sent && p().mask_on_timeout != 0) {
-      sent = !leader.is_left_out();
-      if (sent) announce_pushed(leader, s.call.view, p().state->peer_slots);
-    }
-    if (leader.lane == 0) {
+    bool sent = !s.call.skipped && exchange_messages();
+    Leader(p(), s.call).await_blocks(kMeetEnd, false);
+    if (p().mask_on_timeout != 0) sent = sent && announce_to_all(p(), s.call);
+    if (lane_id() == 0) {
+      header.view = s.call.view;
       header.valid = sent ? 1 : 0;
       if (!sent && p().state->finding.agreed != 0) header.failure = p().state->finding;
+      if (sent) {
+        reduce_add_relaxed_gpu(&p().state->rows_sent, s.found.num_sent);
+        const uint64_t row_bytes = params.row_bytes + uint64_t{params.scales.num} * params.scales.elem_bytes;
+        reduce_add_relaxed_gpu(&p().state->bytes_sent, s.found.num_sent * row_bytes);
+      }
     }
     __syncwarp();
-    if (sent && params.receives != 0) receive_rows(leader, params.routing, regions());
+    if (sent && params.receives != 0) {
+      receive_rows(p(), s.call, params.routing, regions(), s.arrivals, s.call.view, wait_stats());
+    }
+    if (s.call.code == 0 && p().mask_on_timeout == 0) keep_waits(p(), 0, s.arrivals.waited_ns, wait_stats());
     call_end(p(), s.call, {true, true, params.receives != 0});
   }
 
+  // Tells the peers what this rank calls, and waits until the workers have all counts. False when the call fails.
+  __device__ bool exchange_messages() {
+    if (is_led() || s.found.bad != 0) return exchange_slowly(params, s, shared);
+    Leader(p(), s.call).publish_all(params.agreed, params.routing.num_tokens);
+    const bool soon = comes_soon(&s.found.counted, 1);
+    if (!soon || s.found.stop != 0 || s.found.overfull != 0) return find_out(params, s, shared);
+    if (lane_id() == 0) s.call.view = s.view;
+    __syncwarp();
+    return true;
+  }
+
+  // ---- its seldom ways
+
   __device__ void stop_or_release(Step step, bool go) const {
-    if (threadIdx.x % kWarpLanes == 0) release_blocks(p(), s.call, step, go);
+    if (lane_id() == 0) release_blocks(p(), s.call, step, go);
     __syncwarp();
   }
 
-  // As in normal mode; the words of the workers are for speed, this is for the truth. True when every rank makes this call.
-  __device__ bool exchange_messages(Leader& leader) {
+  // The peers have this rank's rows, should it take part still.
+  DEEPEP_COLD __device__ static bool announce_to_all(const CallParams& p, CallShared& s) {
+    Leader leader(p, s);
+    if (leader.is_left_out()) return false;
+    announce_pushed(leader, s.view, p.state->peer_slots);
+    return true;
+  }
+
+  // As in normal mode: the blocks wait for what the messages say.
+  DEEPEP_COLD __device__ static bool exchange_slowly(const LowLatencyDispatchParams& params, LowLatencyShared& s,
+                                                     uint8_t* shared) {
+    LowLatencyDispatch self(params, s, shared);
+    const bool went = self.exchange_messages_first();
+    self.stop_or_release(kStepGo, went);
+    return went && self.take_findings();
+  }
+  __device__ bool exchange_messages_first() {
+    Leader leader(p(), s.call);
+    leader.wait_stats = wait_stats();
     if (!leader.enter(DEEPEP_PHASE_NOTIFY)) return false;  // Silent, as deepep_inject told it.
     if (is_led()) {
       // Whoever has this rank's message has its counts.
@@ -413,41 +440,35 @@ struct LowLatencyDispatch {
       finding.seen = input.raw(bad);
       leader.refuse(DEEPEP_ERROR_INVALID_ARGUMENT, Reason::bad_entry, finding);
     }
-    uint32_t agreed[kNumAgreed];
-    agree(agreed);
-    leader.publish_all(agreed, params.routing.num_tokens);
-    if (!leader.gather(agreed, 0, true)) return false;
-    keep_view(leader);
-    return leader.enter(DEEPEP_PHASE_SEND);
+    leader.publish_all(params.agreed, params.routing.num_tokens);
+    return leader.gather(params.agreed, p().mask_on_timeout != 0 ? 0 : -1, true) && leader.enter(DEEPEP_PHASE_SEND);
   }
 
-  __device__ void keep_view(const Leader& leader) const {
-    LowLatencyHeader& header = *params.routing.header;
-    if (leader.lane == 0) header.view = s.call.view;
-    for (uint32_t rank = leader.lane; rank < p().options.num_ranks; rank += kWarpLanes) {
-      header.peer_slots[rank] = rank == p().rank ? p().slot : p().state->peer_slots[rank];
-    }
-    __syncwarp();
+  // The counts do not come soon, or say that something is wrong: the messages tell.
+  DEEPEP_COLD __device__ static bool find_out(const LowLatencyDispatchParams& params, LowLatencyShared& s, uint8_t* shared) {
+    LowLatencyDispatch self(params, s, shared);
+    Leader leader(params.call, s.call);
+    const bool went = leader.gather(params.agreed, -1, true);
+    if (!went) self.stop_or_release(kStepGo, false);
+    return went && self.take_findings();
   }
 
-  // What the workers have found in the counts; the user's part of the counts. False when the call fails.
-  __device__ bool take_findings(Leader& leader) {
+  // What the workers have found in the counts. False when the call fails.
+  __device__ bool take_findings() {
+    Leader leader(p(), s.call);
     if (!await_counts(leader)) {
       stop_or_release(kStepGo, false);
       return false;
     }
-    if (s.found.overfull != 0) {
-      const uint32_t expert = ~s.found.overfull;
-      Finding finding;
-      finding.peer = static_cast<int32_t>(expert_rank(expert, p().options.num_experts, p().options.num_ranks));
-      finding.a = static_cast<int32_t>(expert);
-      finding.expected = p().regions.low_latency_rows;
-      finding.seen = tables.sum[expert];
-      leader.refuse(DEEPEP_ERROR_CAPACITY, Reason::expert_capacity, finding);
-      return false;
-    }
-    fill_counts(leader);
-    return true;
+    if (s.found.overfull == 0) return true;
+    const uint32_t expert = ~s.found.overfull;
+    Finding finding;
+    finding.peer = static_cast<int32_t>(expert_rank(expert, p().options.num_experts, p().options.num_ranks));
+    finding.a = static_cast<int32_t>(expert);
+    finding.expected = p().regions.low_latency_rows;
+    finding.seen = tables.sum[expert];
+    leader.refuse(DEEPEP_ERROR_CAPACITY, Reason::expert_capacity, finding);
+    return false;
   }
 
   // Waits until the workers of this block have all counts: every rank has sent its message, so they are all but there.
@@ -485,59 +506,25 @@ struct LowLatencyDispatch {
     }
     return true;
   }
-
-  // The leader's warp: counts, ranges and statistics for the user, and what the later halves need to know.
-  __device__ void fill_counts(const Leader& leader) const {
-    const uint32_t ranks = p().options.num_ranks, experts = p().options.num_experts;
-    auto* counts = reinterpret_cast<int32_t*>(params.args.recv_count);
-    auto* ranges = reinterpret_cast<int64_t*>(params.args.recv_layout_range);
-    auto* stats = reinterpret_cast<int32_t*>(params.args.expert_stats);
-    for (uint32_t local = leader.lane; local < p().num_local_experts; local += kWarpLanes) {
-      uint64_t begin = 0;
-#pragma unroll 8
-      for (uint32_t src = 0; src < ranks; ++src) {
-        const uint64_t word = load_relaxed_sys(words_of(src) + p().first_expert + local);
-        uint32_t count = src == p().rank ? tables.own[p().first_expert + local] : static_cast<uint32_t>(word);
-        if (!in_view(s.call.view, src)) count = 0;
-        ranges[local * ranks + src] = static_cast<int64_t>(begin << 32 | count);
-        begin += count;
-      }
-      counts[local] = static_cast<int32_t>(begin);
-      if (stats != nullptr) stats[local] += static_cast<int32_t>(begin);
-    }
-    for (uint32_t src = leader.lane; src < ranks; src += kWarpLanes) {
-      if (src == p().rank || !in_view(s.call.view, src)) continue;
-      const uint64_t sender = load_relaxed_sys(words_of(src) + experts + kInfoSender);
-      params.routing.header->peer_blocks[src] = count_sender_from_word(static_cast<uint32_t>(sender)).blocks;
-    }
-    uint32_t sent = 0;
-    for (uint32_t e = leader.lane; e < experts; e += kWarpLanes) {
-      if (in_view(s.call.view, expert_rank(e, experts, ranks))) sent += tables.own[e];
-    }
-    sent = __reduce_add_sync(kAllLanes, sent);
-    if (leader.lane != 0) return;
-    p().state->rows_sent += sent;
-    p().state->bytes_sent += uint64_t{sent} * (params.row_bytes + uint64_t{params.scales.num} * params.scales.elem_bytes);
-  }
 };
 
 // Low-latency dispatch of one rank, its send half or both. Collective; graph-safe. The last warp of block 0 leads.
-template <bool kTma, bool kCast>
+template <bool kCast>
 __global__ void __launch_bounds__(kMaxBlockThreads + kWarpLanes, 1)
     low_latency_dispatch_kernel(const __grid_constant__ LowLatencyDispatchParams params) {
   extern __shared__ __align__(128) uint8_t dynamic_shared[];
   __shared__ LowLatencyShared s;
-  __shared__ uint64_t barriers[kCast ? 1 : kMaxBarriers];
-  LowLatencyDispatch dispatch(params, s, dynamic_shared, barriers);
+  fetch_params(params);
+  LowLatencyDispatch dispatch(params, s, dynamic_shared);
   if (is_worker())
-    dispatch.template work<kTma, kCast>();
+    dispatch.template work<kCast>();
   else
     dispatch.lead();
 }
 
 // Fails a receive half whose send half did not come to its end, or repeats what that has found.
-__device__ inline bool check_send_half(Leader& leader, const LowLatencyHeader& header) {
-  if (header.valid != 0) return true;
+DEEPEP_COLD __device__ inline bool check_send_half(const CallParams& p, CallShared& s, const LowLatencyHeader& header) {
+  Leader leader(p, s);
   if (header.failure.code == 0) {
     Finding finding;
     finding.expected = static_cast<int64_t>(header.epoch);
@@ -548,21 +535,36 @@ __device__ inline bool check_send_half(Leader& leader, const LowLatencyHeader& h
   return false;
 }
 
-// The receive half of a low-latency dispatch. Not collective; graph-safe. One warp.
-__global__ void __launch_bounds__(kWarpLanes, 1)
+// The receive half of a low-latency dispatch. Not collective; graph-safe. One block, whose last warp leads.
+__global__ void __launch_bounds__(kReceiveWarps* kWarpLanes, 1)
     low_latency_receive_kernel(const __grid_constant__ LowLatencyReceiveParams params) {
   __shared__ CallShared s;
+  __shared__ Arrivals arrivals;
+  fetch_params(params);
   const CallParams& p = params.call;
-  call_begin(p, s, false, true);
   const LowLatencyHeader& header = *params.routing.header;
-  if (threadIdx.x == 0) s.epoch = header.epoch;
-  __syncwarp();
-  Leader leader(p, s);
-  leader.wait_stats = reinterpret_cast<int64_t*>(params.wait_stats);
-  if (!s.skipped && check_send_half(leader, header)) {
-    receive_rows(leader, params.routing, {params.scales, params.row_bytes, p.regions.low_latency_rows});
+  if (threadIdx.x == num_workers()) {
+    read_call(p, s, false, true);
+    s.epoch = header.epoch;
+    arrivals.num_came = 0;
   }
-  arrive(p, kMeetEnd);
+  for (uint32_t src = threadIdx.x; src < p.options.num_ranks; src += blockDim.x) {
+    arrivals.blocks[src] = header.peer_blocks[src];
+    arrivals.waited_ns[src] = 0;
+  }
+  const uint64_t view = header.view;
+  const bool is_valid = header.valid != 0;
+  __syncthreads();
+  if (is_worker()) {
+    if (!s.skipped && is_valid && p.mask_on_timeout == 0) look_for_rows(p, s, arrivals, view);
+    return;
+  }
+  auto* wait_stats = reinterpret_cast<int64_t*>(params.wait_stats);
+  if (!s.skipped && (is_valid || check_send_half(p, s, header))) {
+    receive_rows(p, s, params.routing, {params.scales, params.row_bytes, p.regions.low_latency_rows}, arrivals, view,
+                 wait_stats);
+  }
+  if (s.code == 0 && p.mask_on_timeout == 0) keep_waits(p, 0, arrivals.waited_ns, wait_stats);
   call_end(p, s, {false, true, true});
 }
 

@@ -12,6 +12,10 @@
 
 #include "../common/cast.hpp"
 
+// A function that is seldom run: it stays out of the way of the instructions that are run each time, because a kernel of a few
+// microseconds spends much of them on fetching its code.
+#define DEEPEP_COLD __noinline__
+
 namespace deepep {
 
 constexpr uint32_t kWarpLanes = 32;
@@ -74,6 +78,9 @@ DEEPEP_STORE(store_release_gpu, "st.release.gpu.global")
 DEEPEP_ATOMIC(add_acq_rel_gpu, "atom.acq_rel.gpu.global.add")
 DEEPEP_ATOMIC(add_relaxed_gpu, "atom.relaxed.gpu.global.add")
 DEEPEP_ATOMIC(max_relaxed_gpu, "atom.relaxed.gpu.global.max")
+// Nothing comes back, and nobody waits for it.
+DEEPEP_STORE(reduce_add_release_gpu, "red.release.gpu.global.add")
+DEEPEP_STORE(reduce_add_relaxed_gpu, "red.relaxed.gpu.global.add")
 #undef DEEPEP_LOAD
 #undef DEEPEP_STORE
 #undef DEEPEP_ATOMIC
@@ -118,6 +125,13 @@ __device__ __forceinline__ uint32_t lane_id() {
 __device__ __forceinline__ uint32_t bf16_pair(float low, float high) {
   uint32_t both;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
+  return both;
+}
+
+// Of two pairs of bf16 the larger magnitudes, place by place; NaN is left out. `most` has no signs.
+__device__ __forceinline__ uint32_t larger_magnitudes(uint32_t most, uint32_t pair) {
+  uint32_t both;
+  asm("max.bf16x2 %0, %1, %2;" : "=r"(both) : "r"(most), "r"(pair & 0x7fff7fff));
   return both;
 }
 
@@ -167,6 +181,20 @@ __device__ __forceinline__ uint32_t load_acquire_block(const uint32_t* shared) {
 }
 __device__ __forceinline__ void store_release_block(uint32_t* shared, uint32_t value) {
   asm volatile("st.release.cta.u32 [%0], %1;" ::"l"(shared), "r"(value) : "memory");
+}
+__device__ __forceinline__ void reduce_add_release_block(uint32_t* shared, uint32_t value) {
+  asm volatile("red.release.cta.add.u32 [%0], %1;" ::"l"(shared), "r"(value) : "memory");
+}
+
+// The parameters of a kernel lie in constant memory that no launch before has touched, and a cache line of them costs a trip
+// to memory where it is first read: the warps of the block fetch all of them at once.
+template <class Params>
+__device__ __forceinline__ void fetch_params(const Params& params) {
+  constexpr uint32_t kLineWords = 16;
+  const auto* words = reinterpret_cast<const uint32_t*>(&params);
+  for (uint32_t line = threadIdx.x / kWarpLanes; line < sizeof(Params) / 4 / kLineWords; line += blockDim.x / kWarpLanes) {
+    asm volatile("" ::"r"(words[line * kLineWords]));
+  }
 }
 
 // ---- shared memory and TMA: sm_90 ------------------------------------------------------------------------------------------

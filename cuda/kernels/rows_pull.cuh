@@ -278,10 +278,9 @@ __device__ void pull_rows_bulk(const PullRows& p, uint8_t* shared, uint64_t* bar
   ring.end();
 }
 
-template <bool kWeighted, class Src>
+// A lane loads kVectors vectors of kBatch rows at once.
+template <bool kWeighted, uint32_t kVectors, uint32_t kBatch, class Src>
 __device__ void pull_rows_plain(const PullRows& p, Src& src) {
-  constexpr uint32_t kVectors = 2;
-  constexpr uint32_t kBatch = 4;
   using Piece = PieceSum<kVectors>;
   const uint32_t row_bytes = p.hidden * 2;
   PieceCursor cursor(p.share(), p.plan, row_bytes, Piece::kBytes);
@@ -342,7 +341,7 @@ __device__ __forceinline__ void pull_rows(const PullRows& p, uint8_t* shared, ui
       return pull_rows_bulk<kWeighted, kPullPieceBytes / (kWarpLanes * 16), kPullBatch>(p, shared, barriers, src);
     }
   }
-  pull_rows_plain<kWeighted>(p, src);
+  pull_rows_plain<kWeighted, 2, 4>(p, src);
 }
 
 }  // namespace deepep

@@ -13,6 +13,8 @@
 #include "bulk.hpp"
 #include "language.hpp"
 
+#define DEEPEP_COLD
+
 namespace deepep {
 
 constexpr uint32_t kWarpLanes = 32;
@@ -95,6 +97,15 @@ T max_relaxed_gpu(T* address, std::type_identity_t<T> value) {
   return atomicMax(address, value);
 }
 
+template <class T>
+void reduce_add_release_gpu(T* address, std::type_identity_t<T> value) {
+  add_acq_rel_gpu(address, value);
+}
+template <class T>
+void reduce_add_relaxed_gpu(T* address, std::type_identity_t<T> value) {
+  add_relaxed_gpu(address, value);
+}
+
 inline void fence_acq_rel_sys() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 // ---- 16 bytes at once ----------------------------------------------------------------------------------------------------
@@ -123,6 +134,13 @@ inline uint32_t bf16_pair(float low, float high) {
   return static_cast<uint32_t>(bf16_from_f32(high)) << 16 | bf16_from_f32(low);
 }
 
+// Of two pairs of bf16 the larger magnitudes, place by place; NaN is left out. `most` has no signs.
+inline uint32_t larger_magnitudes(uint32_t most, uint32_t pair) {
+  const uint32_t low = pair & 0x7fff, high = pair >> 16 & 0x7fff, most_low = most & 0xffff, most_high = most >> 16;
+  return (low <= kBf16Infinity && low > most_low ? low : most_low) |
+         (high <= kBf16Infinity && high > most_high ? high : most_high) << 16;
+}
+
 // Two values as e4m3, the first one in the lower byte.
 inline uint32_t e4m3_pair(float low, float high) {
   return e4m3_from_f32(low) | static_cast<uint32_t>(e4m3_from_f32(high)) << 8;
@@ -143,6 +161,10 @@ inline float2 floats_from_e4m3(uint16_t both) {
 // A word in shared memory that warps pass on without a meeting.
 inline uint32_t load_acquire_block(const uint32_t* shared) { return looked_at<__ATOMIC_ACQUIRE>(shared); }
 inline void store_release_block(uint32_t* shared, uint32_t value) { stored<__ATOMIC_RELEASE>(shared, value); }
+inline void reduce_add_release_block(uint32_t* shared, uint32_t value) { add_acq_rel_gpu(shared, value); }
+
+template <class Params>
+void fetch_params(const Params&) {}
 
 // ---- shared memory and TMA -------------------------------------------------------------------------------------------------
 
