@@ -86,7 +86,7 @@ DEEPEP_HOST_DEVICE constexpr Plan copy_plan(const Plan& plan, uint32_t row_bytes
 
 // Shared memory in which a block of a low-latency dispatch counts: four words an expert, and what it knows of a round's
 // entries.
-constexpr uint32_t kEntryTableBytes = 24;
+constexpr uint32_t kEntryTableBytes = 28;
 DEEPEP_HOST_DEVICE constexpr uint32_t low_latency_table_bytes(uint32_t num_experts, uint32_t num_topk) {
   return static_cast<uint32_t>(
       align_up(16 * uint64_t{num_experts} + kEntryTableBytes * uint64_t{kRoundTokens} * num_topk, 128));
@@ -96,13 +96,22 @@ constexpr bool is_low_latency(int32_t op) {
   return op == DEEPEP_OP_LOW_LATENCY_DISPATCH || op == DEEPEP_OP_LOW_LATENCY_COMBINE;
 }
 
-// Blocks that low latency has work for: a block more is one more to wait for.
-constexpr int32_t useful_blocks(const Work& work) {
-  constexpr uint32_t kPieceBytes = 512;  // of a row that a warp of a combine reduces at once
-  const uint64_t pieces = work.op == DEEPEP_OP_LOW_LATENCY_DISPATCH
-                              ? work.num_tokens
-                              : ceil_div(uint64_t{work.num_tokens} * ceil_div(work.row_bytes, kPieceBytes), kMaxWarps);
-  return pieces < 1 ? 1 : static_cast<int32_t>(pieces < kMaxBlocks ? pieces : kMaxBlocks);
+// Low latency moves rows in units of so many bytes, as they are given: 16 for each lane of a warp.
+constexpr uint32_t kUnitBytes = 512;
+// That a warp holds at once, at most: the longer the runs that it writes, the better memory keeps up.
+constexpr uint32_t kPieceUnits = 14;
+
+// Blocks that low latency has work for, at most `sms`: a block more is one more to wait for. A unit for every warp will do; in
+// a dispatch every token has as many blocks as the others, or shares one.
+constexpr int32_t useful_blocks(const Work& work, int32_t sms) {
+  const uint64_t units = ceil_div(work.row_bytes, kUnitBytes), most = static_cast<uint64_t>(sms);
+  if (work.num_tokens == 0) return 1;
+  if (work.op == DEEPEP_OP_LOW_LATENCY_DISPATCH) {
+    const uint64_t wanted = ceil_div(units, kMaxWarps), share = most / work.num_tokens;
+    return static_cast<int32_t>(share < 1 ? most : work.num_tokens * (share < wanted ? share : wanted));
+  }
+  const uint64_t blocks = ceil_div(work.num_tokens * units, kMaxWarps);
+  return static_cast<int32_t>(blocks < most ? blocks : most);
 }
 
 constexpr Plan make_plan(const Work& work, const Topology& topology) {
@@ -110,7 +119,7 @@ constexpr Plan make_plan(const Work& work, const Topology& topology) {
   const uint32_t ranks = topology.ranks_on_device > 0 ? topology.ranks_on_device : 1;
   const int32_t share = topology.device_sms / static_cast<int32_t>(ranks);
   plan.sms = work.num_sms != 0 ? work.num_sms : share < 1 ? 1 : share < kDefaultSms ? share : kDefaultSms;
-  if (is_low_latency(work.op) && useful_blocks(work) < plan.sms) plan.sms = useful_blocks(work);
+  if (is_low_latency(work.op)) plan.sms = useful_blocks(work, plan.sms);
   plan.warps = kMaxWarps;
   const bool push = work.op == DEEPEP_OP_DISPATCH || work.op == DEEPEP_OP_LOW_LATENCY_DISPATCH;
   const uint32_t table_bytes = work.op == DEEPEP_OP_LOW_LATENCY_DISPATCH  ? low_latency_table_bytes(work.num_experts, work.hops)
@@ -126,7 +135,10 @@ constexpr Plan make_plan(const Work& work, const Topology& topology) {
   if (plan.tma == 0 || is_low_latency(work.op) || bytes / plan.warps < least) {
     plan.tma = 0;
     plan.warps = kMaxWarps;
-    plan.stages = 1;
+    // A combine that casts rows where they are holds a whole one in a block. No stages = it does not fit.
+    const bool too_long =
+        work.op == DEEPEP_OP_LOW_LATENCY_COMBINE && work.fp8 && ceil_div(work.row_bytes, kPieceUnits * kUnitBytes) > kMaxWarps;
+    plan.stages = too_long ? 0 : 1;
     plan.chunk_bytes = push ? 2048 : 1024;
     plan.block_bytes = table_bytes;
     return plan;

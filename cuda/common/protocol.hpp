@@ -105,14 +105,6 @@ struct View {
 };
 static_assert(sizeof(View) <= kLineBytes);
 
-// Announcement of a low-latency combine, for one slot of the reader.
-struct ReadyLine {
-  uint64_t epoch;  // stored last, with release
-  int32_t code;    // as in a message
-  uint32_t flags;  // DEEPEP_FLAG_FP8, which all ranks must say alike
-};
-static_assert(sizeof(ReadyLine) <= kLineBytes);
-
 // Count words: what a low-latency dispatch says beside its message when all blocks of a GPU work out the places of their rows
 // by themselves. u64 [num_experts] entries for each expert, then the infos; each is epoch << 32 | value, so that it needs no
 // other word to be believed, and nobody waits for a leader. They lie in a ring like the messages, and for the same reason.
@@ -140,6 +132,19 @@ DEEPEP_HOST_DEVICE constexpr uint32_t agreed_hash(const uint32_t (&agreed)[kNumA
   for (uint32_t i = 0; i < kNumAgreed; ++i) hash = (hash ^ agreed[i]) * 16777619u;
   return hash;
 }
+
+// Announcement of a low-latency combine, for one slot of the reader. What it says names its epoch as well, a count word: then
+// nobody has to store one before the other.
+struct ReadyLine {
+  uint64_t epoch;  // a release, or after a fence: the outputs are there
+  uint64_t said;   // count_word(epoch, ready_said())
+};
+static_assert(sizeof(ReadyLine) <= kLineBytes);
+DEEPEP_HOST_DEVICE constexpr uint32_t ready_said(int32_t code, uint32_t flags) {
+  return static_cast<uint32_t>(code) << 16 | (flags & 0xffff);
+}
+DEEPEP_HOST_DEVICE constexpr int32_t code_said(uint64_t said) { return static_cast<int32_t>(said >> 16 & 0xffff); }
+DEEPEP_HOST_DEVICE constexpr uint32_t flags_said(uint64_t said) { return static_cast<uint32_t>(said) & 0xffff; }
 
 // An abort word: epoch << 16 | code << 8 | culprit. One word, so that it is never seen half-written.
 struct Abort {

@@ -123,8 +123,7 @@ void announce_outputs(Operation& op, const LowLatencyCombine& job) {
     publish(op, draft, peer);
     if (!in_view(state.routing.view, peer)) continue;
     ReadyLine* line = ready_at(buffer.symmetric(peer), buffer.regions, buffer.rank, state.slots[peer]);
-    line->code = op.failure.code;
-    line->flags = job.args.flags & DEEPEP_FLAG_FP8;
+    line->said = count_word(op.epoch, ready_said(op.failure.code, job.args.flags & DEEPEP_FLAG_FP8));
     store_release(&line->epoch, op.epoch);  // Pairs with the acquire in receive() of the peer.
   }
   for (uint32_t peer = 0; peer < buffer.options.num_ranks; ++peer) {
@@ -140,8 +139,10 @@ bool send(Operation& op, LowLatencyCombine& job) {
   take_routing(op, job);
   begin_reading(op, job.slot);
   if (op.failure.code == 0) {
-    if (casts(job)) cast_in(op.buffer, job);
-    else copy_in(op.buffer, job);
+    if (casts(job))
+      cast_in(op.buffer, job);
+    else
+      copy_in(op.buffer, job);
   }
   announce_outputs(op, job);
   job.refusal = op.failure;
@@ -159,19 +160,21 @@ bool wait_for_outputs(Operation& op, const LowLatencyCombine& job, PeerWait& wai
     const ReadyLine* line = ready_at(buffer.symmetric(buffer.rank), buffer.regions, src, job.slot);
     // Pairs with the release in announce_outputs() of src.
     const MessageHeader* message = message_at(buffer.symmetric(buffer.rank), buffer.regions, src, op.epoch);
-    const Arrival arrival =
-        wait.wait_for(src, &line->epoch, op.epoch, {.reason = Reason::late_output, .message = message});
+    const Arrival arrival = wait.wait_for(src, &line->epoch, op.epoch, {.reason = Reason::late_output, .message = message});
     if (arrival == Arrival::failed) return false;
-    if (arrival == Arrival::left_out) view &= ~(uint64_t{1} << src);
-    else if (line->code != 0 && refused < 0) refused = static_cast<int32_t>(src);
-    else if (line->flags != flags && differs < 0) differs = static_cast<int32_t>(src);
+    if (arrival == Arrival::left_out)
+      view &= ~(uint64_t{1} << src);
+    else if (code_said(line->said) != 0 && refused < 0)
+      refused = static_cast<int32_t>(src);
+    else if (flags_said(line->said) != flags && differs < 0)
+      differs = static_cast<int32_t>(src);
   }
   if (job.refusal.code != 0) {
     op.failure = job.refusal;
     op.agreed = true;
   } else if (refused >= 0) {
     const auto by = static_cast<uint32_t>(refused);
-    fail_refused(op, by, ready_at(buffer.symmetric(buffer.rank), buffer.regions, by, job.slot)->code);
+    fail_refused(op, by, code_said(ready_at(buffer.symmetric(buffer.rank), buffer.regions, by, job.slot)->said));
   } else if (differs >= 0) {
     const auto by = static_cast<uint32_t>(differs);
     op.fail({.code = DEEPEP_ERROR_MISMATCH,
@@ -180,7 +183,7 @@ bool wait_for_outputs(Operation& op, const LowLatencyCombine& job, PeerWait& wai
              .agreed = 1,
              .a = kAgreedFlags,
              .expected = flags,
-             .seen = ready_at(buffer.symmetric(buffer.rank), buffer.regions, by, job.slot)->flags});
+             .seen = flags_said(ready_at(buffer.symmetric(buffer.rank), buffer.regions, by, job.slot)->said)});
   }
   return op.failure.code == 0;
 }
@@ -219,8 +222,10 @@ bool reduce(Operation& op, const LowLatencyCombine& job, uint64_t view) {
                                  .num_rows = count,
                                  .hidden = options.hidden,
                                  .out = reinterpret_cast<uint16_t*>(job.args.out) + size_t{token} * options.hidden};
-    if (casts(job)) reduce_fp8_rows(reduction);
-    else reduce_rows(reduction);
+    if (casts(job))
+      reduce_fp8_rows(reduction);
+    else
+      reduce_rows(reduction);
     rows_pulled += count;
   }
   buffer.counters.rows_pulled += rows_pulled;

@@ -108,9 +108,12 @@ uint64_t enqueue_dispatch(Buffer& buffer, const deepep_low_latency_dispatch_args
                                                           .scales = scales_of(slot->layout),
                                                           .row_bytes = slot->layout.row_bytes,
                                                           .receives = slot->received ? 1u : 0u,
+                                                          .plan = plan,
                                                           .agreed = {},
                                                           .agreed_hash = 0,
-                                                          .plan = plan};
+                                                          .blocks_a_token = 0,
+                                                          .piece_units = 0,
+                                                          .row_pieces = 0};
                        params.call.slot = index;
                        return launch_low_latency_dispatch(params, stream);
                      });

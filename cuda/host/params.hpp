@@ -166,11 +166,15 @@ struct LowLatencyDispatchParams {
   deepep_low_latency_dispatch_args args;  // with its [out] addresses
   LowLatencyRouting routing;
   LowLatencyScales scales;
-  uint32_t row_bytes;           // as received: e4m3 with FLAG_FP8
-  uint32_t receives;            // 1 = both halves
-  uint32_t agreed[kNumAgreed];  // what this rank says; launch_low_latency_dispatch() fills it in
-  uint32_t agreed_hash;
+  uint32_t row_bytes;  // as received: e4m3 with FLAG_FP8
+  uint32_t receives;   // 1 = both halves
   Plan plan;
+  // Filled in by launch_low_latency_dispatch().
+  uint32_t agreed[kNumAgreed];  // what this rank says
+  uint32_t agreed_hash;
+  uint32_t blocks_a_token;  // that share the tokens which they have in common
+  uint32_t piece_units;     // of a row that a warp moves at once
+  uint32_t row_pieces;      // a row
 };
 
 // The receive half of a dispatch; or a combine's, when nobody will ask for it any more.

@@ -215,8 +215,8 @@ Plan Buffer::plan(Work work) const {
   const Plan plan = make_plan(work, topology);
   check_sms(plan.sms);
   if (plan.stages == 0) {
-    reject(DEEPEP_ERROR_UNSUPPORTED, "rows of %u channels do not fit in the shared memory of %s to be cast to FP8",
-           work.row_bytes / 2, device_name(*device).c_str());
+    reject(DEEPEP_ERROR_UNSUPPORTED, "rows of %u channels are too long for a combine to cast them to FP8: %u at most",
+           work.row_bytes / 2, kMaxWarps * kPieceUnits * kUnitBytes / 2);
   }
   return plan;
 }

@@ -34,13 +34,17 @@ __device__ inline void wait_for_readers(Leader& leader, uint32_t slot, int32_t k
                   [&](uint32_t peer) { return slot_word_at(own_memory(leader.p), leader.p.regions.pulled, peer, slot); });
 }
 
-// This rank has read all it wants of a combine: tells the ranks in the view. One warp.
+// This rank has read all it wants of a combine: tells `rank`.
+__device__ inline void end_reading(const CallParams& p, uint32_t rank, uint32_t slot, uint64_t epoch) {
+  if (rank == p.rank) return;
+  // All reads are over: what they gave has been used before the blocks met. Nothing that was written is told with this, so
+  // there is nothing to fence. Pairs with wait_for_readers() of `rank`.
+  store_relaxed_sys(slot_word_at(p.symmetric[rank], p.regions.pulled, p.rank, slot), epoch);
+}
+// The same for the ranks in a view; one warp.
 __device__ inline void end_reading(const CallParams& p, uint64_t view, const uint32_t* slots, uint64_t epoch) {
   for (uint32_t rank = threadIdx.x % kWarpLanes; rank < p.options.num_ranks; rank += kWarpLanes) {
-    if (rank == p.rank || !in_view(view, rank)) continue;
-    // All reads are over: what they gave has been used before the blocks met. Nothing that was written is told with this, so
-    // there is nothing to fence. Pairs with wait_for_readers() of `rank`.
-    store_relaxed_sys(slot_word_at(p.symmetric[rank], p.regions.pulled, p.rank, slots[rank]), epoch);
+    if (in_view(view, rank)) end_reading(p, rank, slots[rank], epoch);
   }
   __syncwarp();
 }

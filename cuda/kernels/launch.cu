@@ -98,6 +98,16 @@ cudaError_t launch_low_latency_dispatch(const LowLatencyDispatchParams& given, c
   params.agreed[kAgreedFlags] = args.flags & kFlags;
   params.agreed[kAgreedMaskOnTimeout] = params.call.mask_on_timeout;
   params.agreed_hash = agreed_hash(params.agreed);
+  // Few tokens are spread over all warps; many are cut into pieces that a warp can hold.
+  const auto blocks = static_cast<uint32_t>(params.plan.sms), tokens = params.routing.num_tokens;
+  const auto units = static_cast<uint32_t>(ceil_div(args.row_bytes, kUnitBytes));
+  params.blocks_a_token = tokens != 0 && blocks > tokens ? blocks / tokens : 1;
+  const uint32_t warps = params.plan.warps * params.blocks_a_token;
+  const auto block_tokens = static_cast<uint32_t>(ceil_div(uint64_t{tokens} * params.blocks_a_token, blocks));
+  const auto share = static_cast<uint32_t>(ceil_div(uint64_t{block_tokens} * units, warps));
+  const auto even = static_cast<uint32_t>(ceil_div(units, ceil_div(units, kPieceUnits)));
+  params.piece_units = std::max(1u, std::min(share, even));
+  params.row_pieces = static_cast<uint32_t>(ceil_div(units, params.piece_units));
   const bool casts = (args.flags & DEEPEP_FLAG_FP8) != 0;
   const auto kernel = casts ? low_latency_dispatch_kernel<true> : low_latency_dispatch_kernel<false>;
   return launch(kernel, params, static_cast<uint32_t>(params.plan.sms), (params.plan.warps + 1) * kWarpLanes,

@@ -30,6 +30,7 @@ struct LowLatencyCombineShared {
   uint32_t bad;  // ~position of the first entry that is not the dispatch's; 0 = none
   uint32_t num_rows;
   uint32_t stop;
+  uint64_t gone;                             // ranks that nobody is to tell; the leader learns of more meanwhile
   uint32_t seen;                             // 1 = the workers have seen all announcements; for the leader
   uint32_t waited_ns[DEEPEP_MAX_RANKS];      // leader's block
   const uint8_t* regions[DEEPEP_MAX_RANKS];  // expert outputs, by rank
@@ -61,6 +62,9 @@ struct LowLatencyCombine {
            p().inject[DEEPEP_PHASE_REDUCE].wanted != 0;
   }
 
+  // Whether what is announced is there already: then it needs no leader.
+  __device__ bool is_early() const { return params.sends != 0 && !is_led() && !copies(); }
+
   // An entry as the caller gives it to the combine: the dispatch's expert, or -1.
   __device__ int64_t entry(uint32_t i) const {
     const auto* topk_idx = reinterpret_cast<const void*>(params.args.topk_idx);
@@ -76,13 +80,28 @@ struct LowLatencyCombine {
 
   template <bool kWeighted, bool kFp8>
   __device__ void work() {
+    // The last of the workers' warps announces, and has least to look up.
+    const bool announces = is_leader() && is_early() && threadIdx.x >= num_workers() - kWarpLanes;
+    LaneSlots slots;
+    if (announces) {
+      slots = lane_slots();
+      fence_acq_rel_sys();
+    }
+    const bool checks = is_leader() && params.sends != 0;
+    const uint32_t count = checks ? num_entries() : min(num_entries(), kLookedUp);
+    Entry entry = read_entry(threadIdx.x, count);  // under way with the rest
     const uint64_t routed = header().valid != 0 ? header().view : 0;
     const uint64_t combine_epoch = header().combine_epoch;
     const uint64_t masked = p().state->masked;
     if (threadIdx.x == 0) s.bad = s.num_rows = s.stop = 0;
     workers_meet();
-    if (routed != 0) look_up_entries(routed & ~masked);
+    for (uint32_t i = threadIdx.x; i < count; i += num_workers(), entry = read_entry(i, count)) {
+      const ExpertRow from = found(entry);
+      if (i < kLookedUp) s.entries[i] = from;
+      if (checks && routed != 0) check_entry(i, entry, from, routed & ~masked);
+    }
     __syncthreads();  // The leader's warp has read the state.
+    if (announces && !s.call.skipped && routed != 0 && s.bad == 0) announce(routed & ~s.gone, slots, 0);
     if (!s.call.skipped) {
       bool goes = true;
       if (copies()) {
@@ -101,43 +120,38 @@ struct LowLatencyCombine {
     workers_arrive(p(), kMeetEnd);
   }
 
-  // Where the rows of the first entries are. The leader's block checks all entries, counts the rows, and keeps both for a
-  // receive half of its own.
-  __device__ void look_up_entries(uint64_t view) {
-    const bool checks = is_leader() && params.sends != 0, keeps = checks && params.receives == 0;
-    const uint32_t most = params.receives != 0 ? min(num_entries(), kLookedUp) : 0;
-    const uint32_t count = checks ? num_entries() : most;
-    uint32_t num_rows = 0;
-    for (uint32_t i = threadIdx.x; i < count; i += num_workers()) {
-      const int64_t wanted = params.sends != 0 ? entry(i) : params.routing.kept_experts[i];
-      const int32_t expert = params.routing.experts[i];
-      const ExpertRow from = found(i, wanted, expert);
-      if (i < most) s.entries[i] = from;
-      if (!checks) continue;
-      if (wanted != -1 && wanted != expert) atomicMax(&s.bad, ~i);
-      // A wrong one is not looked at: the call fails.
-      if (wanted == expert && from.owner >= 0 && in_view(view, static_cast<uint32_t>(from.owner))) num_rows += 1;
-      if (!keeps) continue;
-      params.routing.kept_experts[i] = wanted == expert ? expert : -1;
-      if (params.args.topk_weights != 0) params.routing.kept_weights[i] = weights()[i];
-    }
-    if (num_rows != 0) atomicAdd(&s.num_rows, num_rows);
+  // What the dispatch and the caller say of an entry.
+  struct Entry {
+    int64_t wanted;  // the dispatch's expert, or -1
+    int32_t expert;
+    uint32_t row;
+    float weight;
+  };
+  __device__ Entry read_entry(uint32_t i, uint32_t count) const {
+    if (i >= count) return {};
+    const float* const weights_of = weights();
+    return {params.sends != 0 ? entry(i) : params.routing.kept_experts[i], params.routing.experts[i], params.routing.rows[i],
+            weights_of != nullptr ? weights_of[i] : 1.0f};
+  }
+
+  // The leader's block checks all entries, counts the rows, and keeps both for a receive half of its own.
+  __device__ void check_entry(uint32_t i, const Entry& entry, const ExpertRow& from, uint64_t view) {
+    if (entry.wanted != -1 && entry.wanted != entry.expert) atomicMax(&s.bad, ~i);
+    // A wrong one is not looked at: the call fails.
+    const bool is_wanted = entry.wanted == entry.expert;
+    if (is_wanted && from.owner >= 0 && in_view(view, static_cast<uint32_t>(from.owner))) atomicAdd(&s.num_rows, 1u);
+    if (params.receives != 0) return;
+    params.routing.kept_experts[i] = is_wanted ? entry.expert : -1;
+    if (params.args.topk_weights != 0) params.routing.kept_weights[i] = entry.weight;
   }
 
   // Where the row of an entry is.
-  __device__ ExpertRow found(uint32_t i, int64_t wanted, int32_t expert) const {
-    const uint32_t row = params.routing.rows[i];
-    const float* const weights_of = weights();
-    const float weight = weights_of != nullptr ? weights_of[i] : 1.0f;
-    if (wanted < 0 || expert < 0) return {-1, 0, 0};
-    const uint32_t owner = expert_rank(static_cast<uint32_t>(expert), p().options.num_experts, p().options.num_ranks);
-    const uint32_t first = local_experts(p().options.num_experts, p().options.num_ranks, owner).first;
-    return {static_cast<int32_t>(owner), (static_cast<uint32_t>(expert) - first) * p().regions.low_latency_rows + row, weight};
+  __device__ ExpertRow found(const Entry& entry) const {
+    if (entry.wanted < 0 || entry.expert < 0) return {-1, 0, 0};
+    const ExpertOwner owner = ExpertOwner::of(p(), static_cast<uint32_t>(entry.expert));
+    return {static_cast<int32_t>(owner.rank), owner.local * p().regions.low_latency_rows + entry.row, entry.weight};
   }
-  __device__ ExpertRow look_up(uint32_t i) const {
-    if (i < kLookedUp) return s.entries[i];
-    return found(i, params.sends != 0 ? entry(i) : params.routing.kept_experts[i], params.routing.experts[i]);
-  }
+  __device__ ExpertRow look_up(uint32_t i) const { return i < kLookedUp ? s.entries[i] : found(read_entry(i, i + 1)); }
 
   // ---- what is copied in
 
@@ -194,8 +208,9 @@ struct LowLatencyCombine {
       }
       for (uint32_t offset = 0; offset < bytes; offset += kPieceUnits * kUnitBytes) {
         RowPiece<false> piece;
-        piece.load(x() + from.at * bytes + offset, kPieceUnits, bytes - offset);
-        piece.store(own_region() + from.at * bytes + offset, kPieceUnits, bytes - offset);
+        const uint32_t left = min(bytes - offset, kPieceUnits * kUnitBytes);
+        piece.load(x() + from.at * bytes + offset, left);
+        piece.store(piece.share({}, offset / kUnitBytes, left, 0), own_region() + from.at * bytes, nullptr);
       }
     }
   }
@@ -203,7 +218,7 @@ struct LowLatencyCombine {
   // Casts all rows to FP8, from where they are, which can be the region itself: a row of it then begins with the e4m3 row, and
   // its scales follow. Blocks share the rows; a block reads some whole ones before it writes.
   __device__ void cast_in() const {
-    const CastRows rows = {.channels = p().options.hidden, .round = false, .ue8m0 = false};
+    const CastRows rows = {.channels = p().options.hidden, .ue8m0 = false};
     const auto bytes = static_cast<uint32_t>(row_bytes());
     const uint32_t warps = num_workers() / kWarpLanes,
                    per_row = (bytes + kPieceUnits * kUnitBytes - 1) / (kPieceUnits * kUnitBytes);
@@ -214,15 +229,15 @@ struct LowLatencyCombine {
       const uint32_t nth = first + in_pass, offset = first_unit * kUnitBytes;
       const bool has = in_pass < at_once && nth < count;
       const uint64_t at = has ? local_row(nth).at * bytes : 0;
-      const uint32_t left = has ? bytes - offset : 0, units = min(kPieceUnits, (left + kUnitBytes - 1) / kUnitBytes);
+      const uint32_t left = has ? min(bytes - offset, kPieceUnits * kUnitBytes) : 0;
+      const uint32_t units = (left + kUnitBytes - 1) / kUnitBytes;
       RowPiece<true> piece;
-      piece.load(from + at + offset, units, left);
-      piece.cast(units, rows.round);
+      piece.load(from + at + offset, left);
+      piece.cast(units, false);
       workers_meet();
       if (!has) continue;
       uint8_t* to = own_region() + at;
-      piece.store(to + offset / 2, units, left);
-      piece.store_scales(rows, to + CastRows::scales_offset(rows.channels), sizeof(float), 2 * first_unit, units);
+      piece.store(piece.share(rows, first_unit, left, sizeof(float)), to, to + CastRows::scales_offset(rows.channels));
     }
   }
 
@@ -292,28 +307,22 @@ struct LowLatencyCombine {
   // ---- the last warp ----
 
   __device__ void lead() {
+    const bool sends = params.sends != 0, receives = params.receives != 0;
     if (lane_id() == 0) {
-      read_call(p(), s.call, params.sends != 0, true);
-      if (params.sends == 0) s.call.epoch = header().combine_epoch;
+      read_call(p(), s.call, sends, true);
+      if (!sends) s.call.epoch = header().combine_epoch;
+      s.gone = s.call.masked | s.call.lost;
       s.seen = 0;
     }
     for (uint32_t rank = lane_id(); rank < DEEPEP_MAX_RANKS; rank += kWarpLanes) s.waited_ns[rank] = 0;
-    __syncwarp();
     const uint64_t routed = header().valid != 0 ? header().view : 0;
     const LaneSlots slots = lane_slots();
-    const bool leads = is_leader() && !s.call.skipped, sends = params.sends != 0, receives = params.receives != 0;
-    // What is announced is there already: all but the last word of it is said while the workers look up the entries.
-    const bool is_early = leads && sends && !is_led() && !copies();
-    if (is_early) {
-      say(routed, slots);
-      fence_acq_rel_sys();
-    }
     __syncthreads();  // The workers have looked up the entries.
     if (!is_leader()) return;
-    bool goes = leads;
+    bool goes = !s.call.skipped;
     if (goes && sends) {
-      if (is_early && routed != 0 && s.bad == 0) {
-        raise(routed, slots);
+      if (is_early() && routed != 0 && s.bad == 0) {
+        publish_message();
         keep_sent();
       } else {
         goes = send_slowly(params, s, starts);
@@ -324,16 +333,24 @@ struct LowLatencyCombine {
     uint64_t view = routed & ~s.call.masked;
     if (goes && receives) goes = receive(routed, view);
     if (!s.call.skipped && (!goes || (is_led() && receives))) stop_or_release(kStepGo, goes);
+    if (lane_id() == 0 && receives && goes) reduce_add_relaxed_gpu(&p().state->rows_pulled, header().num_rows);
+    __syncwarp();
     Leader(p(), s.call).await_blocks(kMeetEnd, false);
-    if (receives && (goes || is_refused()) && (p().mask_on_timeout == 0 || !Leader(p(), s.call).is_overtaken())) {
+    if (receives && (goes || is_refused()) && (p().mask_on_timeout == 0 || !is_overtaken(p(), s.call))) {
       // When the call was refused nobody reads, and says so too: then the announcements may be made anew.
-      end_reading(p(), view & ~s.call.lost, header().peer_slots, s.call.epoch);
-      if (goes && lane_id() == 0) reduce_add_relaxed_gpu(&p().state->rows_pulled, header().num_rows);
+#pragma unroll
+      for (uint32_t nth = 0; nth < LaneSlots::kPeers; ++nth) {
+        const uint32_t peer = nth * kWarpLanes + lane_id();
+        if (in_view(view & ~s.call.lost, peer)) end_reading(p(), peer, slots.slot[nth], s.call.epoch);
+      }
       if (lane_id() == 0) header().combine_epoch = 0;  // Nothing is left to be received, or given up.
+      __syncwarp();
     }
     if (goes && receives && p().mask_on_timeout == 0) keep_waits(p(), 1, s.waited_ns, wait_stats());
     call_end(p(), s.call, {sends, true, receives});
   }
+
+  DEEPEP_COLD __device__ static bool is_overtaken(const CallParams& p, CallShared& s) { return Leader(p, s).is_overtaken(); }
 
   __device__ int64_t* wait_stats() const { return reinterpret_cast<int64_t*>(params.args.wait_stats); }
 
@@ -357,47 +374,26 @@ struct LowLatencyCombine {
     __syncwarp();
   }
 
-  // ---- the announcement: a line for the ranks of the dispatch; a message in the ring as well, so that a rank which is in
-  // another call notices. First what it says, then, when that is there, the epoch that makes it true.
-
-  template <class Do>
-  __device__ void for_each_peer(const LaneSlots& slots, Do what) const {
+  // Tells the ranks of the dispatch that the outputs are there: after a fence. This rank too, where rows are cast. Pairs with
+  // await_outputs() and wait_for_outputs() of the peer.
+  __device__ void announce(uint64_t told, const LaneSlots& slots, int32_t code) const {
+    const uint64_t said = count_word(s.call.epoch, ready_said(code, params.args.flags & DEEPEP_FLAG_FP8));
 #pragma unroll
     for (uint32_t nth = 0; nth < LaneSlots::kPeers; ++nth) {
       const uint32_t peer = nth * kWarpLanes + lane_id();
-      if (peer >= p().options.num_ranks || in_view(s.call.masked | s.call.lost, peer)) continue;
-      what(peer, ready_at(p().symmetric[peer], p().regions, p().rank, slots.slot[nth]),
-           message_at(p().symmetric[peer], p().regions, p().rank, s.call.epoch));
+      if (peer >= p().options.num_ranks || !in_view(told, peer) || (peer == p().rank && !casts())) continue;
+      ReadyLine* line = ready_at(p().symmetric[peer], p().regions, p().rank, slots.slot[nth]);
+      store_relaxed_sys(&line->said, said);
+      store_relaxed_sys(&line->epoch, s.call.epoch);
     }
     __syncwarp();
   }
-  // This rank, where rows are cast, is told as well.
-  __device__ bool is_told(uint64_t routed, uint32_t peer) const {
-    return in_view(routed, peer) && (peer != p().rank || casts());
-  }
-  __device__ void say(uint64_t routed, const LaneSlots& slots) const {
-    for_each_peer(slots, [&](uint32_t peer, ReadyLine* line, MessageHeader* message) {
-      if (is_told(routed, peer)) {
-        store_relaxed_sys(&line->code, s.call.code);
-        store_relaxed_sys(&line->flags, params.args.flags & DEEPEP_FLAG_FP8);
-      }
-#pragma unroll
-      for (uint32_t i = 0; i < kNumAgreed; ++i) {
-        message->agreed[i] = i == kAgreedOp              ? uint32_t{DEEPEP_OP_LOW_LATENCY_COMBINE}
-                             : i == kAgreedMaskOnTimeout ? p().mask_on_timeout
-                                                         : 0;
-      }
-      message->slot = p().slot;
-      message->num_tokens = params.routing.num_tokens;
-      message->code = s.call.code;
-    });
-  }
-  // After a fence. Pairs with await_outputs() and receive_slowly() of the peer, and with its gather().
-  __device__ void raise(uint64_t routed, const LaneSlots& slots) const {
-    for_each_peer(slots, [&](uint32_t peer, ReadyLine* line, MessageHeader* message) {
-      if (is_told(routed, peer)) store_relaxed_sys(&line->epoch, s.call.epoch);
-      store_relaxed_sys(&message->epoch, s.call.epoch);
-    });
+  // A message in the ring as well, so that a rank which is in another call notices.
+  __device__ void publish_message() const {
+    uint32_t agreed[kNumAgreed] = {};
+    agreed[kAgreedOp] = DEEPEP_OP_LOW_LATENCY_COMBINE;
+    agreed[kAgreedMaskOnTimeout] = p().mask_on_timeout;
+    Leader(p(), s.call).publish_all(agreed, params.routing.num_tokens);
   }
 
   // What the receive half, and later calls, need to know of the send half.
@@ -420,8 +416,9 @@ struct LowLatencyCombine {
       const uint32_t flags = params.args.flags & DEEPEP_FLAG_FP8;
       bool is_odd = false;
       for (uint32_t src = lane_id(); src < p().options.num_ranks; src += kWarpLanes) {
-        const ReadyLine* line = ready_at(own_memory(p()), p().regions, src, p().slot);
-        if (src != p().rank && in_view(view, src)) is_odd = is_odd || line->code != 0 || line->flags != flags;
+        if (src == p().rank || !in_view(view, src)) continue;
+        const uint64_t said = load_relaxed_sys(&ready_at(own_memory(p()), p().regions, src, p().slot)->said);
+        is_odd = is_odd || said != count_word(s.call.epoch, ready_said(0, flags));
       }
       if (!__any_sync(kAllLanes, is_odd)) return true;
     }
@@ -457,9 +454,9 @@ struct LowLatencyCombine {
       stop_or_release(kStepCounted, true);
       leader.await_blocks(kMeetCopied, false);
     }
-    say(routed, slots);
     fence_acq_rel_sys();
-    raise(routed, slots);
+    announce(routed & ~(s.call.masked | s.call.lost), slots, s.call.code);
+    publish_message();
     keep_sent();
     return true;
   }
@@ -503,16 +500,25 @@ struct LowLatencyCombine {
     if (!leader.enter(DEEPEP_PHASE_REDUCE)) return false;
     leader.begin_waits();
     const auto line = [&](uint32_t src) { return ready_at(own_memory(p()), p().regions, src, p().slot); };
-    const uint64_t came = leader.wait_for(routed, {Reason::late_output, s.call.epoch, p().mask_on_timeout != 0 ? 1 : -1, false},
-                                          [&](uint32_t src) { return &line(src)->epoch; });
+    // What a line says may come a little after its epoch. Pairs with announce() of src.
+    const auto seen = [&](uint32_t src) {
+      const uint64_t epoch = load_acquire_sys(&line(src)->epoch);
+      return is_count_of(load_relaxed_sys(&line(src)->said), epoch) ? epoch : epoch - 1;
+    };
+    const auto come = [&](uint64_t pending) {
+      return leader.ranks_where([&](uint32_t src) { return in_view(pending, src) && seen(src) >= s.call.epoch; });
+    };
+    const int32_t kind = p().mask_on_timeout != 0 ? 1 : -1;
+    const uint64_t came = leader.wait_until(routed, {Reason::late_output, s.call.epoch, kind, false}, come, seen);
     if (leader.failed() && !is_refused()) return false;
     view = (came | rank_bit(p().rank)) & routed & ~s.call.masked;
     if (leader.lane == 0) p().state->view = view;
+    const auto said = [&](uint32_t src) { return load_relaxed_sys(&line(src)->said); };
     const uint64_t refusing =
-        leader.ranks_where([&](uint32_t src) { return in_view(came & view, src) && line(src)->code != 0; });
+        leader.ranks_where([&](uint32_t src) { return in_view(came & view, src) && code_said(said(src)) != 0; });
     const uint32_t flags = params.args.flags & DEEPEP_FLAG_FP8;
     const uint64_t differing =
-        leader.ranks_where([&](uint32_t src) { return in_view(came & view, src) && line(src)->flags != flags; });
+        leader.ranks_where([&](uint32_t src) { return in_view(came & view, src) && flags_said(said(src)) != flags; });
     if (leader.failed()) {
       // Found while it waited.
     } else if (refusal.code != 0) {
@@ -520,14 +526,14 @@ struct LowLatencyCombine {
     } else if (refusing != 0) {
       Finding finding;
       finding.peer = static_cast<int32_t>(__ffsll(static_cast<long long>(refusing)) - 1);
-      finding.a = line(static_cast<uint32_t>(finding.peer))->code;
+      finding.a = code_said(said(static_cast<uint32_t>(finding.peer)));
       leader.refuse(DEEPEP_ERROR_ABORTED, Reason::refused, finding);
     } else if (differing != 0) {
       Finding finding;
       finding.peer = static_cast<int32_t>(__ffsll(static_cast<long long>(differing)) - 1);
       finding.a = kAgreedFlags;
       finding.expected = flags;
-      finding.seen = line(static_cast<uint32_t>(finding.peer))->flags;
+      finding.seen = flags_said(said(static_cast<uint32_t>(finding.peer)));
       leader.refuse(DEEPEP_ERROR_MISMATCH, Reason::disagreement, finding);
     }
     // Found by every rank: the region has no readers after all.

@@ -59,7 +59,6 @@ struct CountFindings {
   uint32_t stop;      // 1 = a peer refuses the call, or means another
   uint32_t overfull;  // ~the first expert whose region cannot hold its rows; 0 = none
   uint32_t counted;   // all of this is known; for the leader
-  uint32_t num_sent;  // leader's block: entries of this rank whose rows are sent
 };
 
 // Where the row of an entry goes. x is nullptr when it goes nowhere.
@@ -67,12 +66,18 @@ struct alignas(16) RowPlace {
   uint8_t* x;
   uint8_t* scales;
 };
-static_assert(sizeof(RowPlace) + 8 == kEntryTableBytes);
+static_assert(sizeof(RowPlace) + 12 == kEntryTableBytes);
 
-// What the user is told of the counts; nullptr in all blocks but the leader's.
-struct CountsOut {
-  int32_t* counts;  // [num_local_experts]
-  int64_t* ranges;  // [num_local_experts, num_ranks]
+// Who has an expert, and where among its own.
+struct ExpertOwner {
+  uint32_t rank, local;
+
+  __device__ static ExpertOwner of(const CallParams& p, uint32_t expert) {
+    const uint32_t rank = expert_rank(expert, p.options.num_experts, p.options.num_ranks);
+    return {rank, expert - local_experts(p.options.num_experts, p.options.num_ranks, rank).first};
+  }
+  __device__ static ExpertOwner from_word(uint32_t word) { return {word >> 16, word & 0xffff}; }
+  __device__ uint32_t word() const { return rank << 16 | local; }
 };
 
 // Tables in shared memory.
@@ -84,12 +89,14 @@ struct LowLatencyTables {
   RowPlace* places;  // [kRoundTokens, num_topk]: of the round
   int32_t* experts;  // [kRoundTokens, num_topk]: likewise
   uint32_t* nth;     // [kRoundTokens, num_topk]: place among this rank's entries of the expert; with base: in its region
+  uint32_t* owners;  // [kRoundTokens, num_topk]: words of ExpertOwner
 
   __device__ LowLatencyTables(uint8_t* shared, uint32_t num_experts, uint32_t num_topk) {
     places = reinterpret_cast<RowPlace*>(shared);
     experts = reinterpret_cast<int32_t*>(places + kRoundTokens * num_topk);
     nth = reinterpret_cast<uint32_t*>(experts) + kRoundTokens * num_topk;
-    own = nth + kRoundTokens * num_topk;
+    owners = nth + kRoundTokens * num_topk;
+    own = owners + kRoundTokens * num_topk;
     cursor = own + num_experts;
     base = cursor + num_experts;
     sum = base + num_experts;
@@ -125,55 +132,104 @@ struct LowLatencyCount {
     }
   }
 
-  // Workers: this rank's counts to the peers. The blocks share the peers. The first thread must have passed a fence since the
-  // slot became free, which its words say, and which pairs with take_sender() of the peer.
-  __device__ void publish(uint64_t epoch, uint64_t to, uint32_t hash, const CountSender& sender) const {
-    for (uint32_t peer = blockIdx.x; peer < p.options.num_ranks; peer += gridDim.x) {
+  // Workers: this rank's counts to the peers. The warps of all blocks share them: each has a part of one peer's, or more.
+  __device__ void publish(uint64_t epoch, uint64_t to) const {
+    // Ranks are counted as a power of two: it spares divisions.
+    const uint32_t ranks = p.options.num_ranks, shift = 32 - static_cast<uint32_t>(__clz(static_cast<int32_t>(ranks - 1)));
+    const uint32_t block_warps = num_workers() / kWarpLanes, warps = gridDim.x * block_warps;
+    const uint32_t warp = blockIdx.x * block_warps + threadIdx.x / kWarpLanes;
+    const uint32_t parts = max(warps >> shift, 1u), part = warp >> shift;
+    const bool refuses = found.bad != 0;
+    for (uint32_t peer = warp & ((1u << shift) - 1); peer < ranks && part < parts; peer += warps) {
       if (peer == p.rank || !in_view(to, peer)) continue;
       uint64_t* words = count_words_at(p.symmetric[peer], p.regions, num_experts(), p.rank, epoch);
-      if (threadIdx.x == 0) {
-        store_relaxed_sys(words + num_experts() + kInfoSender, count_word(epoch, count_sender_word(sender)));
-        store_relaxed_sys(words + num_experts() + kInfoAgreed, count_word(epoch, hash));
-      }
-      for (uint32_t e = threadIdx.x; e < num_experts(); e += num_workers()) {
-        store_relaxed_sys(words + e, count_word(epoch, sender.refuses ? 0 : tables.own[e]));
+      for (uint32_t e = part * kWarpLanes + lane_id(); e < num_experts(); e += parts * kWarpLanes) {
+        store_relaxed_sys(words + e, count_word(epoch, refuses ? 0 : tables.own[e]));
       }
     }
+  }
+
+  // The leader's warp: what this rank says of itself. It must have passed a fence since the slot became free, which this says.
+  // Pairs with take_sender() of the peer.
+  __device__ void publish_sender(uint64_t epoch, uint64_t to, uint32_t hash, const CountSender& sender) const {
+    for (uint32_t peer = lane_id(); peer < p.options.num_ranks; peer += kWarpLanes) {
+      if (peer == p.rank || !in_view(to, peer)) continue;
+      uint64_t* infos = count_words_at(p.symmetric[peer], p.regions, num_experts(), p.rank, epoch) + num_experts();
+      store_relaxed_sys(infos + kInfoSender, count_word(epoch, count_sender_word(sender)));
+      store_relaxed_sys(infos + kInfoAgreed, count_word(epoch, hash));
+    }
+    __syncwarp();
   }
 
   // Workers: the words of the ranks in the view, each of which says by itself that it is of this call. One thread takes an
   // expert's counts, one what a rank says of itself, which `heard(rank, sender, waited_ns)` is told: so that all are under way
   // at once. False when the leader has stopped the call meanwhile. The workers must meet afterwards.
   template <class Heard>
-  __device__ bool take(const CallShared& s, uint64_t view, uint32_t hash, const CountsOut& out, Heard heard) const {
+  __device__ bool take(const CallShared& s, uint64_t view, uint32_t hash, Heard heard) const {
     const uint32_t experts = num_experts();
     for (uint32_t item = threadIdx.x; item < experts + p.options.num_ranks; item += num_workers()) {
-      const bool came = item < experts ? take_counts(s, view, item, out) : take_sender(s, view, item - experts, hash, heard);
+      const bool came = item < experts ? take_counts(s, view, item) : take_sender(s, view, item - experts, hash, heard);
       if (!came) return false;
     }
     return true;
   }
 
-  // Workers: the experts of a round of tokens. They must meet before the places are found.
-  __device__ void load_round(TokenRange round) const {
-    const uint32_t first = round.begin * input.num_topk, count = (round.end - round.begin) * input.num_topk;
-    for (uint32_t i = threadIdx.x; i < count; i += num_workers()) tables.experts[i] = expert_of_entry(p, input, first + i);
+  // The leader's warp, when the workers have taken the counts: what the user is told of them.
+  __device__ void fill_counts(const CallShared& s, uint64_t view, int32_t* counts, int64_t* ranges) const {
+    const uint32_t ranks = p.options.num_ranks;
+    const uint64_t stride = src_stride();
+    for (uint32_t local = lane_id(); local < p.num_local_experts; local += kWarpLanes) {
+      const uint64_t* words = words_of(s, 0) + p.first_expert + local;
+      uint32_t begin = 0;
+      for (uint32_t first = 0; first < ranks; first += kLoads, words += kLoads * stride) {
+        uint32_t some[kLoads];
+#pragma unroll
+        for (uint32_t nth = 0; nth < kLoads; ++nth) {
+          some[nth] = 0;
+          if (first + nth >= ranks || !in_view(view, first + nth)) continue;
+          some[nth] = first + nth == p.rank ? tables.own[p.first_expert + local]
+                                            : static_cast<uint32_t>(load_relaxed_sys(words + nth * stride));
+        }
+#pragma unroll
+        for (uint32_t nth = 0; nth < kLoads; ++nth) {
+          if (first + nth < ranks)
+            ranges[local * ranks + first + nth] = static_cast<int64_t>(uint64_t{begin} << 32 | some[nth]);
+          begin += some[nth];
+        }
+      }
+      counts[local] = static_cast<int32_t>(begin);
+    }
+    __syncwarp();
   }
 
-  // One warp: the place of every entry of the round among this rank's entries of its expert, in (token, k) order.
+  // The leader's warp: entries of this rank whose rows are sent.
+  __device__ uint32_t num_sent(uint64_t view) const {
+    uint32_t sent = 0;
+    for (uint32_t e = lane_id(); e < num_experts(); e += kWarpLanes) {
+      if (view == all_ranks(p) || in_view(view, ExpertOwner::of(p, e).rank)) sent += tables.own[e];
+    }
+    return __reduce_add_sync(kAllLanes, sent);
+  }
+
+  // One warp: the entries of a round of tokens, and the place of each among this rank's entries of its expert, in (token, k)
+  // order.
   __device__ void find_places(TokenRange round) const {
-    const uint32_t lane = threadIdx.x % kWarpLanes;
+    const uint32_t lane = lane_id(), first_entry = round.begin * input.num_topk;
     const uint32_t count = (round.end - round.begin) * input.num_topk;
     for (uint32_t first = 0; first < count; first += kWarpLanes) {
       const uint32_t i = first + lane;
-      const int32_t expert = i < count ? tables.experts[i] : -1;
+      const int32_t expert = i < count ? expert_of_entry(p, input, first_entry + i) : -1;
       const uint32_t same = __match_any_sync(kAllLanes, expert);
       uint32_t place = 0;
       if (expert >= 0) place = tables.cursor[expert] + static_cast<uint32_t>(__popc(same & ((1u << lane) - 1)));
       __syncwarp();
       // The last of those with the same expert moves its cursor on.
       if (expert >= 0 && same >> lane == 1) tables.cursor[expert] = place + 1;
-      if (i < count) tables.nth[i] = place;
+      if (i < count) {
+        tables.experts[i] = expert;
+        tables.nth[i] = place;
+        tables.owners[i] = expert >= 0 ? ExpertOwner::of(p, static_cast<uint32_t>(expert)).word() : 0;
+      }
       __syncwarp();
     }
   }
@@ -185,49 +241,40 @@ struct LowLatencyCount {
     return count_words_at(own_memory(p), p.regions, num_experts(), src, s.epoch);
   }
 
-  // An expert's counts, rank by rank; and what every rank finds alike: whether its region can hold the rows.
-  __device__ bool take_counts(const CallShared& s, uint64_t view, uint32_t expert, const CountsOut& out) const {
-    const uint32_t local = expert - p.first_expert, ranks = p.options.num_ranks;
-    const bool is_local = out.counts != nullptr && local < p.num_local_experts;
-    const uint64_t stride = uint64_t{p.regions.message_ring} * (num_experts() + kNumCountInfos);
+  __device__ uint64_t src_stride() const { return uint64_t{p.regions.message_ring} * (num_experts() + kNumCountInfos); }
+
+  // An expert's counts; and what every rank finds alike: whether its region can hold the rows.
+  __device__ bool take_counts(const CallShared& s, uint64_t view, uint32_t expert) const {
+    const uint64_t peers = view & all_ranks(p) & ~rank_bit(p.rank), stride = src_stride();
     const uint64_t* words = words_of(s, 0) + expert;
-    uint32_t begin = 0;
-    for (uint32_t first = 0; first < ranks; first += kLoads, words += kLoads * stride) {
-      uint32_t asked = static_cast<uint32_t>((view & all_ranks(p) & ~rank_bit(p.rank)) >> first);
-      uint32_t counts[kLoads];
+    uint32_t lower = 0, all = tables.own[expert];
+    for (uint32_t first = 0; first < p.options.num_ranks; first += kLoads, words += kLoads * stride) {
+      const auto asked = static_cast<uint32_t>(peers >> first);
+      const auto below = static_cast<uint32_t>((rank_bit(p.rank) - 1) >> first);
+      uint64_t word[kLoads];
       for (uint32_t looks = 1;; ++looks) {
         bool all_came = true;
 #pragma unroll
         for (uint32_t nth = 0; nth < kLoads; ++nth) {
-          counts[nth] = 0;
-          if ((asked >> nth & 1) == 0) continue;
-          const uint64_t word = load_relaxed_sys(words + nth * stride);
-          counts[nth] = static_cast<uint32_t>(word);
-          all_came = all_came && is_count_of(word, s.epoch);
+          word[nth] = count_word(s.epoch, 0);
+          if ((asked >> nth & 1) != 0) word[nth] = load_relaxed_sys(words + nth * stride);
         }
+#pragma unroll
+        for (uint32_t nth = 0; nth < kLoads; ++nth) all_came = all_came && is_count_of(word[nth], s.epoch);
         if (all_came) break;
         if (looks % kLooksBetween == 0 && is_stopped(p, s)) return false;
       }
 #pragma unroll
       for (uint32_t nth = 0; nth < kLoads; ++nth) {
-        const uint32_t src = first + nth;
-        if (src >= ranks) break;
-        if (src == p.rank) {
-          tables.base[expert] = begin;
-          counts[nth] = tables.own[expert];
-        }
-        if (is_local) out.ranges[local * ranks + src] = static_cast<int64_t>(uint64_t{begin} << 32 | counts[nth]);
-        begin += counts[nth];
+        const auto count = static_cast<uint32_t>(word[nth]);
+        all += count;
+        if ((below >> nth & 1) != 0) lower += count;
       }
     }
-    tables.sum[expert] = begin;
-    if (is_local) out.counts[local] = static_cast<int32_t>(begin);
-    const bool all_take_part = view == all_ranks(p);
-    if (begin > p.regions.low_latency_rows || !all_take_part) {
-      if (!in_view(view, expert_rank(expert, num_experts(), ranks))) return true;  // Nobody keeps these rows.
-      if (begin > p.regions.low_latency_rows) atomicMax(&found.overfull, ~expert);
-    }
-    if (out.counts != nullptr && tables.own[expert] != 0) atomicAdd(&found.num_sent, tables.own[expert]);
+    tables.base[expert] = lower;
+    tables.sum[expert] = all;
+    // Nobody keeps the rows of an owner that takes no part.
+    if (all > p.regions.low_latency_rows && in_view(view, ExpertOwner::of(p, expert).rank)) atomicMax(&found.overfull, ~expert);
     return true;
   }
 

@@ -153,8 +153,9 @@ struct LowLatencyShared {
   CallShared call;
   CountFindings found;
   Arrivals arrivals;
-  uint64_t to;    // ranks that the workers tell their counts; the leader learns of more that are lost meanwhile
-  uint64_t view;  // ranks that the workers count in
+  uint64_t to;      // ranks that the workers tell their counts; the leader learns of more that are lost meanwhile
+  uint64_t view;    // ranks that the workers count in
+  uint32_t placed;  // 1 = the places of the first round are found
   uint8_t* slots[DEEPEP_MAX_RANKS];
 };
 
@@ -187,13 +188,12 @@ struct LowLatencyDispatch {
 
   template <bool kCast>
   __device__ void work() {
-    const TokenRange own = block_tokens(params.routing.num_tokens);
-    // Before this call the slot was free; publish() wants to say so, and this way nobody waits for the fence.
-    if (threadIdx.x == 0) fence_acq_rel_sys();
+    const TokenRange own = tokens();
+    Mover<kCast> mover(*this, round_at(own, own.begin));
     counting().count(own);
-    __syncthreads();  // The leader's warp has read the state.
+    __syncthreads();  // The last warp has read the state.
     bool pushed = false;
-    if (!s.call.skipped && publish()) pushed = send<kCast>(own);
+    if (!s.call.skipped && publish()) pushed = send(mover, own);
     workers_meet();  // This block's rows are in place.
     if (pushed && p().mask_on_timeout == 0) announce_block();
     // Releases what the workers have written; pairs with Leader::await_blocks(). Not the warp that announces.
@@ -203,11 +203,19 @@ struct LowLatencyDispatch {
     }
   }
 
+  // This block's tokens. Where there are few, some blocks have the same.
+  __device__ TokenRange tokens() const {
+    return cut({0, params.routing.num_tokens}, blockIdx.x / params.blocks_a_token, gridDim.x / params.blocks_a_token);
+  }
+  __device__ uint32_t part() const { return blockIdx.x % params.blocks_a_token; }
+  // Tokens whose places fit into the tables.
+  __device__ TokenRange round_at(TokenRange own, uint32_t begin) const { return {begin, min(own.end, begin + kRoundTokens)}; }
+
   // False when the leader has stopped the call.
   __device__ bool publish() {
     const bool led = is_led();
     if (led && !workers_await_leader(p(), s.call, kStepCounted)) return false;
-    counting().publish(s.call.epoch, s.to, params.agreed_hash, {p().slot, gridDim.x, s.found.bad != 0});
+    counting().publish(s.call.epoch, s.to);
     if (led) workers_arrive(p(), kMeetCounted);
     return true;
   }
@@ -222,10 +230,6 @@ struct LowLatencyDispatch {
       s.view = view;
       s.slots[p().rank] = own_memory(p()) + slot_offset(p().regions, p().slot);
     }
-    CountsOut out = {nullptr, nullptr};
-    if (is_leader()) {
-      out = {reinterpret_cast<int32_t*>(params.args.recv_count), reinterpret_cast<int64_t*>(params.args.recv_layout_range)};
-    }
     const auto heard = [&](uint32_t rank, const CountSender& sender, uint32_t waited_ns) {
       s.slots[rank] = p().symmetric[rank] + slot_offset(p().regions, sender.slot);
       if (!is_leader()) return;
@@ -234,79 +238,112 @@ struct LowLatencyDispatch {
       params.routing.header->peer_slots[rank] = sender.slot;
       params.routing.header->peer_blocks[rank] = sender.blocks;
     };
-    if (!counting().take(s.call, view, params.agreed_hash, out, heard)) atomicOr(&s.found.stop, 1u);
+    if (!counting().take(s.call, view, params.agreed_hash, heard)) atomicOr(&s.found.stop, 1u);
+    // Pairs with the release in lead(): the last warp has found the places of the first round.
+    while (threadIdx.x == 0 && load_acquire_block(&s.placed) == 0) {
+    }
     workers_meet();
-    const bool goes = s.found.stop == 0 && s.found.overfull == 0;
-    if (is_leader()) {
-      auto* stats = reinterpret_cast<int32_t*>(params.args.expert_stats);
-      for (uint32_t local = threadIdx.x; goes && stats != nullptr && local < p().num_local_experts; local += num_workers()) {
-        stats[local] += static_cast<int32_t>(tables.sum[p().first_expert + local]);
-      }
-      if (threadIdx.x == 0) store_release_block(&s.found.counted, 1);  // Pairs with comes_soon().
-    }
-    return goes;
+    if (is_leader() && threadIdx.x == 0) store_release_block(&s.found.counted, 1);  // Pairs with comes_soon().
+    return s.found.stop == 0 && s.found.overfull == 0;
   }
 
-  // Tokens whose places fit into the tables.
-  __device__ TokenRange round_at(TokenRange own, uint32_t begin) const { return {begin, min(own.end, begin + kRoundTokens)}; }
-
-  // Casts a first piece each before the counts are there, then pushes. False when nothing may be pushed.
+  // What a warp moves of a round of tokens: pieces of rows, one after another.
   template <bool kCast>
-  __device__ bool send(TokenRange own) {
-    const CastRows rows = {.channels = params.row_bytes,
-                           .round = (params.args.flags & DEEPEP_FLAG_ROUND_SCALE) != 0,
-                           .ue8m0 = (params.args.flags & DEEPEP_FLAG_UE8M0) != 0};
-    const uint32_t given_bytes = kCast ? 2 * params.row_bytes : params.row_bytes;
-    const uint32_t warps = num_workers() / kWarpLanes, warp = threadIdx.x / kWarpLanes;
-    const uint32_t num_topk = input.num_topk;
+  struct Mover {
+    const LowLatencyDispatch& dispatch;
+    TokenRange round;
+    uint32_t token;  // of the round
+    uint32_t piece;  // of its row
+    RowPiece<kCast> held;
+
+    __device__ Mover(const LowLatencyDispatch& given, TokenRange first) : dispatch(given) { begin(first); }
+
+    __device__ void begin(TokenRange next) {
+      round = next;
+      token = 0, piece = dispatch.part() * num_warps() + threadIdx.x / kWarpLanes;
+      turn();
+    }
+    __device__ void advance() {
+      piece += dispatch.params.blocks_a_token * num_warps();
+      turn();
+    }
+    __device__ void turn() {
+#pragma unroll 1
+      for (; piece >= dispatch.params.row_pieces; piece -= dispatch.params.row_pieces) ++token;
+    }
+    __device__ bool has() const { return token < round.end - round.begin; }
+
+    __device__ static uint32_t num_warps() { return num_workers() / kWarpLanes; }
+    __device__ uint32_t first_unit() const { return piece * dispatch.params.piece_units; }
+    // Of the piece as it is given.
+    __device__ uint32_t bytes() const {
+      const uint32_t row_bytes = kCast ? 2 * dispatch.params.row_bytes : dispatch.params.row_bytes;
+      return min(row_bytes - first_unit() * kUnitBytes, dispatch.params.piece_units * kUnitBytes);
+    }
+    __device__ uint32_t units() const { return (bytes() + kUnitBytes - 1) / kUnitBytes; }
+
+    __device__ void load() {
+      if (!has()) return;
+      const auto* x = reinterpret_cast<const uint8_t*>(dispatch.params.args.x);
+      held.load(x + (round.begin + token) * dispatch.params.args.x_stride + first_unit() * kUnitBytes, bytes());
+    }
+    __device__ void cast() {
+      if constexpr (kCast) {
+        if (has()) held.cast(units(), (dispatch.params.args.flags & DEEPEP_FLAG_ROUND_SCALE) != 0);
+      }
+    }
+    __device__ void store(const ScaleUnits& given_scales) const {
+      const LowLatencyDispatchParams& params = dispatch.params;
+      const CastRows rows = {.channels = params.row_bytes, .ue8m0 = (params.args.flags & DEEPEP_FLAG_UE8M0) != 0};
+      const auto share = held.share(rows, first_unit(), bytes(), params.scales.to_elem_stride);
+      const RowPlace* place = dispatch.tables.places + token * dispatch.input.num_topk;
+      const RowPlace* const end = place + dispatch.input.num_topk;
+#pragma unroll 1
+      for (; place != end; ++place) {
+        const RowPlace to = *place;
+        if (to.x == nullptr) continue;
+        held.store(share, to.x, to.scales);
+        if (kCast || piece != 0) continue;
+        const auto* from =
+            reinterpret_cast<const uint8_t*>(params.args.scales) + (round.begin + token) * params.args.scales_row_stride;
+        for (uint32_t unit = lane_id(); unit < given_scales.count; unit += kWarpLanes) {
+          store_unit(to.scales + given_scales.to(unit), load_unit(from + given_scales.from(unit), given_scales.bytes),
+                     given_scales.bytes);
+        }
+      }
+    }
+  };
+
+  // Pushes this block's rows. False when nothing may be pushed.
+  template <bool kCast>
+  __device__ bool send(Mover<kCast>& mover, TokenRange own) {
     const ScaleUnits scales = kCast ? ScaleUnits{} : given_scales();
-    bool known = false, stopped = false;
-    for (TokenRange round = round_at(own, own.begin);; round = round_at(own, round.end)) {
-      counting().load_round(round);
+    mover.load();  // Under way while the counts come; earlier it would hold up the counting, because loads queue.
+    if (!exchange()) return false;
+    bool stopped = false;
+    for (;;) {
+      keep_rows(mover.round);
+      mover.cast();
       workers_meet();
-      if (warp == 0) counting().find_places(round);
-      if (known) {
-        workers_meet();
-        keep_rows(round);
+      // In a call that masks, a peer may have left this rank out meanwhile.
+      stopped = stopped || (p().mask_on_timeout != 0 && must_stop(p(), s.call, s.view));
+      while (!stopped && mover.has()) {
+        mover.store(scales);
+        mover.advance();
+        mover.load();
+        mover.cast();
       }
-      const PieceCut cut(round.end - round.begin, given_bytes, warps);
-      for (uint32_t nth = warp;; nth += warps) {
-        const uint32_t in_round = nth / cut.per_row, first_unit = nth % cut.per_row * cut.units;
-        const uint32_t token = round.begin + in_round, offset = first_unit * kUnitBytes;
-        const uint32_t left = given_bytes - offset;
-        const uint32_t units = min(cut.units, (left + kUnitBytes - 1) / kUnitBytes);
-        RowPiece<kCast> piece;
-        if (nth < cut.count) {
-          piece.load(reinterpret_cast<const uint8_t*>(params.args.x) + token * params.args.x_stride + offset, units, left);
-          if constexpr (kCast) piece.cast(units, rows.round);
-        }
-        if (!known) {
-          if (!exchange()) return false;
-          known = true;
-          keep_rows(round);
-        }
-        if (nth < warps) stopped = stopped || (p().mask_on_timeout != 0 && must_stop(p(), s.call, s.view));
-        if (nth >= cut.count || stopped) break;
-        for (uint32_t hop = 0; hop < num_topk; ++hop) {
-          const RowPlace place = tables.places[in_round * num_topk + hop];
-          if (place.x == nullptr) continue;
-          piece.store(place.x + (kCast ? offset / 2 : offset), units, left);
-          if constexpr (kCast) {
-            piece.store_scales(rows, place.scales, params.scales.to_elem_stride, first_unit * 2, units);
-          } else if (first_unit == 0) {
-            const auto* from = reinterpret_cast<const uint8_t*>(params.args.scales) + token * params.args.scales_row_stride;
-            for (uint32_t unit = lane_id(); unit < scales.count; unit += kWarpLanes) {
-              store_unit(place.scales + scales.to(unit), load_unit(from + scales.from(unit), scales.bytes), scales.bytes);
-            }
-          }
-        }
-      }
-      if (round.end >= own.end) return true;
+      if (mover.round.end >= own.end) return true;
+      mover.begin(round_at(own, mover.round.end));
+      mover.load();
+      workers_meet();
+      if (threadIdx.x < kWarpLanes) counting().find_places(mover.round);
+      workers_meet();
     }
   }
 
-  // From places among this rank's entries to rows in the experts' regions, which combine will want too. The workers must have
-  // met since the places were found.
+  // From places among this rank's entries to rows in the experts' regions, which combine will want too. The workers must meet
+  // before and after.
   __device__ void keep_rows(TokenRange round) {
     const uint32_t first = round.begin * input.num_topk, count = (round.end - round.begin) * input.num_topk;
     for (uint32_t i = threadIdx.x; i < count; i += num_workers()) {
@@ -314,21 +351,19 @@ struct LowLatencyDispatch {
       RowPlace place = {nullptr, nullptr};
       uint32_t row = 0;
       if (expert >= 0) {
-        const auto key = static_cast<uint32_t>(expert);
-        row = tables.nth[i] + tables.base[key];
-        const uint32_t rank = expert_rank(key, p().options.num_experts, p().options.num_ranks);
-        if (in_view(s.view, rank)) {
-          const uint32_t local = key - local_experts(p().options.num_experts, p().options.num_ranks, rank).first;
-          const ExpertRegions::Row to = regions().row(p().regions, s.slots[rank], local, row);
-          *to.src_idx = static_cast<int32_t>((first + i) / input.num_topk);
+        const ExpertOwner owner = ExpertOwner::from_word(tables.owners[i]);
+        row = tables.nth[i] + tables.base[expert];
+        if (in_view(s.view, owner.rank)) {
+          const ExpertRegions::Row to = regions().row(p().regions, s.slots[owner.rank], owner.local, row);
           place = {to.x, to.scales};
+          if (part() == 0) *to.src_idx = static_cast<int32_t>((first + i) / input.num_topk);
         }
       }
       tables.places[i] = place;
+      if (part() != 0) continue;
       params.routing.experts[first + i] = expert;
       params.routing.rows[first + i] = row;
     }
-    workers_meet();
   }
 
   // How the scales that the caller gives are copied.
@@ -351,13 +386,21 @@ struct LowLatencyDispatch {
   // ---- the last warp ----
 
   __device__ void lead() {
+    if (is_leader()) fence_acq_rel_sys();  // The slot is free, which publish_sender() says.
     if (lane_id() == 0) {
       read_call(p(), s.call, true, true);
       s.to = all_ranks(p()) & ~(s.call.masked | s.call.lost);
       s.arrivals.num_came = 0;
+      s.placed = 0;
     }
     for (uint32_t rank = lane_id(); rank < DEEPEP_MAX_RANKS; rank += kWarpLanes) s.arrivals.waited_ns[rank] = 0;
     __syncthreads();  // The workers have counted.
+    const bool plain = is_leader() && !s.call.skipped && !is_led() && s.found.bad == 0;
+    if (plain) say_counts();
+    const TokenRange own = tokens();
+    counting().find_places(round_at(own, own.begin));
+    if (lane_id() == 0) store_release_block(&s.placed, 1);
+    __syncwarp();
     if (!is_leader()) return;
     LowLatencyHeader& header = *params.routing.header;
     if (lane_id() == 0) {
@@ -367,20 +410,11 @@ struct LowLatencyDispatch {
       header.peer_slots[p().rank] = p().slot;
     }
     __syncwarp();
-    bool sent = !s.call.skipped && exchange_messages();
+    bool sent = !s.call.skipped && (plain ? exchange_messages() : exchange_slowly(params, s, shared));
+    if (sent) tell_counts();
     Leader(p(), s.call).await_blocks(kMeetEnd, false);
     if (p().mask_on_timeout != 0) sent = sent && announce_to_all(p(), s.call);
-    if (lane_id() == 0) {
-      header.view = s.call.view;
-      header.valid = sent ? 1 : 0;
-      if (!sent && p().state->finding.agreed != 0) header.failure = p().state->finding;
-      if (sent) {
-        reduce_add_relaxed_gpu(&p().state->rows_sent, s.found.num_sent);
-        const uint64_t row_bytes = params.row_bytes + uint64_t{params.scales.num} * params.scales.elem_bytes;
-        reduce_add_relaxed_gpu(&p().state->bytes_sent, s.found.num_sent * row_bytes);
-      }
-    }
-    __syncwarp();
+    if (!sent) keep_failure(params);
     if (sent && params.receives != 0) {
       receive_rows(p(), s.call, params.routing, regions(), s.arrivals, s.call.view, wait_stats());
     }
@@ -388,9 +422,12 @@ struct LowLatencyDispatch {
     call_end(p(), s.call, {true, true, params.receives != 0});
   }
 
+  __device__ void say_counts() {
+    counting().publish_sender(s.call.epoch, s.to, params.agreed_hash, {p().slot, gridDim.x, s.found.bad != 0});
+  }
+
   // Tells the peers what this rank calls, and waits until the workers have all counts. False when the call fails.
   __device__ bool exchange_messages() {
-    if (is_led() || s.found.bad != 0) return exchange_slowly(params, s, shared);
     Leader(p(), s.call).publish_all(params.agreed, params.routing.num_tokens);
     const bool soon = comes_soon(&s.found.counted, 1);
     if (!soon || s.found.stop != 0 || s.found.overfull != 0) return find_out(params, s, shared);
@@ -399,10 +436,39 @@ struct LowLatencyDispatch {
     return true;
   }
 
+  // What the user is told, and later halves need to know, once rows are being pushed.
+  __device__ void tell_counts() {
+    counting().fill_counts(s.call, s.call.view, reinterpret_cast<int32_t*>(params.args.recv_count),
+                           reinterpret_cast<int64_t*>(params.args.recv_layout_range));
+    auto* stats = reinterpret_cast<int32_t*>(params.args.expert_stats);
+    for (uint32_t local = lane_id(); stats != nullptr && local < p().num_local_experts; local += kWarpLanes) {
+      stats[local] += static_cast<int32_t>(tables.sum[p().first_expert + local]);
+    }
+    const uint32_t num_sent = counting().num_sent(s.call.view);
+    if (lane_id() == 0) {
+      params.routing.header->view = s.call.view;
+      params.routing.header->valid = 1;
+      const uint64_t row_bytes = params.row_bytes + uint64_t{params.scales.num} * params.scales.elem_bytes;
+      reduce_add_relaxed_gpu(&p().state->rows_sent, num_sent);
+      reduce_add_relaxed_gpu(&p().state->bytes_sent, num_sent * row_bytes);
+    }
+    __syncwarp();
+  }
+
   // ---- its seldom ways
 
   __device__ void stop_or_release(Step step, bool go) const {
     if (lane_id() == 0) release_blocks(p(), s.call, step, go);
+    __syncwarp();
+  }
+
+  // The send half has failed, as the receive half shall know.
+  DEEPEP_COLD __device__ static void keep_failure(const LowLatencyDispatchParams& params) {
+    if (lane_id() == 0) {
+      params.routing.header->valid = 0;
+      const Finding& finding = params.call.state->finding;
+      if (finding.agreed != 0) params.routing.header->failure = finding;
+    }
     __syncwarp();
   }
 
@@ -418,6 +484,7 @@ struct LowLatencyDispatch {
   DEEPEP_COLD __device__ static bool exchange_slowly(const LowLatencyDispatchParams& params, LowLatencyShared& s,
                                                      uint8_t* shared) {
     LowLatencyDispatch self(params, s, shared);
+    if (!self.is_led()) self.say_counts();
     const bool went = self.exchange_messages_first();
     self.stop_or_release(kStepGo, went);
     return went && self.take_findings();
@@ -428,6 +495,7 @@ struct LowLatencyDispatch {
     if (!leader.enter(DEEPEP_PHASE_NOTIFY)) return false;  // Silent, as deepep_inject told it.
     if (is_led()) {
       // Whoever has this rank's message has its counts.
+      say_counts();
       stop_or_release(kStepCounted, true);
       leader.await_blocks(kMeetCounted, true);
     }

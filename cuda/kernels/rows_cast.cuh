@@ -11,32 +11,12 @@
 
 namespace deepep {
 
-// A lane holds 16 bytes of each unit.
-constexpr uint32_t kUnitBytes = kWarpLanes * 16;  // of the row as it is given: 256 channels of bf16
-constexpr uint32_t kPieceUnits = 8;               // that a warp holds at once, at most
-
-// How `count` rows are cut into pieces for `warps` warps: so that all have some, where there are few rows.
-struct PieceCut {
-  uint32_t units;    // a piece; the last of a row may have fewer
-  uint32_t per_row;  // pieces
-  uint32_t count;    // pieces of all rows
-
-  __device__ PieceCut(uint32_t count_rows, uint32_t row_bytes, uint32_t warps) {
-    const uint32_t row_units = (row_bytes + kUnitBytes - 1) / kUnitBytes;
-    const uint32_t least = (row_units + kPieceUnits - 1) / kPieceUnits;
-    const uint32_t even = (row_units + least - 1) / least;
-    const uint32_t share = (count_rows * row_units + warps - 1) / warps;
-    units = share < 1 ? 1 : share < even ? share : even;
-    per_row = (row_units + units - 1) / units;
-    count = count_rows * per_row;
-  }
-};
+static_assert(kUnitBytes == kWarpLanes * 16);
 
 // What a cast makes of rows.
 struct CastRows {
   uint32_t channels;  // a multiple of 16
-  bool round;         // scales are powers of two
-  bool ue8m0;         // and sent as exponents
+  bool ue8m0;         // scales, which are powers of two then, are sent as exponents
 
   __device__ static constexpr uint32_t scales_offset(uint32_t channels) { return (channels + 15) / 16 * 16; }
   __device__ uint32_t num_blocks() const { return (channels + kFp8BlockChannels - 1) / kFp8BlockChannels; }
@@ -46,18 +26,18 @@ struct CastRows {
 template <bool kCast>
 struct RowPiece {
   uint4 values[kPieceUnits];  // once cast, 8 bytes of each
-  float scale;                // cast: the sent one of the piece's block `lane`, for lanes 0 … 15
+  float scale;                // cast: the sent one of the piece's block `lane`
 
-  static constexpr uint32_t kBlocks = 2 * kPieceUnits;
-  static_assert(kBlocks <= kWarpLanes && kUnitBytes == 4 * kFp8BlockChannels);
+  static_assert(2 * kPieceUnits <= kWarpLanes && kUnitBytes == 4 * kFp8BlockChannels);
 
-  // `bytes` are there from `from` on, in the row; what is beyond is zeros.
-  __device__ __forceinline__ void load(const uint8_t* from, uint32_t units, uint32_t bytes) {
+  // A piece of `bytes`; what is beyond is zeros.
+  __device__ __forceinline__ void load(const uint8_t* from, uint32_t bytes) {
+    const uint32_t lane_bytes = lane_id() * 16;
 #pragma unroll
     for (uint32_t u = 0; u < kPieceUnits; ++u) {
-      const uint32_t at = u * kUnitBytes + lane_id() * 16;
+      if (u * kUnitBytes >= bytes) break;
       values[u] = {0, 0, 0, 0};
-      if (u < units && at < bytes) values[u] = load_stream(from + at);
+      if (u * kUnitBytes + lane_bytes < bytes) values[u] = load_stream(from + u * kUnitBytes + lane_bytes);
     }
   }
 
@@ -73,31 +53,50 @@ struct RowPiece {
     }
   }
 
-  // `to` is where the piece belongs in a row, of which `bytes` are left, as given.
-  __device__ __forceinline__ void store(uint8_t* to, uint32_t units, uint32_t bytes) const {
-#pragma unroll
-    for (uint32_t u = 0; u < kPieceUnits; ++u) {
-      const uint32_t at = u * kUnitBytes + lane_id() * 16;
-      if (u >= units || at >= bytes) continue;
-      if constexpr (kCast)
-        *reinterpret_cast<uint2*>(to + at / 2) = {values[u].x, values[u].y};
-      else
-        store_stream(to + at, values[u]);
+  // What this lane stores of a piece, wherever it goes: how many of its units, and one of its scales.
+  struct Share {
+    uint32_t units;
+    uint32_t offset;       // from where the row begins
+    uint32_t scale_bytes;  // 4, 1, or 0 = none
+    uint32_t scale;
+    uint64_t scale_offset;
+  };
+
+  // A piece of `bytes` as it was loaded, which begins with the row's `first_unit`. Scale elements of 4 bytes are `stride`
+  // apart.
+  __device__ __forceinline__ Share share(const CastRows& rows, uint32_t first_unit, uint32_t bytes, uint64_t stride) const {
+    const uint32_t lane = lane_id(), lane_bytes = lane * 16;
+    Share share = {bytes > lane_bytes ? (bytes - lane_bytes + kUnitBytes - 1) / kUnitBytes : 0,
+                   (first_unit * kUnitBytes + lane_bytes) / (kCast ? 2 : 1), 0, 0, 0};
+    if constexpr (kCast) {
+      const uint32_t units = (bytes + kUnitBytes - 1) / kUnitBytes, at = 2 * first_unit + lane, blocks = rows.num_blocks();
+      if (!rows.ue8m0) {
+        if (lane < 2 * units && at < blocks) share.scale_bytes = 4;
+        share.scale = __float_as_uint(scale);
+        share.scale_offset = at * stride;
+      } else {
+        // Exponents are sent by fours: those of no block are zeros.
+        const bool is_last = 2 * (first_unit + units) >= blocks;
+        if (lane < (is_last ? kWarpLanes : 2 * units) && at < (blocks + 3) / 4 * 4) share.scale_bytes = 1;
+        share.scale = at < blocks ? ue8m0_from_f32(scale) : 0;
+        share.scale_offset = at / 4 * stride + at % 4;
+      }
     }
+    return share;
   }
 
-  // The scales of the piece, whose first block is the row's `block`-th; the elements of 4 bytes are `stride` apart.
-  __device__ __forceinline__ void store_scales(const CastRows& rows, uint8_t* to, uint64_t stride, uint32_t block,
-                                               uint32_t units) const {
-    const uint32_t lane = lane_id(), at = block + lane, blocks = rows.num_blocks();
-    if (!rows.ue8m0) {
-      if (lane < 2 * units && at < blocks) *reinterpret_cast<float*>(to + at * stride) = scale;
-      return;
+  __device__ __forceinline__ void store(const Share& share, uint8_t* row, uint8_t* scales) const {
+    uint8_t* to = row + share.offset;
+#pragma unroll
+    for (uint32_t u = 0; u < kPieceUnits; ++u) {
+      if (u >= share.units) break;
+      if constexpr (kCast)
+        *reinterpret_cast<uint2*>(to + u * kUnitBytes / 2) = {values[u].x, values[u].y};
+      else
+        store_stream(to + u * kUnitBytes, values[u]);
     }
-    // Exponents are sent by fours: those of no block are zeros.
-    const bool is_last = block + 2 * units >= blocks;
-    if (lane >= (is_last ? kBlocks : 2 * units) || at >= (blocks + 3) / 4 * 4) return;
-    to[at / 4 * stride + at % 4] = at < blocks ? ue8m0_from_f32(scale) : 0;
+    if (share.scale_bytes == 4) *reinterpret_cast<uint32_t*>(scales + share.scale_offset) = share.scale;
+    if (share.scale_bytes == 1) scales[share.scale_offset] = static_cast<uint8_t>(share.scale);
   }
 
  private:

@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "33d0c82f76896185fb9af3cef2b4fed00ca7b378ba47ced611a31e5f4d53df8d",
-    cuda: "a702f71e0d7f1aeb6f3215e8de9fe0de690c3847db306154d6207d3f0f301104",
+    cpu: "511fd8f563b01c93d118e9640bcbd9d2f995b8adbfb6cc573e88ff7a79fe90f3",
+    cuda: "e0052ffdddc43f5bf94af885041d1fc2deab73bbaa23acf53965094066cfcb1e",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -30,12 +30,12 @@ export const manifest: Manifest = {
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "2f88dc7f5a190f05dccb30d76526ee3e9713b2a0972f16870f2393a12d00eb42",
+      sha256: "969ea1aad24c411cb63cb14897795975fbfa01508a36ff7506d8fb93224c2be7",
       bytes: 510384,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "70d59dfa226295c59425060019ac92b72d415b6290211d6acd86448199fcde59",
-      bytes: 3066584,
+      sha256: "47c9a6882336fe0413576d6802548ef39958cad8ff5554fc40103c1cccaaeedf",
+      bytes: 2812632,
     },
   },
 };
