@@ -21,12 +21,12 @@
 // same slot does not touch that region, so a layer waits for `pulled` only where the next combine does, when it is long there.
 // Low-latency combine announces itself by `ready[s][slot of A]` instead, because its receive half may come many calls later,
 // when the message ring has gone round. That line is rewritten only by the next combine of the same result, which waits for
-// A's `pulled` first.
+// A's `pulled` first where it writes to the region; where it does not, A may find a later announcement, which holds as well.
 //
 // The ring. s writes message e + ring over message e. Calls other than the send half of a low-latency combine wait for the
-// message of A, and A publishes e only when it is past e - 1. So s is ahead of a reader A that still needs message e by at
-// most one such call and one send half a slot (a slot with a receive half to come refuses another): num_slots + 2 messages
-// are in use at once, the ring has 2 * num_slots + 2 at least.
+// message of A, or for its count words, and A publishes e only when it is past e - 1. So s is ahead of a reader A that still
+// needs message e by at most one such call and one send half a slot (a slot with a receive half to come refuses another):
+// num_slots + 2 messages are in use at once, the ring has 2 * num_slots + 2 at least.
 //
 // Failures. An error that a rank finds in its own arguments travels in its message (`code`), one that follows from all
 // messages (capacity, disagreement) is found by every rank alike: both before a byte moves, so the buffer stays good. A rank

@@ -218,6 +218,11 @@ Plan Buffer::plan(Work work) const {
     reject(DEEPEP_ERROR_UNSUPPORTED, "rows of %u channels are too long for a combine to cast them to FP8: %u at most",
            work.row_bytes / 2, kMaxWarps * kPieceUnits * kUnitBytes / 2);
   }
+  if (plan.block_bytes > 0 && plan.block_bytes + kReservedShared > topology.shared_bytes) {
+    reject(DEEPEP_ERROR_UNSUPPORTED, "%u experts and %u of them a token take %u bytes of shared memory a block, and %s has %u",
+           work.num_experts, work.hops, plan.block_bytes + kReservedShared, device_name(*device).c_str(),
+           topology.shared_bytes);
+  }
   return plan;
 }
 

@@ -37,8 +37,9 @@ __device__ inline void wait_for_readers(Leader& leader, uint32_t slot, int32_t k
 // This rank has read all it wants of a combine: tells `rank`.
 __device__ inline void end_reading(const CallParams& p, uint32_t rank, uint32_t slot, uint64_t epoch) {
   if (rank == p.rank) return;
-  // All reads are over: what they gave has been used before the blocks met. Nothing that was written is told with this, so
-  // there is nothing to fence. Pairs with wait_for_readers() of `rank`.
+  // All reads are over: what they gave has been used before the blocks met. Nothing that was written is told with this, so a
+  // fence would only say to the memory model what no GPU can do otherwise: take back a value that it has computed with. Pairs
+  // with wait_for_readers() of `rank`.
   store_relaxed_sys(slot_word_at(p.symmetric[rank], p.regions.pulled, p.rank, slot), epoch);
 }
 // The same for the ranks in a view; one warp.

@@ -32,7 +32,7 @@ struct LowLatencyCombineShared {
   uint32_t stop;
   uint64_t gone;                             // ranks that nobody is to tell; the leader learns of more meanwhile
   uint32_t seen;                             // 1 = the workers have seen all announcements; for the leader
-  uint32_t waited_ns[DEEPEP_MAX_RANKS];      // leader's block
+  uint64_t waited_ns[DEEPEP_MAX_RANKS];      // leader's block
   const uint8_t* regions[DEEPEP_MAX_RANKS];  // expert outputs, by rank
   ExpertRow entries[kLookedUp];
 };
@@ -251,7 +251,7 @@ struct LowLatencyCombine {
       view = __ldcg(&p().state->view);
     } else {
       if (s.bad != 0) return false;
-      view = routed & ~s.call.masked;  // In a call that is not led nobody is masked.
+      view = routed & ~s.call.masked;  // As the call began: one that is not led masks nobody.
     }
     for (uint32_t src = threadIdx.x; src < p().options.num_ranks; src += num_workers()) {
       const bool counts = in_view(view, src);
@@ -268,7 +268,7 @@ struct LowLatencyCombine {
         atomicOr(&s.stop, 1u);
         break;
       }
-      if (looks > 1 && src != p().rank) s.waited_ns[src] = static_cast<uint32_t>(global_time_ns() - begin_ns);
+      if (looks > 1 && src != p().rank) s.waited_ns[src] = global_time_ns() - begin_ns;
     }
     workers_meet();
     if (is_leader() && threadIdx.x == 0) store_release_block(&s.seen, 1);  // Pairs with comes_soon().
@@ -333,8 +333,6 @@ struct LowLatencyCombine {
     uint64_t view = routed & ~s.call.masked;
     if (goes && receives) goes = receive(routed, view);
     if (!s.call.skipped && (!goes || (is_led() && receives))) stop_or_release(kStepGo, goes);
-    if (lane_id() == 0 && receives && goes) reduce_add_relaxed_gpu(&p().state->rows_pulled, header().num_rows);
-    __syncwarp();
     Leader(p(), s.call).await_blocks(kMeetEnd, false);
     if (receives && (goes || is_refused()) && (p().mask_on_timeout == 0 || !is_overtaken(p(), s.call))) {
       // When the call was refused nobody reads, and says so too: then the announcements may be made anew.
@@ -343,10 +341,13 @@ struct LowLatencyCombine {
         const uint32_t peer = nth * kWarpLanes + lane_id();
         if (in_view(view & ~s.call.lost, peer)) end_reading(p(), peer, slots.slot[nth], s.call.epoch);
       }
-      if (lane_id() == 0) header().combine_epoch = 0;  // Nothing is left to be received, or given up.
+      if (lane_id() == 0) {
+        header().combine_epoch = 0;  // Nothing is left to be received, or given up.
+        if (goes) reduce_add_relaxed_gpu(&p().state->rows_pulled, header().num_rows);
+      }
       __syncwarp();
     }
-    if (goes && receives && p().mask_on_timeout == 0) keep_waits(p(), 1, s.waited_ns, wait_stats());
+    if (receives && p().mask_on_timeout == 0) keep_waits(p(), 1, s.waited_ns, wait_stats());
     call_end(p(), s.call, {sends, true, receives});
   }
 
@@ -503,12 +504,12 @@ struct LowLatencyCombine {
     // What a line says may come a little after its epoch. Pairs with announce() of src.
     const auto seen = [&](uint32_t src) {
       const uint64_t epoch = load_acquire_sys(&line(src)->epoch);
-      return is_count_of(load_relaxed_sys(&line(src)->said), epoch) ? epoch : epoch - 1;
+      return is_count_of(load_relaxed_sys(&line(src)->said), epoch) ? epoch : 0;
     };
     const auto come = [&](uint64_t pending) {
       return leader.ranks_where([&](uint32_t src) { return in_view(pending, src) && seen(src) >= s.call.epoch; });
     };
-    const int32_t kind = p().mask_on_timeout != 0 ? 1 : -1;
+    const int32_t kind = is_led() ? 1 : -1;
     const uint64_t came = leader.wait_until(routed, {Reason::late_output, s.call.epoch, kind, false}, come, seen);
     if (leader.failed() && !is_refused()) return false;
     view = (came | rank_bit(p().rank)) & routed & ~s.call.masked;

@@ -44,9 +44,9 @@ __device__ inline bool comes_soon(const uint32_t* word, uint32_t at_least) {
 }
 
 // Adds what they have waited for each rank to the statistics; `kind` is DeviceState::wait_ns's.
-__device__ inline void keep_waits(const CallParams& p, uint32_t kind, const uint32_t* waited_ns, int64_t* wait_stats) {
+__device__ inline void keep_waits(const CallParams& p, uint32_t kind, const uint64_t* waited_ns, int64_t* wait_stats) {
   for (uint32_t src = lane_id(); src < p.options.num_ranks; src += kWarpLanes) {
-    const uint32_t waited = waited_ns[src];
+    const auto waited = static_cast<int64_t>(waited_ns[src]);
     if (waited == 0) continue;
     reduce_add_relaxed_gpu(&p.state->wait_ns[kind][src], waited);
     if (wait_stats != nullptr) reduce_add_relaxed_gpu(wait_stats + src, waited);
@@ -58,7 +58,7 @@ struct CountFindings {
   uint32_t bad;       // ~position of the first wrong entry; 0 = none
   uint32_t stop;      // 1 = a peer refuses the call, or means another
   uint32_t overfull;  // ~the first expert whose region cannot hold its rows; 0 = none
-  uint32_t counted;   // all of this is known; for the leader
+  uint32_t counted;   // nothing of this changes any more; for the leader
 };
 
 // Where the row of an entry goes. x is nullptr when it goes nowhere.
@@ -166,9 +166,10 @@ struct LowLatencyCount {
   // at once. False when the leader has stopped the call meanwhile. The workers must meet afterwards.
   template <class Heard>
   __device__ bool take(const CallShared& s, uint64_t view, uint32_t hash, Heard heard) const {
-    const uint32_t experts = num_experts();
-    for (uint32_t item = threadIdx.x; item < experts + p.options.num_ranks; item += num_workers()) {
-      const bool came = item < experts ? take_counts(s, view, item) : take_sender(s, view, item - experts, hash, heard);
+    const uint32_t ranks = p.options.num_ranks;
+    const uint64_t begin_ns = global_time_ns();
+    for (uint32_t item = threadIdx.x; item < ranks + num_experts(); item += num_workers()) {
+      const bool came = item < ranks ? take_sender(s, view, item, hash, begin_ns, heard) : take_counts(s, view, item - ranks);
       if (!came) return false;
     }
     return true;
@@ -279,17 +280,17 @@ struct LowLatencyCount {
   }
 
   template <class Heard>
-  __device__ bool take_sender(const CallShared& s, uint64_t view, uint32_t src, uint32_t hash, Heard heard) const {
+  __device__ bool take_sender(const CallShared& s, uint64_t view, uint32_t src, uint32_t hash, uint64_t begin_ns,
+                              Heard heard) const {
     if (src == p.rank || !in_view(view, src)) return true;
     const uint64_t* infos = words_of(s, src) + num_experts();
-    const uint64_t begin_ns = global_time_ns();
     for (uint32_t looks = 1;; ++looks) {
       const uint64_t agreed = load_relaxed_sys(infos + kInfoAgreed);
       const uint64_t word = load_acquire_sys(infos + kInfoSender);  // Pairs with publish() of src.
       if (is_count_of(word, s.epoch) && is_count_of(agreed, s.epoch)) {
         const CountSender sender = count_sender_from_word(static_cast<uint32_t>(word));
         if (sender.refuses || static_cast<uint32_t>(agreed) != hash) atomicOr(&found.stop, 1u);
-        heard(src, sender, looks == 1 ? 0 : static_cast<uint32_t>(global_time_ns() - begin_ns));
+        heard(src, sender, looks == 1 ? 0 : global_time_ns() - begin_ns);
         return true;
       }
       if (looks % kLooksBetween == 0 && is_stopped(p, s)) return false;

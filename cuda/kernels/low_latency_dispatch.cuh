@@ -46,7 +46,7 @@ struct ExpertRegions {
 // What the workers of the leader's block have found of the peers.
 struct Arrivals {
   uint32_t blocks[DEEPEP_MAX_RANKS];  // that each pushes with
-  uint32_t waited_ns[DEEPEP_MAX_RANKS];
+  uint64_t waited_ns[DEEPEP_MAX_RANKS];
   uint32_t num_came;  // ranks whose rows are there
 };
 
@@ -69,7 +69,7 @@ __device__ inline void look_for_rows(const CallParams& p, const CallShared& s, A
     waited = __any_sync(kAllLanes, waited);
     __syncwarp();  // What one lane has acquired, all have.
     if (lane_id() != 0) continue;
-    if (waited) arrivals.waited_ns[src] += static_cast<uint32_t>(global_time_ns() - begin_ns);
+    if (waited) arrivals.waited_ns[src] += global_time_ns() - begin_ns;
     reduce_add_release_block(&arrivals.num_came, 1);  // Pairs with comes_soon() of the leader.
   }
 }
@@ -230,7 +230,7 @@ struct LowLatencyDispatch {
       s.view = view;
       s.slots[p().rank] = own_memory(p()) + slot_offset(p().regions, p().slot);
     }
-    const auto heard = [&](uint32_t rank, const CountSender& sender, uint32_t waited_ns) {
+    const auto heard = [&](uint32_t rank, const CountSender& sender, uint64_t waited_ns) {
       s.slots[rank] = p().symmetric[rank] + slot_offset(p().regions, sender.slot);
       if (!is_leader()) return;
       s.arrivals.blocks[rank] = sender.blocks;
@@ -418,7 +418,8 @@ struct LowLatencyDispatch {
     if (sent && params.receives != 0) {
       receive_rows(p(), s.call, params.routing, regions(), s.arrivals, s.call.view, wait_stats());
     }
-    if (s.call.code == 0 && p().mask_on_timeout == 0) keep_waits(p(), 0, s.arrivals.waited_ns, wait_stats());
+    // Those for rows are not final in a call that fails while they are awaited.
+    if ((s.call.code == 0 || !sent) && p().mask_on_timeout == 0) keep_waits(p(), 0, s.arrivals.waited_ns, wait_stats());
     call_end(p(), s.call, {true, true, params.receives != 0});
   }
 
@@ -509,16 +510,20 @@ struct LowLatencyDispatch {
       leader.refuse(DEEPEP_ERROR_INVALID_ARGUMENT, Reason::bad_entry, finding);
     }
     leader.publish_all(params.agreed, params.routing.num_tokens);
-    return leader.gather(params.agreed, p().mask_on_timeout != 0 ? 0 : -1, true) && leader.enter(DEEPEP_PHASE_SEND);
+    return leader.gather(params.agreed, is_led() ? 0 : -1, true) && leader.enter(DEEPEP_PHASE_SEND);
   }
 
   // The counts do not come soon, or say that something is wrong: the messages tell.
   DEEPEP_COLD __device__ static bool find_out(const LowLatencyDispatchParams& params, LowLatencyShared& s, uint8_t* shared) {
     LowLatencyDispatch self(params, s, shared);
     Leader leader(params.call, s.call);
-    const bool went = leader.gather(params.agreed, -1, true);
-    if (!went) self.stop_or_release(kStepGo, false);
-    return went && self.take_findings();
+    leader.enter(DEEPEP_PHASE_NOTIFY);
+    if (!leader.gather(params.agreed, -1, true)) {
+      self.stop_or_release(kStepGo, false);
+      return false;
+    }
+    leader.enter(DEEPEP_PHASE_SEND);
+    return self.take_findings();
   }
 
   // What the workers have found in the counts. False when the call fails.

@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "511fd8f563b01c93d118e9640bcbd9d2f995b8adbfb6cc573e88ff7a79fe90f3",
-    cuda: "e0052ffdddc43f5bf94af885041d1fc2deab73bbaa23acf53965094066cfcb1e",
+    cpu: "a79550bb31959fff08157e633417484a08a4351a3562c63700f76f38076194c6",
+    cuda: "299ded134638376bfbfe3167778e6f0bca9d92a1166e0839d0ef32c33361472b",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -34,8 +34,8 @@ export const manifest: Manifest = {
       bytes: 510384,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "47c9a6882336fe0413576d6802548ef39958cad8ff5554fc40103c1cccaaeedf",
-      bytes: 2812632,
+      sha256: "8fd011ed127cfc462f58220bce48c8cc98c5872c48c7b0e4d8362514095944f2",
+      bytes: 2800344,
     },
   },
 };

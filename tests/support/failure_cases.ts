@@ -198,6 +198,7 @@ function silentCases(backend: BackendSubject["backend"], phases: readonly Phase[
         assert(failed.length > 0, `${op} ${phase}`);
         for (const reason of failed) {
           if (reason.rank !== 1) assertEquals(reason.peer, 1, reason.message);
+          assert(reason.phase !== undefined, reason.message);
         }
         const rest = buffers.filter((b) => b.rank !== 1);
         await Promise.all(rest.map((b) => b.recover({ masked: [1] })));
