@@ -2,7 +2,7 @@
 // and in low-latency mode, by TMA and by loads and stores; every row and sum is compared. Small enough for compute-sanitizer,
 // and an example of how the library is driven from C or C++.
 //
-//   small_world [--ranks 3] [--rounds 10]     exits 0 and prints "ok", 1 and what differs, or 77 without a GPU
+//   small_world [--ranks 3] [--rounds 10] [--low-latency 0]     exits 0 and prints "ok", 1 and what differs, or 77 without a GPU
 //
 // The world is in small_world.hpp, the rounds of low-latency mode in small_low_latency.hpp.
 #include <algorithm>
@@ -150,7 +150,7 @@ void run_round(std::vector<Rank>& ranks, std::vector<Tensors>& tensors, std::mt1
 int main(int argc, char** argv) {
   open_library();
   const uint32_t num_ranks = option(argc, argv, "--ranks", 3), rounds = option(argc, argv, "--rounds", 10);
-  const bool low_latency = has_low_latency();
+  const bool low_latency = option(argc, argv, "--low-latency", 1) != 0 && has_low_latency();
   for (const char* tma : {"1", "0"}) {
     setenv("DEEPEP_CUDA_TMA", tma, 1);  // read when a buffer is created
     auto options = make<deepep_buffer_create_args>();
