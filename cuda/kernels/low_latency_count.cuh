@@ -286,7 +286,7 @@ struct LowLatencyCount {
     const uint64_t* infos = words_of(s, src) + num_experts();
     for (uint32_t looks = 1;; ++looks) {
       const uint64_t agreed = load_relaxed_sys(infos + kInfoAgreed);
-      const uint64_t word = load_acquire_sys(infos + kInfoSender);  // Pairs with publish() of src.
+      const uint64_t word = load_acquire_sys(infos + kInfoSender);  // Pairs with publish_sender() of src.
       if (is_count_of(word, s.epoch) && is_count_of(agreed, s.epoch)) {
         const CountSender sender = count_sender_from_word(static_cast<uint32_t>(word));
         if (sender.refuses || static_cast<uint32_t>(agreed) != hash) atomicOr(&found.stop, 1u);

@@ -75,7 +75,6 @@ DEEPEP_LOAD(load_relaxed_gpu, "ld.relaxed.gpu.global")
 DEEPEP_STORE(store_release_sys, "st.release.sys.global")
 DEEPEP_STORE(store_relaxed_sys, "st.relaxed.sys.global")
 DEEPEP_STORE(store_release_gpu, "st.release.gpu.global")
-DEEPEP_ATOMIC(add_acq_rel_gpu, "atom.acq_rel.gpu.global.add")
 DEEPEP_ATOMIC(add_relaxed_gpu, "atom.relaxed.gpu.global.add")
 DEEPEP_ATOMIC(max_relaxed_gpu, "atom.relaxed.gpu.global.max")
 // Nothing comes back, and nobody waits for it.

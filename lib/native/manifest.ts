@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "a79550bb31959fff08157e633417484a08a4351a3562c63700f76f38076194c6",
-    cuda: "299ded134638376bfbfe3167778e6f0bca9d92a1166e0839d0ef32c33361472b",
+    cpu: "de44aea58757c2deb1332d98128675acbbeca6a2076ac669887dd117f1a44271",
+    cuda: "9fa57bbfbf13577434466d60266f8f90c913ca00bec6ca8f146c336cba6ff08e",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",

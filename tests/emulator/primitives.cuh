@@ -80,11 +80,6 @@ void store_release_gpu(T* address, std::type_identity_t<T> value) {
 
 // All of these return the word as it was before.
 template <class T>
-T add_acq_rel_gpu(T* address, std::type_identity_t<T> value) {
-  check_word(address);
-  return emulator::atomically<__ATOMIC_ACQ_REL>(address, [&](T old) { return static_cast<T>(old + value); });
-}
-template <class T>
 T add_relaxed_gpu(T* address, std::type_identity_t<T> value) {
   check_word(address);
   return atomicAdd(address, value);
@@ -99,7 +94,8 @@ T max_relaxed_gpu(T* address, std::type_identity_t<T> value) {
 
 template <class T>
 void reduce_add_release_gpu(T* address, std::type_identity_t<T> value) {
-  add_acq_rel_gpu(address, value);
+  check_word(address);
+  emulator::atomically<__ATOMIC_ACQ_REL>(address, [&](T old) { return static_cast<T>(old + value); });
 }
 template <class T>
 void reduce_add_relaxed_gpu(T* address, std::type_identity_t<T> value) {
@@ -161,7 +157,7 @@ inline float2 floats_from_e4m3(uint16_t both) {
 // A word in shared memory that warps pass on without a meeting.
 inline uint32_t load_acquire_block(const uint32_t* shared) { return looked_at<__ATOMIC_ACQUIRE>(shared); }
 inline void store_release_block(uint32_t* shared, uint32_t value) { stored<__ATOMIC_RELEASE>(shared, value); }
-inline void reduce_add_release_block(uint32_t* shared, uint32_t value) { add_acq_rel_gpu(shared, value); }
+inline void reduce_add_release_block(uint32_t* shared, uint32_t value) { reduce_add_release_gpu(shared, value); }
 
 template <class Params>
 void fetch_params(const Params&) {}
