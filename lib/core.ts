@@ -84,7 +84,7 @@ export class Core implements EventOwner, TensorOwner {
   readonly capabilities: Capabilities;
   readonly #outputs = new Map<number, bigint>();
   readonly #holders = new Map<number, Holder>();
-  readonly #pending = new Set<Promise<unknown>>();
+  readonly #pending = new Map<bigint, Promise<unknown>>();
   readonly #streams = new Set<Stream>();
   #closing: Promise<void> | undefined;
   #numCalls = 0;
@@ -252,16 +252,17 @@ export class Core implements EventOwner, TensorOwner {
     };
   }
 
-  /** Awaits a completion; {@linkcode close} waits for it too. Throws the failure of the operation. */
-  async completed(id: bigint, op: string): Promise<void> {
+  /** The status of a completion, once it has come; {@linkcode close} waits for it too. Give it to {@linkcode check}. */
+  status(id: bigint): Promise<number> {
     const done = this.device.completed(id);
-    this.#pending.add(done);
-    try {
-      const status = await done;
-      if (status !== 0) throw this.device.failure(this.native, id, op, status);
-    } finally {
-      this.#pending.delete(done);
-    }
+    this.#pending.set(id, done);
+    return done;
+  }
+
+  /** Throws the failure of the operation whose completion came with `status`. */
+  check(status: number, id: bigint, op: string): void {
+    this.#pending.delete(id);
+    if (status !== 0) throw this.device.failure(this.native, id, op, status);
   }
 
   /** Enqueues a barrier of all unmasked ranks. */
@@ -436,7 +437,7 @@ export class Core implements EventOwner, TensorOwner {
     }
     this.#holders.clear();
     await Promise.allSettled(rest);
-    while (this.#pending.size > 0) await Promise.allSettled([...this.#pending]);
+    while (this.#pending.size > 0) await Promise.allSettled([...this.#pending.values()]);
     for (const graph of this.graphs) graph[Symbol.dispose]();
     this.idleEvents.length = 0;
     this.device.end("deepep_buffer_destroy", this.native, "close");

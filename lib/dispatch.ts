@@ -3,7 +3,7 @@
  * ranks sent here, as views of a slot, with the handle that brings results back. Called by `EpBuffer.dispatch`.
  */
 import { constants } from "./ffi/abi.ts";
-import { struct } from "./ffi/struct.ts";
+import { struct, type StructOutputs } from "./ffi/struct.ts";
 import type { Core, Operation, OperationOptions } from "./core.ts";
 import { itemSize } from "./dtype.ts";
 import {
@@ -65,38 +65,56 @@ export class DispatchResult<X extends Payload = Payload> extends SlotResult impl
   readonly topkIdx: Tensor<"i32" | "i64"> | undefined;
   /** With `topkWeights`: f32 `[numTokens, numTopk]`, 0 where the entry is another rank's; expert layout `[numRows]`. */
   readonly topkWeights: Tensor<"f32"> | undefined;
-  /** i32 `[rows]`: source rank * maxTokensPerRank + token; -1 in padding. */
-  readonly srcIdx: Tensor<"i32">;
-  readonly numTokens: number;
-  readonly numRows: number;
-  readonly numTokensPerExpert: readonly number[];
-  readonly numTokensPerRank: readonly number[];
-  /** The same counts on the device. */
-  readonly counts: DeviceCounts;
   /** Brings results back: `combine(y, handle)`; repeats the routing: `dispatch(x, { handle })`. */
   readonly handle: DispatchHandle;
+  readonly numTokens: number;
+  readonly numRows: number;
+  readonly #host: RecvCounts;
+  readonly #out: Outputs;
 
   /** @ignore */
   constructor(core: Core, slot: HeldSlot, event: EpEvent, values: {
     x: X;
     topkIdx: Tensor<"i32" | "i64"> | undefined;
     topkWeights: Tensor<"f32"> | undefined;
-    srcIdx: Tensor<"i32">;
-    counts: DeviceCounts;
-    host: RecvCounts;
     handle: DispatchHandle;
+    host: RecvCounts;
+    out: Outputs;
   }) {
     super(core, slot, event);
     this.x = values.x;
     this.topkIdx = values.topkIdx;
     this.topkWeights = values.topkWeights;
-    this.srcIdx = values.srcIdx;
-    this.counts = values.counts;
+    this.handle = values.handle;
     this.numTokens = values.host.numTokens;
     this.numRows = values.host.numRows;
-    this.numTokensPerExpert = values.host.numTokensPerExpert;
-    this.numTokensPerRank = values.host.numTokensPerRank;
-    this.handle = values.handle;
+    this.#host = values.host;
+    this.#out = values.out;
+  }
+
+  // Made when they are asked for: most programs look at few of them, and the call has no time.
+
+  get numTokensPerExpert(): readonly number[] {
+    return this.#host.numTokensPerExpert;
+  }
+  get numTokensPerRank(): readonly number[] {
+    return this.#host.numTokensPerRank;
+  }
+  /** i32 `[rows]`: source rank * maxTokensPerRank + token; -1 in padding. */
+  get srcIdx(): Tensor<"i32"> {
+    return this.#i32(this.#out.recv_src_idx, this.handle.layout === "rank" ? this.numTokens : this.numRows);
+  }
+  /** The same counts on the device. */
+  get counts(): DeviceCounts {
+    const { recv_num_rows, recv_num_tokens_per_expert, recv_num_tokens_per_rank } = this.#out;
+    return {
+      numRows: this.#i32(recv_num_rows, 2),
+      numTokensPerExpert: this.#i32(recv_num_tokens_per_expert, this.core.numLocalExperts),
+      numTokensPerRank: this.#i32(recv_num_tokens_per_rank, this.core.numRanks),
+    };
+  }
+  #i32(address: bigint, n: number): Tensor<"i32"> {
+    return new Tensor(address, "i32", [n], { hold: this.slot.hold });
   }
 
   /** Gives the slot back, and the handle unless it was kept. */
@@ -244,7 +262,7 @@ export async function dispatch<X extends Payload>(
   const sent = core.collective("DISPATCH", () => enqueue(core, x, o)), taken = take(core, sent);
   if (!sent.sync) return finish(core, x, o, sent, taken, sent.known);
   try {
-    await core.completed(sent.counts_id, "dispatch");
+    core.check(await core.status(sent.counts_id), sent.counts_id, "dispatch");
   } catch (error) {
     core.releaseSlot(taken.slot.index, taken.slot.hold);
     if (sent.cached === undefined) core.device.end("deepep_handle_destroy", sent.native, "dispatch");
@@ -258,6 +276,9 @@ export function captureDispatch<X extends Payload>(core: Core, x: X, o: Dispatch
   const sent = core.collective("DISPATCH", () => enqueue(core, x, o));
   return finish(core, x, o, sent, take(core, sent), sent.known);
 }
+
+/** What the call wrote. */
+type Outputs = StructOutputs<"deepep_dispatch_args">;
 
 /** Reads what the call wrote, before another call does, and holds its slot. */
 function take(core: Core, { operation }: ReturnType<typeof enqueue>) {
@@ -300,22 +321,39 @@ function checkChoices(layout: RowLayout, alignment: number, o: DispatchOptions):
   }
 }
 
+/** Counts as they were read: arrays are made when they are asked for. */
+class HostCounts implements RecvCounts {
+  readonly numTokens: number;
+  readonly numRows: number;
+  readonly #all: Int32Array;
+  readonly #numLocalExperts: number;
+  #perExpert: readonly number[] | undefined;
+  #perRank: readonly number[] | undefined;
+
+  constructor(all: Int32Array, numLocalExperts: number) {
+    this.numTokens = all[0]!;
+    this.numRows = all[1]!;
+    this.#all = all;
+    this.#numLocalExperts = numLocalExperts;
+  }
+  get numTokensPerExpert(): readonly number[] {
+    return this.#perExpert ??= Array.from(this.#all.subarray(2, 2 + this.#numLocalExperts));
+  }
+  get numTokensPerRank(): readonly number[] {
+    return this.#perRank ??= Array.from(this.#all.subarray(2 + this.#numLocalExperts));
+  }
+}
+
 function readCounts(core: Core, address: bigint): RecvCounts {
-  const { numLocalExperts, numRanks } = core;
-  const all = new Int32Array(new ArrayBuffer(4 * (2 + numLocalExperts + numRanks)));
+  const all = new Int32Array(new ArrayBuffer(4 * (2 + core.numLocalExperts + core.numRanks)));
   core.device.hostRead(address, all);
-  return {
-    numTokens: all[0]!,
-    numRows: all[1]!,
-    numTokensPerExpert: [...all.subarray(2, 2 + numLocalExperts)],
-    numTokensPerRank: [...all.subarray(2 + numLocalExperts)],
-  };
+  return new HostCounts(all, core.numLocalExperts);
 }
 
 function result<X extends Payload>(
   core: Core,
   x: X,
-  out: ReturnType<typeof dispatchStruct.outputs>,
+  out: Outputs,
   slot: HeldSlot,
   event: EpEvent,
   o: DispatchOptions,
@@ -327,7 +365,6 @@ function result<X extends Payload>(
     { numTokens: out.max_rows, numRows: out.max_rows, numTokensPerExpert: [], numTokensPerRank: [] };
   const rows = layout === "rank" ? host.numTokens : host.numRows;
   const hold: { hold: Hold } = { hold: slot.hold };
-  const i32 = (address: bigint, n: number) => new Tensor(address, "i32", [n], hold);
   const topk = handle.numTopk > 0;
   return new DispatchResult<X>(core, slot, event, {
     x: received(x, rows, out, hold) as X,
@@ -337,14 +374,9 @@ function result<X extends Payload>(
     topkWeights: o.topkWeights
       ? new Tensor(out.recv_topk_weights, "f32", layout === "rank" ? [rows, handle.numTopk] : [rows], hold)
       : undefined,
-    srcIdx: i32(out.recv_src_idx, rows),
-    counts: {
-      numRows: i32(out.recv_num_rows, 2),
-      numTokensPerExpert: i32(out.recv_num_tokens_per_expert, core.numLocalExperts),
-      numTokensPerRank: i32(out.recv_num_tokens_per_rank, core.numRanks),
-    },
-    host,
     handle,
+    host,
+    out,
   });
 }
 

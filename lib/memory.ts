@@ -68,7 +68,7 @@ export async function readTensor(core: Core, tensor: Tensor, stream: Stream): Pr
     const staging = alloc(core, span, "HOST"), id = core.device.nextId();
     try {
       copy(core, staging, tensor.address, span, stream, id);
-      await core.completed(id, "read");
+      core.check(await core.status(id), id, "read");
       core.device.hostRead(staging, new Uint8Array(bytes));
     } catch (error) {
       core.device.forget(id);

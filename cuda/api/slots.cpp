@@ -17,7 +17,7 @@ uint32_t Slots::free_bits() const {
   return bits;
 }
 
-int32_t Slots::take(int32_t wanted) {
+int32_t Slots::take(int32_t wanted, uint64_t stream) {
   const auto num_slots = static_cast<int32_t>(slots_.size());
   if (wanted < -1 || wanted >= num_slots) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "slot is %d, at most %d", wanted, num_slots - 1);
@@ -26,8 +26,9 @@ int32_t Slots::take(int32_t wanted) {
   for (int32_t i = 0; i < num_slots && wanted == -1; ++i) {
     const Slot& slot = slots_[static_cast<size_t>(i)];
     if (slot.held) continue;
-    // One that nobody reads any more is better than one whose reader is still at work.
-    if (!slot.reusable || slot.reusable->done()) {
+    // One that need not be waited for is better than one whose reader is still at work. Its number tells of most that they were
+    // given back in the order of the same stream; to ask costs more.
+    if (!slot.reusable || slot.reusable->is_marked_on(stream) || slot.reusable->done()) {
       found = i;
       break;
     }

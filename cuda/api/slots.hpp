@@ -19,8 +19,8 @@ struct LowLatencySlot;
 // One result's worth of memory.
 struct Slot {
   bool held = false;
-  bool borrowed = false;        // by an operation that gives it back itself
-  uint64_t combine_epoch = 0;   // of the last combine that used its expert-output region; 0 after a recovery
+  bool borrowed = false;                  // by an operation that gives it back itself
+  uint64_t combine_epoch = 0;             // of the last combine that used its expert-output region; 0 after a recovery
   std::shared_ptr<LowLatencySlot> state;  // of a low-latency dispatch that holds it; empty when a slot was just taken
   int32_t holder_op = 0;                  // who holds it, for messages
   uint64_t holder_epoch = 0;
@@ -37,9 +37,10 @@ class Slots {
   // Bit s is set when slot s is free.
   uint32_t free_bits() const;
 
-  // Takes slot `wanted`, or with -1 any free one, for the operation enqueued next; its state is empty then. Rejects with
-  // NO_FREE_SLOT, naming the holders, or INVALID_ARGUMENT. Given back by itself when the API call is rejected after it.
-  int32_t take(int32_t wanted);
+  // Takes slot `wanted`, or with -1 any free one, for the operation enqueued next, whose caller's stream is `stream`; its state
+  // is empty then. Rejects with NO_FREE_SLOT, naming the holders, or INVALID_ARGUMENT. Given back by itself when the API call
+  // is rejected after it.
+  int32_t take(int32_t wanted, uint64_t stream);
   // A slot that is held; rejects otherwise.
   Slot& held(int32_t slot);
   // Frees a slot; the next holder's operation waits for `reusable` if there is one.

@@ -27,7 +27,7 @@ struct Work {
   int32_t num_sms = 0;       // asked for; 0 = default
   uint32_t num_tokens = 0;   // low latency: few tokens want few blocks
   uint32_t num_experts = 0;  // low latency, whose blocks keep tables of them
-  bool fp8 = false;          // low-latency combine that casts; row_bytes are those of bf16
+  bool fp8 = false;          // low latency that casts; row_bytes are those of bf16
 };
 
 // Fields as in deepep_plan_args.
@@ -128,10 +128,19 @@ constexpr Plan make_plan(const Work& work, const Topology& topology) {
   const uint32_t taken = kReservedShared + table_bytes;
   const uint32_t bytes = topology.shared_bytes > taken ? topology.shared_bytes - taken : 0;
   plan.tma = topology.compute_capability >= 90;
+  if (work.op == DEEPEP_OP_LOW_LATENCY_DISPATCH) {
+    // A warp that casts has room for a piece, which comes by TMA, if it can.
+    const uint32_t units = bytes / kMaxWarps / kUnitBytes;
+    plan.tma = plan.tma != 0 && work.fp8;
+    plan.stages = 1;
+    plan.chunk_bytes = (work.fp8 && units < kPieceUnits ? (units < 1 ? 1 : units) : kPieceUnits) * kUnitBytes;
+    plan.block_bytes = table_bytes + (work.fp8 ? kMaxWarps * plan.chunk_bytes : 0);
+    return plan;
+  }
   // With little shared memory fewer warps, each with room for what it cannot do without.
   const uint32_t least = push ? kPushStages * push_stage_bytes(1024, work.hops) : kLeastPullStages * pull_stage_bytes();
   while (plan.warps > 4 && bytes / plan.warps < least) plan.warps /= 2;
-  // Low latency moves little, and each row through registers is sooner there than through shared memory.
+  // A low-latency combine moves little, and each row through registers is sooner there than through shared memory.
   if (plan.tma == 0 || is_low_latency(work.op) || bytes / plan.warps < least) {
     plan.tma = 0;
     plan.warps = kMaxWarps;

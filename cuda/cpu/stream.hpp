@@ -30,6 +30,8 @@ class Record {
 
   // Cheap; pairs with the release in complete().
   bool done() const { return done_.load(std::memory_order_acquire); }
+  // Where asking costs something, this tells whether the point lies on a stream.
+  bool is_marked_on(uint64_t /*stream*/) const { return false; }
   // Why the operation failed, or nullptr. Valid once done.
   const std::shared_ptr<const Status>& failure() const { return failure_; }
   int32_t status() const { return failure_ ? failure_->failure.code : 0; }

@@ -117,7 +117,7 @@ Record::~Record() {
 
 void Record::mark(cudaStream_t stream, CaptureId capture) {
   capture_ = capture;
-  if (capture == 0) stream_ = id_of(stream);
+  if (capture == 0) stream_ = id_of(stream), stream_number_ = number_of(stream);
   DEEPEP_CUDA("record an event", cudaEventRecord(event_, stream));
 }
 

@@ -55,6 +55,8 @@ class Record {
   void complete(std::shared_ptr<const Status> failure);
 
   bool is_operation() const { return is_operation_; }
+  // Whether it was marked on the stream of that number, as far as the number tells: it may have been another one's before.
+  bool is_marked_on(uint64_t stream) const { return stream != 0 && stream_number_ == stream; }
   cudaEvent_t event() const { return event_; }
   bool is_timed() const { return timed_; }
 
@@ -64,6 +66,7 @@ class Record {
   cudaEvent_t event_ = nullptr;
   CaptureId capture_ = 0;          // that it was marked in
   unsigned long long stream_ = 0;  // that it was marked on, outside of captures; 0 = none
+  uint64_t stream_number_ = 0;     // the same as a number of the ABI
   bool is_operation_ = false;
   std::atomic<bool> done_{false};
   mutable std::mutex mutex_;

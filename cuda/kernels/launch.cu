@@ -105,7 +105,7 @@ cudaError_t launch_low_latency_dispatch(const LowLatencyDispatchParams& given, c
   const uint32_t warps = params.plan.warps * params.blocks_a_token;
   const auto block_tokens = static_cast<uint32_t>(ceil_div(uint64_t{tokens} * params.blocks_a_token, blocks));
   const auto share = static_cast<uint32_t>(ceil_div(uint64_t{block_tokens} * units, warps));
-  const auto even = static_cast<uint32_t>(ceil_div(units, ceil_div(units, kPieceUnits)));
+  const auto even = static_cast<uint32_t>(ceil_div(units, ceil_div(units, params.plan.chunk_bytes / kUnitBytes)));
   params.piece_units = std::max(1u, std::min(share, even));
   params.row_pieces = static_cast<uint32_t>(ceil_div(units, params.piece_units));
   const bool casts = (args.flags & DEEPEP_FLAG_FP8) != 0;

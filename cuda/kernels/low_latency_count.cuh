@@ -115,7 +115,8 @@ struct LowLatencyCount {
   __device__ void count(TokenRange own) const {
     const uint32_t entries = input.num_tokens * input.num_topk;
     // Under way while the tables are zeroed.
-    int64_t value = threadIdx.x < entries ? input.raw(threadIdx.x) : -1;
+    const auto entry = [&](uint32_t i) { return i < entries ? input.raw(i) : -1; };
+    int64_t value = entry(threadIdx.x), next = entry(threadIdx.x + num_workers());
     for (uint32_t i = threadIdx.x; i < 2 * num_experts(); i += num_workers()) tables.own[i] = 0;  // and tables.cursor
     if (threadIdx.x == 0) found = {};
     workers_meet();
@@ -128,7 +129,8 @@ struct LowLatencyCount {
         if (i < before) atomicAdd(&tables.cursor[value], 1u);
       }
       i += num_workers();
-      if (i < entries) value = input.raw(i);
+      value = next;
+      next = entry(i + num_workers());
     }
   }
 

@@ -153,9 +153,10 @@ struct LowLatencyShared {
   CallShared call;
   CountFindings found;
   Arrivals arrivals;
-  uint64_t to;      // ranks that the workers tell their counts; the leader learns of more that are lost meanwhile
-  uint64_t view;    // ranks that the workers count in
-  uint32_t placed;  // 1 = the places of the first round are found
+  uint64_t barriers[kMaxWarps];  // of the pieces that come by TMA
+  uint64_t to;                   // ranks that the workers tell their counts; the leader learns of more that are lost meanwhile
+  uint64_t view;                 // ranks that the workers count in
+  uint32_t placed;               // 1 = the places of the first round are found
   uint8_t* slots[DEEPEP_MAX_RANKS];
 };
 
@@ -191,9 +192,13 @@ struct LowLatencyDispatch {
     const TokenRange own = tokens();
     Mover<kCast> mover(*this, round_at(own, own.begin));
     counting().count(own);
+    mover.fetch();    // Not before: what it loads would hold up what is counted.
     __syncthreads();  // The last warp has read the state.
     bool pushed = false;
-    if (!s.call.skipped && publish()) pushed = send(mover, own);
+    if (!s.call.skipped && publish())
+      pushed = send(mover, own);
+    else
+      mover.wait();  // Nothing may be under way when a block ends.
     workers_meet();  // This block's rows are in place.
     if (pushed && p().mask_on_timeout == 0) announce_block();
     // Releases what the workers have written; pairs with Leader::await_blocks(). Not the warp that announces.
@@ -247,16 +252,28 @@ struct LowLatencyDispatch {
     return s.found.stop == 0 && s.found.overfull == 0;
   }
 
-  // What a warp moves of a round of tokens: pieces of rows, one after another.
+  // What a warp moves of a round of tokens: pieces of rows, one after another. One that is cast comes into the warp's shared
+  // memory, by TMA, if there is, while the one before is stored: it takes no turn in the queue of loads, and the code that
+  // casts it there is short. One that is not goes through registers.
   template <bool kCast>
   struct Mover {
     const LowLatencyDispatch& dispatch;
     TokenRange round;
     uint32_t token;  // of the round
     uint32_t piece;  // of its row
+    uint32_t phase;  // of the warp's barrier
     RowPiece<kCast> held;
 
-    __device__ Mover(const LowLatencyDispatch& given, TokenRange first) : dispatch(given) { begin(first); }
+    __device__ Mover(const LowLatencyDispatch& given, TokenRange first) : dispatch(given), phase(0) {
+      if constexpr (kCast && kHasTma) {
+        if (has_tma() && lane_id() == 0) {
+          barrier_init(barrier(), 1);
+          fence_barrier_init();
+        }
+        __syncwarp();
+      }
+      begin(first);
+    }
 
     __device__ void begin(TokenRange next) {
       round = next;
@@ -282,34 +299,80 @@ struct LowLatencyDispatch {
     }
     __device__ uint32_t units() const { return (bytes() + kUnitBytes - 1) / kUnitBytes; }
 
-    __device__ void load() {
-      if (!has()) return;
-      const auto* x = reinterpret_cast<const uint8_t*>(dispatch.params.args.x);
-      held.load(x + (round.begin + token) * dispatch.params.args.x_stride + first_unit() * kUnitBytes, bytes());
+    __device__ bool has_tma() const { return dispatch.params.plan.tma != 0; }
+    __device__ uint64_t* barrier() const { return &dispatch.s.barriers[threadIdx.x / kWarpLanes]; }
+    __device__ uint8_t* stage() const {
+      const Plan& plan = dispatch.params.plan;
+      return dispatch.shared + plan.block_bytes - (plan.warps - threadIdx.x / kWarpLanes) * plan.chunk_bytes;
     }
-    __device__ void cast() {
-      if constexpr (kCast) {
-        if (has()) held.cast(units(), (dispatch.params.args.flags & DEEPEP_FLAG_ROUND_SCALE) != 0);
+    __device__ const uint8_t* source() const {
+      const auto* x = reinterpret_cast<const uint8_t*>(dispatch.params.args.x);
+      return x + (round.begin + token) * dispatch.params.args.x_stride + first_unit() * kUnitBytes;
+    }
+
+    // Begins to bring a piece, if there is one, to where the last one was.
+    __device__ void fetch() {
+      if constexpr (kCast && kHasTma) {
+        if (!has_tma() || !has()) return;
+        fence_proxy_async_shared();
+        __syncwarp();  // All lanes have read what was there.
+        if (lane_id() != 0) return;
+        barrier_arrive_expect(barrier(), bytes());
+        bulk_load(stage(), source(), bytes(), barrier());
       }
     }
-    __device__ void store(const ScaleUnits& given_scales) const {
+    // What was fetched has come.
+    __device__ void wait() {
+      if (!kCast || !has()) return;
+      if constexpr (kHasTma) {
+        if (has_tma()) {
+          barrier_wait(barrier(), phase);
+          phase ^= 1;
+          return;
+        }
+      }
+      const uint32_t end = bytes();
+      for (uint32_t at = lane_id() * 16; at < end; at += kUnitBytes) {
+        *reinterpret_cast<uint4*>(stage() + at) = load_stream(source() + at);
+      }
+    }
+    // Then the piece can be stored.
+    __device__ void take() {
+      wait();
+      if (!has()) return;
+      if constexpr (kCast)
+        held.scale = held.cast_shared(stage(), bytes(), (dispatch.params.args.flags & DEEPEP_FLAG_ROUND_SCALE) != 0);
+      else
+        held.load(source(), bytes());
+    }
+    // Stores what was taken, and goes on to the next piece.
+    __device__ void pass_on(const ScaleUnits& given_scales) {
       const LowLatencyDispatchParams& params = dispatch.params;
-      const CastRows rows = {.channels = params.row_bytes, .ue8m0 = (params.args.flags & DEEPEP_FLAG_UE8M0) != 0};
+      const deepep_low_latency_dispatch_args& args = params.args;
+      const CastRows rows = {.channels = params.row_bytes, .ue8m0 = (args.flags & DEEPEP_FLAG_UE8M0) != 0};
       const auto share = held.share(rows, first_unit(), bytes(), params.scales.to_elem_stride);
+      const bool brings_scales = piece == 0;
+      const auto* from = reinterpret_cast<const uint8_t*>(args.scales) + (round.begin + token) * args.scales_row_stride;
       const RowPlace* place = dispatch.tables.places + token * dispatch.input.num_topk;
       const RowPlace* const end = place + dispatch.input.num_topk;
+      if constexpr (kCast) held.load_shared(stage(), units());
+      advance();
+      fetch();
 #pragma unroll 1
       for (; place != end; ++place) {
         const RowPlace to = *place;
         if (to.x == nullptr) continue;
         held.store(share, to.x, to.scales);
-        if (kCast || piece != 0) continue;
-        const auto* from =
-            reinterpret_cast<const uint8_t*>(params.args.scales) + (round.begin + token) * params.args.scales_row_stride;
-        for (uint32_t unit = lane_id(); unit < given_scales.count; unit += kWarpLanes) {
-          store_unit(to.scales + given_scales.to(unit), load_unit(from + given_scales.from(unit), given_scales.bytes),
-                     given_scales.bytes);
+        if constexpr (!kCast) {
+          if (brings_scales) copy_scales(given_scales, from, to.scales);
         }
+      }
+    }
+
+   private:
+    __device__ static void copy_scales(const ScaleUnits& scales, const uint8_t* from, uint8_t* to) {
+      for (uint32_t unit = lane_id(); unit < scales.count; unit += kWarpLanes) {
+        store_unit(to + scales.to(unit), load_unit(from + scales.from(unit), scales.bytes), scales.bytes);
       }
     }
   };
@@ -318,27 +381,29 @@ struct LowLatencyDispatch {
   template <bool kCast>
   __device__ bool send(Mover<kCast>& mover, TokenRange own) {
     const ScaleUnits scales = kCast ? ScaleUnits{} : given_scales();
-    mover.load();  // Under way while the counts come; earlier it would hold up the counting, because loads queue.
-    if (!exchange()) return false;
-    bool stopped = false;
-    for (;;) {
-      keep_rows(mover.round);
-      mover.cast();
-      workers_meet();
-      // In a call that masks, a peer may have left this rank out meanwhile.
-      stopped = stopped || (p().mask_on_timeout != 0 && must_stop(p(), s.call, s.view));
-      while (!stopped && mover.has()) {
-        mover.store(scales);
-        mover.advance();
-        mover.load();
-        mover.cast();
+    bool exchanged = false, stopped = false;
+    for (bool placed = false;;) {
+      mover.take();  // The first piece while the counts come.
+      if (!exchanged && !exchange()) return false;
+      exchanged = true;
+      if (!placed) {
+        keep_rows(mover.round);
+        workers_meet();
+        // In a call that masks, a peer may have left this rank out meanwhile.
+        stopped = stopped || (p().mask_on_timeout != 0 && must_stop(p(), s.call, s.view));
+        placed = true;
+      }
+      if (!stopped && mover.has()) {
+        mover.pass_on(scales);
+        continue;
       }
       if (mover.round.end >= own.end) return true;
       mover.begin(round_at(own, mover.round.end));
-      mover.load();
+      mover.fetch();
       workers_meet();
       if (threadIdx.x < kWarpLanes) counting().find_places(mover.round);
       workers_meet();
+      placed = false;
     }
   }
 

@@ -104,6 +104,18 @@ __device__ __forceinline__ void store_stream(void* address, const uint4& v) {
                : "memory");
 }
 
+// 8 bytes among many that pass through the L2 cache: they go before what will be read again.
+__device__ __forceinline__ void store_passing(void* address, const uint2& v) {
+  asm volatile(
+      "{\n"
+      ".reg .b64 policy;\n"
+      "createpolicy.fractional.L2::evict_first.b64 policy, 1.0;\n"
+      "st.relaxed.gpu.global.L1::no_allocate.L2::cache_hint.v2.u32 [%0], {%1, %2}, policy;\n"
+      "}" ::"l"(address),
+      "r"(v.x), "r"(v.y)
+      : "memory");
+}
+
 // ---- time, lanes -----------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint64_t global_time_ns() {

@@ -22,13 +22,41 @@ struct CastRows {
   __device__ uint32_t num_blocks() const { return (channels + kFp8BlockChannels - 1) / kFp8BlockChannels; }
 };
 
+// The scales of a piece's blocks, as a whole converged warp finds them: half a warp has a block of each unit.
+struct BlockScales {
+  uint32_t most = 0;  // of this lane's block, that of unit lane % 16, the largest magnitudes: two bf16
+  Fp8Scale mine;
+
+  // Units come one after another.
+  __device__ __forceinline__ void look(uint32_t unit, const uint4& v) {
+    uint32_t both = larger_magnitudes(larger_magnitudes(0, v.x), v.y);
+    both = larger_magnitudes(larger_magnitudes(both, v.z), v.w);
+#pragma unroll
+    for (int step = 8; step != 0; step /= 2) both = larger_magnitudes(both, __shfl_xor_sync(kAllLanes, both, step));
+    if (lane_id() % 16 == unit) most = both;
+  }
+  __device__ __forceinline__ void find(bool round) {
+    const uint32_t low = most & 0xffff, high = most >> 16;
+    mine = fp8_scale(static_cast<uint16_t>(high > low ? high : low), round);
+  }
+
+  // What this lane's channels of a unit are multiplied by.
+  __device__ __forceinline__ float of(uint32_t unit) const {
+    return __shfl_sync(kAllLanes, mine.scale, static_cast<int>(lane_id() / 16 * 16 + unit));
+  }
+  // What is sent of the piece's block `lane`.
+  __device__ __forceinline__ float sent() const {
+    return __shfl_sync(kAllLanes, mine.inverse, static_cast<int>(lane_id() / 2 + lane_id() % 2 * 16));
+  }
+};
+
 // A piece of a row. The whole converged warp holds one.
 template <bool kCast>
 struct RowPiece {
   uint4 values[kPieceUnits];  // once cast, 8 bytes of each
   float scale;                // cast: the sent one of the piece's block `lane`
 
-  static_assert(2 * kPieceUnits <= kWarpLanes && kUnitBytes == 4 * kFp8BlockChannels);
+  static_assert(kPieceUnits <= 16 && kUnitBytes == 4 * kFp8BlockChannels);
 
   // A piece of `bytes`; what is beyond is zeros.
   __device__ __forceinline__ void load(const uint8_t* from, uint32_t bytes) {
@@ -43,13 +71,47 @@ struct RowPiece {
 
   // Casts what was loaded; half a warp has a block of each unit.
   __device__ __forceinline__ void cast(uint32_t units, bool round) {
-    scale = 0;
+    BlockScales scales;
 #pragma unroll
     for (uint32_t u = 0; u < kPieceUnits; ++u) {
       if (u >= units) break;
-      const float inverse = cast_unit(values[u], round);
-      const float sent = __shfl_sync(kAllLanes, inverse, lane_id() % 2 * 16);
-      if (lane_id() / 2 == u) scale = sent;
+      scales.look(u, values[u]);
+    }
+    scales.find(round);
+    scale = scales.sent();
+#pragma unroll
+    for (uint32_t u = 0; u < kPieceUnits; ++u) {
+      if (u >= units) break;
+      const uint2 both = cast_unit(values[u], scales.of(u));
+      values[u].x = both.x, values[u].y = both.y;
+    }
+  }
+
+  // A piece of `bytes` in shared memory, cast if it is to be: it stays there, each lane's 8 bytes of a unit in front of its 16.
+  // Answers what `scale` is to be once it is loaded. No lane touches what is another's.
+  __device__ __forceinline__ static float cast_shared(uint8_t* piece, uint32_t bytes, bool round) {
+    auto* const mine = reinterpret_cast<uint4*>(piece) + lane_id();
+    const uint32_t units = (bytes + kUnitBytes - 1) / kUnitBytes;
+    const auto is_in = [&](uint32_t u) { return u * kUnitBytes + lane_id() * 16 < bytes; };
+    BlockScales scales;
+    // Loops, though short: instructions that run once a launch cost more to fetch than to run.
+#pragma unroll 2
+    for (uint32_t u = 0; u < units; ++u) scales.look(u, is_in(u) ? mine[u * kWarpLanes] : uint4{0, 0, 0, 0});
+    scales.find(round);
+#pragma unroll 2
+    for (uint32_t u = 0; u < units; ++u) {
+      const float by = scales.of(u);
+      if (is_in(u)) *reinterpret_cast<uint2*>(mine + u * kWarpLanes) = cast_unit(mine[u * kWarpLanes], by);
+    }
+    return scales.sent();
+  }
+  __device__ __forceinline__ void load_shared(const uint8_t* piece, uint32_t units) {
+    const auto* const mine = reinterpret_cast<const uint4*>(piece) + lane_id();
+#pragma unroll
+    for (uint32_t u = 0; u < kPieceUnits; ++u) {
+      if (u >= units) break;
+      const uint2 both = *reinterpret_cast<const uint2*>(mine + u * kWarpLanes);
+      values[u].x = both.x, values[u].y = both.y;
     }
   }
 
@@ -91,7 +153,7 @@ struct RowPiece {
     for (uint32_t u = 0; u < kPieceUnits; ++u) {
       if (u >= share.units) break;
       if constexpr (kCast)
-        *reinterpret_cast<uint2*>(to + u * kUnitBytes / 2) = {values[u].x, values[u].y};
+        store_passing(to + u * kUnitBytes / 2, {values[u].x, values[u].y});
       else
         store_stream(to + u * kUnitBytes, values[u]);
     }
@@ -100,24 +162,15 @@ struct RowPiece {
   }
 
  private:
-  // What it returns is the block's scale as it is sent.
-  __device__ __forceinline__ static float cast_unit(uint4& v, bool round) {
+  __device__ __forceinline__ static uint2 cast_unit(const uint4& v, float by) {
     const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-    uint32_t most = 0;
-#pragma unroll
-    for (uint32_t i = 0; i < 4; ++i) most = larger_magnitudes(most, words[i]);
-#pragma unroll
-    for (uint32_t step = 8; step != 0; step /= 2) most = larger_magnitudes(most, __shfl_xor_sync(kAllLanes, most, step));
-    const uint32_t low = most & 0xffff, high = most >> 16;
-    const Fp8Scale scale = fp8_scale(static_cast<uint16_t>(high > low ? high : low), round);
     uint32_t out[2] = {0, 0};
 #pragma unroll
     for (uint32_t i = 0; i < 4; ++i) {
       const float first = f32_from_bits(words[i] << 16), second = f32_from_bits(words[i] & 0xffff0000);
-      out[i / 2] |= e4m3_pair(__fmul_rn(first, scale.scale), __fmul_rn(second, scale.scale)) << 16 * (i % 2);
+      out[i / 2] |= e4m3_pair(__fmul_rn(first, by), __fmul_rn(second, by)) << 16 * (i % 2);
     }
-    v.x = out[0], v.y = out[1];
-    return scale.inverse;
+    return {out[0], out[1]};
   }
 };
 

@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "de44aea58757c2deb1332d98128675acbbeca6a2076ac669887dd117f1a44271",
-    cuda: "9fa57bbfbf13577434466d60266f8f90c913ca00bec6ca8f146c336cba6ff08e",
+    cpu: "5bc062e4268cf363b23af1e3626049fdeaaf2a9fe3c516dd18be881e343c25cd",
+    cuda: "7b3b4a72d6534af8fcf58747028f8aba244bc0c01904576ac9ad18f7166032ec",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -30,11 +30,11 @@ export const manifest: Manifest = {
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "969ea1aad24c411cb63cb14897795975fbfa01508a36ff7506d8fb93224c2be7",
+      sha256: "3857de7cdeff4241260eae7b3993ba88f8a2e2acc20d21371103e2c5dfc25ec1",
       bytes: 510384,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "8fd011ed127cfc462f58220bce48c8cc98c5872c48c7b0e4d8362514095944f2",
+      sha256: "98e23aeaac98fb227ef9bc271ddba0bf978f2834973d1cf02e77ba3ba7e6d528",
       bytes: 2800344,
     },
   },

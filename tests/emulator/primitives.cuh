@@ -113,6 +113,11 @@ inline void store_stream(void* address, const uint4& v) {
   emulator::this_block().progress();
 }
 
+inline void store_passing(void* address, const uint2& v) {
+  *static_cast<uint2*>(address) = v;
+  emulator::this_block().progress();
+}
+
 // ---- time, lanes -----------------------------------------------------------------------------------------------------------
 
 inline uint64_t global_time_ns() {
