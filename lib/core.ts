@@ -348,16 +348,41 @@ export class Core implements EventOwner, TensorOwner {
   /** Notes who holds a slot that the library has just taken. */
   holdSlot(slot: number, op: string): Hold {
     const hold: Hold = { owner: this, alive: true };
+    this.captured?.slots.set(slot, "held");
     this.#holders.set(slot, { op, call: this.#numCalls, hold });
     return hold;
   }
 
-  /** Gives a slot back in the order of `stream`. Idempotent. */
-  releaseSlot(slot: number, hold: Hold, stream: Stream = this.stream): void {
+  /** Gives a slot back in the order of `stream`: one that an open capture has taken to the capture's later calls. Idempotent. */
+  releaseSlot(slot: number, hold: Hold, stream: Stream = this.captured?.stream ?? this.stream): void {
     if (!hold.alive) return;
+    this.#giveSlot(slot, stream);
     hold.alive = false;
     hold.released = "result.release()";
     this.#holders.delete(slot);
+    if (this.captured?.slots.has(slot)) {
+      this.captured.slots.set(slot, "released");
+      this.captured.used.delete(hold); // the graph keeps the slot, whatever became of this result
+      this.captured.written.delete(hold);
+    }
+  }
+
+  /** Slots that were given back in a capture: its graph holds them, or nobody when there is none. */
+  keepSlots(slots: readonly number[], hold: Hold | undefined): void {
+    for (const slot of slots) {
+      if (hold) this.#holders.set(slot, { op: "graph", call: this.#numCalls, hold });
+      else this.#giveSlot(slot, this.stream);
+    }
+  }
+  /** Gives back what a graph held. */
+  dropSlots(slots: readonly number[], stream: Stream): void {
+    for (const slot of slots) {
+      this.#holders.delete(slot);
+      this.#giveSlot(slot, stream);
+    }
+  }
+
+  #giveSlot(slot: number, stream: Stream): void {
     if (this.#closing) return;
     releaseStruct.pack({ slot, stream: stream.address });
     this.call("deepep_slot_release", releaseStruct, "release");

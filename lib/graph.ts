@@ -29,6 +29,8 @@ export interface Captured {
   readonly stream: Stream;
   /** Bit s: slot s was free when the capture began, and is not yet taken by it. */
   freeSlots: number;
+  /** Slots that its calls have taken: by a result that is held, or released in the capture, so that a later call may take it. */
+  readonly slots: Map<number, "held" | "released">;
   /** Memory that is read or written. */
   readonly used: Set<Hold>;
   /** Memory that is written: its reader must hear of a replay that failed. */
@@ -44,7 +46,11 @@ export interface Captured {
 export interface Recorder {
   /** The stream that is captured: the default of every `stream` option. */
   readonly stream: Stream;
-  /** Shapes are the capacity and counts stay on the device, as with `cpuSync: false`. The slot is held until release. */
+  /**
+   * Shapes are the capacity and counts stay on the device, as with `cpuSync: false`. The slot is held until release: a result
+   * that is released in the capture leaves it to later calls, so that a graph of many layers needs but two slots. Then the
+   * graph holds it.
+   */
   dispatch<X extends Payload>(x: X, options: Omit<DispatchOptions, "cpuSync">): DispatchResult<X>;
   /** The dispatch's result must still be held. */
   combine(y: Tensor, handle: DispatchHandle, options?: CombineOptions): CombineResult;
@@ -69,6 +75,7 @@ export class Graph<T = unknown> implements Disposable {
   readonly #core: Core;
   readonly #native: bigint;
   readonly #captured: Captured;
+  readonly #slots: readonly number[];
   #released = false;
 
   /** @ignore Use `buffer.capture()`. */
@@ -77,6 +84,8 @@ export class Graph<T = unknown> implements Disposable {
     this.#native = native;
     this.#captured = captured;
     this.results = results;
+    this.#slots = releasedIn(captured);
+    core.keepSlots(this.#slots, { owner: core, alive: true });
     core.graphs.add(this);
     forgotten.register(this, { what: "a graph", owner: core }, this);
   }
@@ -101,19 +110,25 @@ export class Graph<T = unknown> implements Disposable {
     return event;
   }
 
-  /** Frees the graph, after the replays that were enqueued. What it used stays with its owners. */
+  /** Frees the graph, after the replays that were enqueued. What it used stays with its owners, but for slots that it holds. */
   release(): void {
     if (this.#released) return;
     this.#released = true;
     forgotten.unregister(this);
     this.#core.graphs.delete(this);
     this.#core.device.end("deepep_graph_destroy", this.#native, "graph");
+    this.#core.dropSlots(this.#slots, this.#captured.stream);
     for (const routing of this.#captured.routings) dropRouting(this.#core, routing);
   }
   /** {@linkcode release}. */
   [Symbol.dispose](): void {
     this.release();
   }
+}
+
+/** Slots that were released in a capture, and not taken again. */
+function releasedIn({ slots }: Captured): number[] {
+  return [...slots].filter(([, state]) => state === "released").map(([slot]) => slot);
 }
 
 /** Ends a capture; answers the native graph. @throws {EpError} when a call in it failed */
@@ -134,6 +149,7 @@ export function capture<T>(core: Core, stream: Stream, record: (operations: Reco
   const captured: Captured = {
     stream,
     freeSlots: core.info().free_slots,
+    slots: new Map(),
     used: new Set(),
     written: new Set(),
     routings: new Set(),
@@ -163,6 +179,7 @@ export function capture<T>(core: Core, stream: Stream, record: (operations: Reco
     }
   } catch (error) {
     core.captured = undefined;
+    core.keepSlots(releasedIn(captured), undefined);
     for (const result of made) result[Symbol.dispose]();
     for (const routing of captured.routings) dropRouting(core, routing);
     throw error;

@@ -115,6 +115,20 @@ test("a graph is not launched over memory that was given back, and keeps the rou
   assertEquals(device.of("deepep_handle_destroy").length, 1);
 });
 
+test("a slot that is released in a capture goes to its later calls, then stays with the graph", () => {
+  const { device, core, x, topkIdx } = world();
+  const graph = capture(core, core.stream, (operations) => {
+    for (let i = 0; i < 3; i++) operations.dispatch(x, { topkIdx }).release();
+  });
+  assertEquals(device.of("deepep_dispatch").map(({ args }) => args.slot), [1, 1, 1]);
+  const releases = () => device.of("deepep_slot_release").map(({ args }) => [args.slot, args.stream]);
+  assertEquals(releases(), new Array(3).fill([1, core.stream.address]));
+  graph.launch();
+  assertThrows(() => (core.wantSlot("look"), core.holdSlot(0, "look"), core.wantSlot("look")), EpError, "graph #");
+  graph.release();
+  assertEquals(releases().length, 4);
+});
+
 test("a capture that fails ends, releases what it made, and tells no peer", () => {
   const { device, core, x, topkIdx } = world();
   const failing: [RegExp, (() => unknown)][] = [

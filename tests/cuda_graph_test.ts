@@ -11,12 +11,13 @@ import {
   EpError,
   type EpEvent,
   Group,
+  type Recorder,
   type Tensor,
 } from "@deepep/deepep";
 import { bytesOf } from "../lib/dtype.ts";
 import { type RankOutput, referenceCombine, referenceDispatch, type RowLayout } from "../lib/reference/mod.ts";
 import { assertCombined, assertDispatched } from "./support/compare.ts";
-import { noCudaGraphs } from "./support/cuda.ts";
+import { noCudaGraphs, noCudaLowLatency } from "./support/cuda.ts";
 import { layer } from "./support/order_cases.ts";
 import { Random, runSeed } from "./support/random.ts";
 import { ranksOf, reasonOf, tiny } from "./support/ranks.ts";
@@ -187,6 +188,77 @@ suite("cuda: graphs", noCudaGraphs, () => {
       assert(last.elapsedSince(began) > 0);
       graph.results.release();
       await b.destroyStream(other);
+    });
+  });
+
+  for (const mode of ["normal", "low latency"] as const) {
+    if (mode === "low latency" && noCudaLowLatency) continue;
+    test(`a graph of more layers than slots, ${mode}: what is released in it goes to its later calls`, async () => {
+      const layers = 7, value = 0x3f80, doubled = (times: number) => value + 0x80 * times; // bf16: 1, 2, 4, …
+      await ranks(2, { numSlots: 2, maxLowLatencyTokensPerRank: 4 }, async (b) => {
+        using x = b.tensor("bf16", [4, 16]), topkIdx = b.tensor("i32", [4, 2]);
+        using topkWeights = b.tensor("f32", [4, 2], new Float32Array(8).fill(1));
+        const outs = Array.from({ length: layers }, () => b.tensor("bf16", [4, 16]));
+        const one = (operations: Recorder, from: Tensor, out: Tensor<"bf16">): Disposable => {
+          if (mode === "normal") {
+            const recv = operations.dispatch(from, { topkIdx });
+            operations.combine(recv.x as Tensor<"bf16">, recv.handle, { out });
+            return recv;
+          }
+          const recv = operations.lowLatencyDispatch(from, { topkIdx, fp8: false });
+          const y = recv.x as unknown as Tensor<"bf16">;
+          operations.lowLatencyCombine(y, { topkIdx, topkWeights, handle: recv.handle, out });
+          return recv;
+        };
+        const graph = b.capture(b.stream, (operations) => {
+          let before: Disposable | undefined; // both slots are in use at times
+          outs.forEach((out, i) => {
+            const recv = one(operations, i === 0 ? x : outs[i - 1]!, out);
+            before?.[Symbol.dispose]();
+            before = i % 3 === 2 ? void recv[Symbol.dispose]() : recv;
+          });
+          before?.[Symbol.dispose]();
+        });
+        for (let i = 0; i < replayCount(100); i++) {
+          const shift = i % 3;
+          x.write(new Uint16Array(64).fill(doubled(shift)));
+          topkIdx.write(Int32Array.from({ length: 8 }, (_, k) => k % 2 === 0 ? (i + k) % 4 : 4 + (i + k) % 4));
+          await graph.launch();
+          for (const [layer, out] of outs.entries()) {
+            assertEquals(
+              [...await out.read()],
+              new Array(64).fill(doubled(shift + layer + 1)),
+              `replay ${i}, layer ${layer}`,
+            );
+          }
+        }
+        const held = await reasonOf(b.dispatch(x, { topkIdx }));
+        assert(held instanceof EpError && held.code === "noFreeSlot" && held.message.includes("graph"), String(held));
+        graph.release();
+        for (let i = 0; i < 4; i++) await layer(b);
+        outs.forEach((out) => out.release());
+      });
+    });
+  }
+
+  test("a slot can be released in the capture that took it, and in no other", async () => {
+    await ranks(2, { numSlots: 3 }, async (b) => {
+      using x = b.tensor("bf16", [4, 16], new Uint16Array(64)), topkIdx = b.tensor("i32", [4, 2], new Int32Array(8));
+      const eager = await b.dispatch(x, { topkIdx });
+      assertThrows(() => b.capture(b.stream, () => eager.release()), EpError, "was not taken in that capture");
+      assertThrows(
+        () =>
+          b.capture(b.stream, (operations) => {
+            operations.dispatch(x, { topkIdx }).release();
+            throw new Error("my own");
+          }),
+        Error,
+        "my own",
+      );
+      eager.release();
+      const all = await Promise.all([1, 2, 3].map(() => b.dispatch(x, { topkIdx })));
+      for (const recv of all) recv.release();
+      for (let i = 0; i < 4; i++) await layer(b);
     });
   });
 

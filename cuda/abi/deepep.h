@@ -662,7 +662,9 @@ typedef struct deepep_slot_release_args {
   uint32_t size;
   /* [in] the slot, as deepep_dispatch gave it */
   int32_t slot;
-  /* [in] the slot is reused only after what is enqueued there now; 0 = at once */
+  /* [in] the slot is reused only after what is enqueued there now; 0 = at once. A stream that is captured, of a slot
+   * taken in the same capture: later calls of that capture may name the slot; for all others it is held until it is
+   * released once more, when the graph is replayed no more */
   uint64_t stream;
 } deepep_slot_release_args;
 static_assert(sizeof(deepep_slot_release_args) == 16, "size");

@@ -24,7 +24,8 @@ void check_fp8(const Buffer& buffer, const deepep_low_latency_dispatch_args& arg
   if (!fp8) return;
   if (args.num_scales != 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "num_scales is %u, but FP8 makes its own", args.num_scales);
   if (args.row_bytes / 2 % 16 != 0) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "x has %u channels: rows cast to FP8 must be a multiple of 16 bytes", args.row_bytes / 2);
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "x has %u channels: rows cast to FP8 must be a multiple of 16 bytes",
+           args.row_bytes / 2);
   }
   const uint64_t blocks = fp8_blocks(args);
   const uint64_t bytes = ue8m0 ? align_up(blocks, 4) : blocks * 4;
@@ -94,8 +95,8 @@ LowLatencyLayout make_layout(const Buffer& buffer, const deepep_low_latency_disp
 
 void name_outputs(const Buffer& buffer, const LowLatencyLayout& layout, deepep_low_latency_dispatch_args& args) {
   const Regions& regions = buffer.regions;
-  const auto base = reinterpret_cast<uint64_t>(buffer.symmetric(buffer.rank) +
-                                               slot_offset(regions, static_cast<uint32_t>(args.slot)));
+  const auto base =
+      reinterpret_cast<uint64_t>(buffer.symmetric(buffer.rank) + slot_offset(regions, static_cast<uint32_t>(args.slot)));
   args.max_rows = layout.max_rows;
   args.recv_x = base + regions.recv_x;
   args.recv_scales = layout.scales.num_scales > 0 ? base + regions.recv_scales : 0;
@@ -141,13 +142,17 @@ void give_up_pending_combine(Buffer& buffer, int32_t slot) {
 void low_latency_dispatch(Buffer& buffer, deepep_low_latency_dispatch_args& args) {
   check_dispatch(buffer, args);
   const auto state = std::make_shared<LowLatencySlot>();
-  state->plan = {true, RowSpace::region, 1, static_cast<uint32_t>(args.num_tokens), static_cast<uint32_t>(args.num_topk),
+  state->plan = {true,
+                 RowSpace::region,
+                 1,
+                 static_cast<uint32_t>(args.num_tokens),
+                 static_cast<uint32_t>(args.num_topk),
                  args.topk_idx_bytes};
   state->layout = make_layout(buffer, args);
   state->wait_stats = args.wait_stats;
   state->received = (args.flags & DEEPEP_FLAG_RECEIVE_HOOK) == 0;
   deepep_low_latency_dispatch_args out = args;  // args stays as it was should enqueue reject
-  out.slot = buffer.slots.take(args.slot, args.stream);
+  out.slot = buffer.slots.take(args.slot, args.stream, buffer.present_capture());
   name_outputs(buffer, state->layout, out);
   state->dispatch_epoch = enqueue_dispatch(buffer, out, state);
   buffer.slots[static_cast<size_t>(out.slot)].state = state;

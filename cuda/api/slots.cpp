@@ -17,7 +17,7 @@ uint32_t Slots::free_bits() const {
   return bits;
 }
 
-int32_t Slots::take(int32_t wanted, uint64_t stream) {
+int32_t Slots::take(int32_t wanted, uint64_t stream, uint64_t capture) {
   const auto num_slots = static_cast<int32_t>(slots_.size());
   if (wanted < -1 || wanted >= num_slots) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "slot is %d, at most %d", wanted, num_slots - 1);
@@ -34,7 +34,10 @@ int32_t Slots::take(int32_t wanted, uint64_t stream) {
     }
     if (found == -1) found = i;
   }
-  if (wanted >= 0 && !slots_[static_cast<size_t>(wanted)].held) found = wanted;
+  if (wanted >= 0) {
+    const Slot& slot = slots_[static_cast<size_t>(wanted)];
+    if (!slot.held || (slot.given_back && slot.capture == capture)) found = wanted;
+  }
   if (found == -1) reject_none_free(wanted);
   taken_.push_back(found);
   Slot& slot = slots_[static_cast<size_t>(found)];
@@ -58,6 +61,12 @@ void Slots::reject_none_free(int32_t wanted) const {
 }
 
 Slot& Slots::held(int32_t slot) {
+  Slot& found = owned(slot);
+  if (found.given_back) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "slot %d is not held: it was released in a capture", slot);
+  return found;
+}
+
+Slot& Slots::owned(int32_t slot) {
   if (slot < 0 || slot >= static_cast<int32_t>(slots_.size())) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "slot is %d, at most %zu", slot, slots_.size() - 1);
   }
@@ -72,19 +81,32 @@ void Slots::give(int32_t slot, std::shared_ptr<Record> reusable) {
   Slot& given = slots_[static_cast<size_t>(slot)];
   given.held = false;
   given.borrowed = false;
+  given.given_back = false;
+  given.capture = 0;
+  given.reusable = std::move(reusable);
+}
+
+void Slots::give_in_capture(int32_t slot, std::shared_ptr<Record> reusable) {
+  Slot& given = slots_[static_cast<size_t>(slot)];
+  given.given_back = true;
   given.reusable = std::move(reusable);
 }
 
 void Slots::give_back_taken() {
   // Their `reusable` is still what it was: the next holder waits for it as this one would have.
-  for (const int32_t slot : taken_) slots_[static_cast<size_t>(slot)].held = false;
+  for (const int32_t taken : taken_) {
+    Slot& slot = slots_[static_cast<size_t>(taken)];
+    slot.held = slot.given_back;
+  }
   taken_.clear();
 }
 
-void Slots::hold_taken(int32_t op, uint64_t epoch, int32_t borrowed) {
+void Slots::hold_taken(int32_t op, uint64_t epoch, int32_t borrowed, uint64_t capture) {
   for (const int32_t taken : taken_) {
     Slot& slot = slots_[static_cast<size_t>(taken)];
     slot.reusable = nullptr;
+    slot.capture = capture;
+    slot.given_back = false;
     slot.holder_op = op;
     slot.holder_epoch = epoch;
   }

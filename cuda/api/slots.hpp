@@ -25,6 +25,8 @@ struct Slot {
   int32_t holder_op = 0;                  // who holds it, for messages
   uint64_t holder_epoch = 0;
   std::shared_ptr<Record> reusable;  // the next holder's operation waits for it: deepep_slot_release's stream
+  uint64_t capture = 0;              // of which its holder is part; 0 = none
+  bool given_back = false;           // in that capture, whose later calls may take it; for others it is held
 };
 
 class Slots {
@@ -37,21 +39,25 @@ class Slots {
   // Bit s is set when slot s is free.
   uint32_t free_bits() const;
 
-  // Takes slot `wanted`, or with -1 any free one, for the operation enqueued next, whose caller's stream is `stream`; its state
-  // is empty then. Rejects with NO_FREE_SLOT, naming the holders, or INVALID_ARGUMENT. Given back by itself when the API call
-  // is rejected after it.
-  int32_t take(int32_t wanted, uint64_t stream);
+  // Takes slot `wanted`, or with -1 any free one, for the operation enqueued next, whose caller's stream is `stream` and which
+  // is part of `capture`; its state is empty then. Rejects with NO_FREE_SLOT, naming the holders, or INVALID_ARGUMENT. Given
+  // back by itself when the API call is rejected after it.
+  int32_t take(int32_t wanted, uint64_t stream, uint64_t capture = 0);
   // A slot that is held; rejects otherwise.
   Slot& held(int32_t slot);
+  // The same, or one that was given back in a capture that has ended.
+  Slot& owned(int32_t slot);
   // Frees a slot; the next holder's operation waits for `reusable` if there is one.
   void give(int32_t slot, std::shared_ptr<Record> reusable = nullptr);
+  // The same for later calls of the capture in which it was taken.
+  void give_in_capture(int32_t slot, std::shared_ptr<Record> reusable);
   // After a rejected call: gives back what take() took since the last enqueue.
   void give_back_taken();
 
   // What take() took since the last enqueue: that operation waits for their `reusable` …
   const std::vector<int32_t>& taken() const { return taken_; }
   // … and then is their holder. `borrowed` is -1, or a slot that it gives back itself.
-  void hold_taken(int32_t op, uint64_t epoch, int32_t borrowed);
+  void hold_taken(int32_t op, uint64_t epoch, int32_t borrowed, uint64_t capture = 0);
 
  private:
   [[noreturn]] void reject_none_free(int32_t wanted) const;

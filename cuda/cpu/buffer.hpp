@@ -76,6 +76,7 @@ class Buffer : public BufferBase, public std::enable_shared_from_this<Buffer> {
   void connect();
   void destroy();
   void info(deepep_buffer_info& out);
+  uint64_t present_capture() const { return 0; }  // Nothing is captured on this backend.
   void recover(const deepep_buffer_recover_args& args);
   void mask(const deepep_mask_args& args);
   ~Buffer();

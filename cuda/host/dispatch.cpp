@@ -22,7 +22,7 @@ void dispatch(Buffer& buffer, deepep_dispatch_args& args) {
   const uint32_t width = routing.width(buffer.options.num_ranks);
   const Plan plan =
       buffer.plan({.op = DEEPEP_OP_DISPATCH, .row_bytes = args.row_bytes, .hops = width, .num_sms = args.num_sms});
-  const int32_t slot = buffer.slots.take(args.slot, args.stream);
+  const int32_t slot = buffer.slots.take(args.slot, args.stream, buffer.present_capture());
   deepep_dispatch_args out = args;  // args stays as it was should enqueue reject
   out.slot = slot;
   out.num_topk = static_cast<int32_t>(routing.num_topk);

@@ -49,14 +49,19 @@ void expert_output(Buffer& buffer, deepep_expert_output_args& args) {
 }
 
 void release_slot(Buffer& buffer, const deepep_slot_release_args& args) {
-  buffer.slots.held(args.slot);
+  const Slot& slot = buffer.slots.owned(args.slot);
   const cudaStream_t stream = stream_of(args.stream, "stream");
-  if (stream && capture_of(stream) != 0) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT,
-           "the stream is being captured: a captured slot is released when its graph is replayed "
-           "no more");
+  if (const CaptureId capture = stream ? capture_of(stream) : 0; capture != 0) {
+    buffer.slots.held(args.slot);
+    if (slot.capture != capture) {
+      reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the stream is being captured, but the slot was not taken in that capture");
+    }
+    check_no_pending_combine(buffer, args.slot);
+    auto readers = std::make_shared<Record>(buffer.device->index);
+    readers->mark(stream, capture);
+    return buffer.slots.give_in_capture(args.slot, std::move(readers));
   }
-  give_up_pending_combine(buffer, args.slot);
+  if (!slot.given_back) give_up_pending_combine(buffer, args.slot);
   std::shared_ptr<Record> readers;
   if (stream) {
     if (stream == buffer.comm() && buffer.present_capture() == 0) buffer.settle();

@@ -177,7 +177,7 @@ uint64_t Buffer::enqueue(const StreamFields& fields, Enqueued what, const Launch
   }
   // Of a captured call that of its first replay, at least.
   const uint64_t epoch = shown_epoch() + (capture != 0 && collective ? 1 : 0);
-  slots.hold_taken(op, epoch, borrowed);
+  slots.hold_taken(op, epoch, borrowed, capture);
   if (record) {
     record->belong_to_operation();
     record->mark(where, capture);

@@ -430,7 +430,11 @@ export const structs = {
     fields: {
       size,
       slot: ["i32", "in", "the slot, as deepep_dispatch gave it"],
-      stream: ["u64", "in", "the slot is reused only after what is enqueued there now; 0 = at once"],
+      stream: [
+        "u64",
+        "in",
+        "the slot is reused only after what is enqueued there now; 0 = at once. A stream that is captured, of a slot taken in the same capture: later calls of that capture may name the slot; for all others it is held until it is released once more, when the graph is replayed no more",
+      ],
     },
   },
   deepep_alloc_args: {

@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "5bc062e4268cf363b23af1e3626049fdeaaf2a9fe3c516dd18be881e343c25cd",
-    cuda: "7b3b4a72d6534af8fcf58747028f8aba244bc0c01904576ac9ad18f7166032ec",
+    cpu: "b367033b1b273f97615375b1675ee461a0356fa08be18adee5ad22d9820042be",
+    cuda: "84128cfc0485a22fc5226b6e693a825f3b5bd797643b621dc4105903a3139259",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -30,11 +30,11 @@ export const manifest: Manifest = {
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "3857de7cdeff4241260eae7b3993ba88f8a2e2acc20d21371103e2c5dfc25ec1",
+      sha256: "5682ce14ce3e6be3033eb1b9d587731f7f51b378b020ce3934a16c6704914fb3",
       bytes: 510384,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "98e23aeaac98fb227ef9bc271ddba0bf978f2834973d1cf02e77ba3ba7e6d528",
+      sha256: "4038fae4431c2dad70f43fdb59c6f0d737e404cc912af996a5ac0336359698ff",
       bytes: 2800344,
     },
   },

@@ -27,8 +27,8 @@ import { checkLowLatency, placesOf } from "./checks.ts";
 
 /** Of the expert outputs, see `Stage.fillOutput`. */
 const SHIFT = 1;
-/** Combines in a graph for each slot: they share one. */
-const COMBINES_A_SLOT = 3;
+/** Calls in a graph. Dispatches take turns in the slots, as the layers of a model do; combines share one. */
+const CALLS_A_GRAPH = 32;
 
 /** What is known of a figure before it is timed. */
 export interface LowLatencyFacts {
@@ -99,10 +99,18 @@ export class LowLatencyWorld {
     naive?: NaiveDispatch,
   ): Promise<void> {
     const { world, stage } = this, { verifier } = world.context, { routing } = world, { numSms } = facts;
-    const what = `${facts.op} of ${routing.tokens} tokens`;
+    const what = `${facts.op} of ${routing.tokens} tokens`, slots = stage.ranks.buffers[0]!.options.numSlots;
+    const recent: LowLatencyResult[][] = stage.ranks.buffers.map(() => []);
     await this.#time(facts, fp8 ? "fp8" : "bf16", this.bytes(fp8 ? "dispatch" : "dispatch_bf16"), {
-      calls: stage.ranks.buffers[0]!.options.numSlots,
-      record: (operations, r) => this.calls.dispatch(operations, r, { ...choices(r), numSms, x: this.x(r) }),
+      calls: CALLS_A_GRAPH,
+      kept: slots,
+      record: (operations, r) => {
+        const mine = recent[r]!;
+        if (mine.length === slots) mine.shift()!.release(); // its slot goes to this call
+        const result = this.calls.dispatch(operations, r, { ...choices(r), numSms, x: this.x(r) });
+        mine.push(result);
+        return result;
+      },
       check: async (results) => {
         await checkLowLatency(what, { stage, routing, verifier, fp8 }, results);
         if (!naive || fp8) return;
@@ -168,10 +176,10 @@ export class LowLatencyWorld {
       naive?: NaiveCombine | undefined;
     },
   ): Promise<void> {
-    const { world, stage } = this, { verifier } = world.context, { routing, out } = world, { numSms } = facts;
+    const { world } = this, { verifier } = world.context, { routing, out } = world, { numSms } = facts;
     const what = `${facts.op} of ${routing.tokens} tokens`;
     await this.#time(facts, "bf16", this.bytes("combine"), {
-      calls: COMBINES_A_SLOT * stage.ranks.buffers[0]!.options.numSlots,
+      calls: CALLS_A_GRAPH,
       record: (operations, r) =>
         this.calls.combine(operations, r, { ...choices(r), numSms, y: y[r]!, of: held[r]!, out: out[r]! }),
       check: async () => {
@@ -184,8 +192,7 @@ export class LowLatencyWorld {
 
   /** Times barriers: what a launch and a meeting of all ranks cost when nothing is moved. */
   async barrier(facts: LowLatencyFacts): Promise<void> {
-    const calls = COMBINES_A_SLOT * this.stage.ranks.buffers[0]!.options.numSlots;
-    await this.#time(facts, "none", 0, { calls, record: (operations) => operations.barrier() });
+    await this.#time(facts, "none", 0, { calls: CALLS_A_GRAPH, record: (operations) => operations.barrier() });
   }
 
   /** Times the naive way in the form that the calls are timed in. */
@@ -194,9 +201,7 @@ export class LowLatencyWorld {
     op: "naive_ll_dispatch" | "naive_ll_combine",
     facts: Pick<GpuFigure, "dtype" | "bytes">,
   ): Promise<void> {
-    const { numSlots } = this.stage.ranks.buffers[0]!.options;
-    const calls = op === "naive_ll_combine" ? COMBINES_A_SLOT * numSlots : numSlots; // as many as the call beside it
-    const chain = this.hasGraphs ? naive.graph(calls) : naive.chain;
+    const chain = this.hasGraphs ? naive.graph(CALLS_A_GRAPH) : naive.chain; // as many as the call beside it
     const more = { callsAGraph: chain.calls ?? 1 };
     await this.world.time(chain, { op, ...facts, numSms: 0, layout: "low_latency", more }, this.#form);
   }
@@ -210,8 +215,10 @@ export class LowLatencyWorld {
     { op, numSms, more = {} }: LowLatencyFacts,
     dtype: GpuFigure["dtype"],
     bytes: number,
-    { calls, record, check, poison }: {
+    { calls, kept = calls, record, check, poison }: {
       calls: number;
+      /** Of how many of the last calls the results are held. */
+      kept?: number;
       record: (operations: Operations, rank: number) => T;
       check?: (results: readonly T[]) => Promise<void>;
       poison?: (results: readonly T[]) => void;
@@ -236,9 +243,10 @@ export class LowLatencyWorld {
       const { graphs, chain, once } = await captured(this.stage, n, record);
       try {
         const call = (i: number): T[] => graphs.map(({ results }) => results[i]!);
-        for (let i = 0; i < n; i++) poison?.(call(i));
+        const first = Math.max(0, n - kept);
+        for (let i = first; i < n; i++) poison?.(call(i));
         await once();
-        if (n === calls) { for (const i of new Set([0, n - 1])) await check?.(call(i)); }
+        if (n === calls) { for (const i of new Set([first, n - 1])) await check?.(call(i)); }
         const measured: Measured = await world.clock.measure(chain, "graph");
         if (n === 1) one = measured.us.median;
         if (n !== calls) continue;
