@@ -116,6 +116,18 @@ __device__ __forceinline__ void store_passing(void* address, const uint2& v) {
       : "memory");
 }
 
+// 4 bytes of a sector that others will fill: it stays in the L2 cache, since memory takes whole ones only.
+__device__ __forceinline__ void store_lasting(void* address, uint32_t v) {
+  asm volatile(
+      "{\n"
+      ".reg .b64 policy;\n"
+      "createpolicy.fractional.L2::evict_last.b64 policy, 1.0;\n"
+      "st.relaxed.gpu.global.L2::cache_hint.u32 [%0], %1, policy;\n"
+      "}" ::"l"(address),
+      "r"(v)
+      : "memory");
+}
+
 // ---- time, lanes -----------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint64_t global_time_ns() {

@@ -157,7 +157,7 @@ struct RowPiece {
       else
         store_stream(to + u * kUnitBytes, values[u]);
     }
-    if (share.scale_bytes == 4) *reinterpret_cast<uint32_t*>(scales + share.scale_offset) = share.scale;
+    if (share.scale_bytes == 4) store_lasting(scales + share.scale_offset, share.scale);
     if (share.scale_bytes == 1) scales[share.scale_offset] = static_cast<uint8_t>(share.scale);
   }
 

@@ -22,7 +22,7 @@ export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
     cpu: "b367033b1b273f97615375b1675ee461a0356fa08be18adee5ad22d9820042be",
-    cuda: "84128cfc0485a22fc5226b6e693a825f3b5bd797643b621dc4105903a3139259",
+    cuda: "c3600ba15064707a74a40f49106565753551f69c8353dde9c12948a9da2e110f",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -34,7 +34,7 @@ export const manifest: Manifest = {
       bytes: 510384,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "4038fae4431c2dad70f43fdb59c6f0d737e404cc912af996a5ac0336359698ff",
+      sha256: "29487fd0474aedd645a6c762f4c3fe29c9eb91ca23d22430ba02b1a33bde770e",
       bytes: 2800344,
     },
   },

@@ -118,6 +118,11 @@ inline void store_passing(void* address, const uint2& v) {
   emulator::this_block().progress();
 }
 
+inline void store_lasting(void* address, uint32_t v) {
+  *static_cast<uint32_t*>(address) = v;
+  emulator::this_block().progress();
+}
+
 // ---- time, lanes -----------------------------------------------------------------------------------------------------------
 
 inline uint64_t global_time_ns() {
