@@ -499,6 +499,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads + kClerks * kWarpLanes, 1)
   extern __shared__ __align__(128) uint8_t dynamic_shared[];
   __shared__ DispatchShared s;
   __shared__ uint64_t barriers[kMaxBarriers];
+  fetch_params(params);
   Dispatch dispatch{params, s, dynamic_shared};
   call_begin(params.call, s.call, true, true);
   const bool goes = dispatch.notify();

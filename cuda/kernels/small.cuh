@@ -13,6 +13,7 @@ constexpr uint32_t kSmallThreads = 256;
 // A barrier of all unmasked ranks, or this rank's refusal of a call. Collective; graph-safe.
 __global__ void __launch_bounds__(kSmallThreads, 1) message_kernel(const __grid_constant__ MessageParams params) {
   __shared__ CallShared s;
+  fetch_params(params);
   const CallParams& p = params.call;
   call_begin(p, s, true, true);
   if (threadIdx.x < kWarpLanes) {

@@ -22,7 +22,7 @@ export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
     cpu: "b367033b1b273f97615375b1675ee461a0356fa08be18adee5ad22d9820042be",
-    cuda: "c3600ba15064707a74a40f49106565753551f69c8353dde9c12948a9da2e110f",
+    cuda: "2f29a020b2ed611f26d96061fc9c61aae7212310c7e89fe53fb9f082cc722613",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -34,8 +34,8 @@ export const manifest: Manifest = {
       bytes: 510384,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "29487fd0474aedd645a6c762f4c3fe29c9eb91ca23d22430ba02b1a33bde770e",
-      bytes: 2800344,
+      sha256: "bd43732a36c7d006d97e7fb85fb15b9370dc74bb7ab4281553cac6ca3852ae28",
+      bytes: 2812632,
     },
   },
 };
