@@ -71,6 +71,8 @@ export class DispatchResult<X extends Payload = Payload> extends SlotResult impl
   readonly numRows: number;
   readonly #host: RecvCounts;
   readonly #out: Outputs;
+  #srcIdx: Tensor<"i32"> | undefined;
+  #counts: DeviceCounts | undefined;
 
   /** @ignore */
   constructor(core: Core, slot: HeldSlot, event: EpEvent, values: {
@@ -102,12 +104,13 @@ export class DispatchResult<X extends Payload = Payload> extends SlotResult impl
   }
   /** i32 `[rows]`: source rank * maxTokensPerRank + token; -1 in padding. */
   get srcIdx(): Tensor<"i32"> {
-    return this.#i32(this.#out.recv_src_idx, this.handle.layout === "rank" ? this.numTokens : this.numRows);
+    const rows = this.handle.layout === "rank" ? this.numTokens : this.numRows;
+    return this.#srcIdx ??= this.#i32(this.#out.recv_src_idx, rows);
   }
   /** The same counts on the device. */
   get counts(): DeviceCounts {
     const { recv_num_rows, recv_num_tokens_per_expert, recv_num_tokens_per_rank } = this.#out;
-    return {
+    return this.#counts ??= {
       numRows: this.#i32(recv_num_rows, 2),
       numTokensPerExpert: this.#i32(recv_num_tokens_per_expert, this.core.numLocalExperts),
       numTokensPerRank: this.#i32(recv_num_tokens_per_rank, this.core.numRanks),
