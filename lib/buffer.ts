@@ -105,11 +105,18 @@ export class EpBuffer implements AsyncDisposable {
   get backend(): Backend {
     return this.#core.device.backend;
   }
+  /** The GPU that this rank is on, as the process numbers them; 0 on the cpu backend. */
+  get deviceIndex(): number {
+    return this.#core.deviceIndex;
+  }
   /** What the device can do. */
   get capabilities(): Capabilities {
     return this.#core.capabilities;
   }
-  /** Multiprocessors that an operation uses unless it says; 0 on cpu. */
+  /**
+   * Multiprocessors that an operation of normal mode uses unless it says; 0 on cpu. In low-latency mode it can be more, see
+   * {@linkcode EpBuffer.plan}.
+   */
   get numSms(): number {
     return this.#core.info().num_sms;
   }

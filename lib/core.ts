@@ -67,6 +67,7 @@ interface Holder {
 /** A connected native buffer with everything that belongs to it. */
 export class Core implements EventOwner, TensorOwner {
   readonly device: Device;
+  readonly deviceIndex: number;
   readonly native: bigint;
   readonly options: ResolvedOptions;
   readonly rank: number;
@@ -95,6 +96,7 @@ export class Core implements EventOwner, TensorOwner {
 
   constructor(device: Device, native: bigint, options: ResolvedOptions, deviceIndex = 0) {
     this.device = device;
+    this.deviceIndex = deviceIndex;
     this.capabilities = device.capabilities(deviceIndex);
     this.native = native;
     this.options = options;

@@ -127,7 +127,7 @@ export function bufferPlan(core: Core, o: BufferPlanOptions): LaunchPlan {
     row_bytes: o.rowBytes ?? 2 * hidden,
     hops: hopsOf(o, core.numRanks, numTopk),
     num_tokens: o.numTokens ?? maxLowLatencyTokensPerRank,
-    num_sms: o.numSms ?? core.info().num_sms,
+    num_sms: o.numSms ?? 0,
   });
 }
 

@@ -31,6 +31,26 @@ suite("cuda: launches", noCuda, () => {
     assert(b.numSms > 0 && b.ranksOnDevice === 1, `${b.numSms} SMs, ${b.ranksOnDevice} ranks`);
   });
 
+  test("the default of multiprocessors is what an operation needs to be fast, or the rank's share", async () => {
+    const shape = { rowBytes: 14336, numRanks: 8, numTopk: 8, numExperts: 256, deviceSms: 132, computeCapability: 90 };
+    const sms = async (
+      op: "dispatch" | "combine" | "lowLatencyDispatch" | "lowLatencyCombine",
+      ranksOnDevice: number,
+    ) => (await launchPlan({ op, numTokens: 128, ranksOnDevice, ...shape })).numSms;
+    for (
+      const [op, usual] of [["dispatch", 16], ["combine", 16], ["lowLatencyDispatch", 32], [
+        "lowLatencyCombine",
+        32,
+      ]] as const
+    ) {
+      assertEquals(
+        [await sms(op, 1), await sms(op, 4), await sms(op, 8), await sms(op, 16)],
+        [usual, usual, 16, 8],
+        op,
+      );
+    }
+  });
+
   test("a plan says what is launched, and follows numSms", async () => {
     await ranks(2, { hidden: 7168 }, (b) => {
       for (const op of ["dispatch", "combine"] as const) {

@@ -578,7 +578,8 @@ typedef struct deepep_buffer_info {
   uint64_t masked_ranks;
   /* [out] collective calls made so far; where graphs replay them, as the device counts */
   uint64_t epoch;
-  /* [out] multiprocessors an operation uses unless it says; 0 on the cpu backend */
+  /* [out] multiprocessors an operation of normal mode uses unless it says, one of low latency at least; 0 on the cpu
+   * backend */
   int32_t num_sms;
   /* [out] ranks that share this rank's device, itself included */
   uint32_t ranks_on_device;
@@ -1535,7 +1536,8 @@ DEEPEP_API int32_t deepep_mask(uint64_t buffer, const deepep_mask_args* args, de
  * must not be read by work enqueued later. */
 DEEPEP_API int32_t deepep_slot_release(uint64_t buffer, const deepep_slot_release_args* args, deepep_error* error);
 
-/* Allocates memory on the buffer's device. */
+/* Allocates memory on the buffer's device. Kernels of other devices reach it where their ranks are in this process
+ * and connected to this buffer's. */
 DEEPEP_API int32_t deepep_alloc(uint64_t buffer, deepep_alloc_args* args, deepep_error* error);
 
 /* Frees memory of deepep_alloc. */

@@ -40,7 +40,10 @@ struct Plan {
   uint32_t tma = 0;
 };
 
+// Multiprocessors that an operation takes unless it is told, should its rank's share of the device be as many: what a link or a
+// memory needs to be busy. Low latency is short, and takes more for it.
 constexpr int32_t kDefaultSms = 16;
+constexpr int32_t kDefaultLowLatencySms = 32;
 constexpr uint32_t kMaxWarps = 16;  // a block: 128 registers a thread
 constexpr uint32_t kMaxBlockThreads = 32 * kMaxWarps;
 constexpr uint32_t kMaxBarriers = 256;           // warps * stages, at most
@@ -114,11 +117,25 @@ constexpr int32_t useful_blocks(const Work& work, int32_t sms) {
   return static_cast<int32_t>(blocks < most ? blocks : most);
 }
 
+// How many pieces a low-latency dispatch cuts a row of `units` into, of which a warp holds `most_units` at once: with `rows` rows a
+// block, the warp with most to do has as little as can be. A piece more costs as much as two units: runs that memory takes are
+// long ones.
+constexpr uint32_t low_latency_pieces(uint32_t units, uint32_t most_units, uint64_t rows, uint32_t warps) {
+  uint32_t best = 0;
+  uint64_t least = ~uint64_t{0};
+  for (auto pieces = static_cast<uint32_t>(ceil_div(units, most_units)); pieces <= units; ++pieces) {
+    const uint64_t took = ceil_div(rows * pieces, warps) * (ceil_div(units, pieces) + 2);
+    if (took < least) best = pieces, least = took;
+  }
+  return best;
+}
+
 constexpr Plan make_plan(const Work& work, const Topology& topology) {
   Plan plan;
   const uint32_t ranks = topology.ranks_on_device > 0 ? topology.ranks_on_device : 1;
   const int32_t share = topology.device_sms / static_cast<int32_t>(ranks);
-  plan.sms = work.num_sms != 0 ? work.num_sms : share < 1 ? 1 : share < kDefaultSms ? share : kDefaultSms;
+  const int32_t usual = is_low_latency(work.op) ? kDefaultLowLatencySms : kDefaultSms;
+  plan.sms = work.num_sms != 0 ? work.num_sms : share < 1 ? 1 : share < usual ? share : usual;
   if (is_low_latency(work.op)) plan.sms = useful_blocks(work, plan.sms);
   plan.warps = kMaxWarps;
   const bool push = work.op == DEEPEP_OP_DISPATCH || work.op == DEEPEP_OP_LOW_LATENCY_DISPATCH;

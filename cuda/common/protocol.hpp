@@ -39,6 +39,7 @@
 // Should two ranks push with different views nevertheless (`pushed_view`), the call fails rather than mix rows up.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "regions.hpp"
@@ -90,13 +91,16 @@ constexpr uint32_t kNoOpinion = 2;
 // A message: this header, then for a dispatch u32 tokens_per_rank [num_ranks] and u32 entries_per_expert [num_experts].
 struct MessageHeader {
   uint64_t epoch;  // stored last, with release: what follows is complete once it is seen
-  uint32_t agreed[kNumAgreed];
+  alignas(16) uint32_t agreed[kNumAgreed];
   uint32_t slot;        // of the sender, used in this call
   uint32_t num_tokens;  // of the sender
   int32_t code;         // DEEPEP_ERROR_*: the sender cannot make this call; 0 = all is well
-  int32_t reserved;
 };
 static_assert(sizeof(MessageHeader) <= kMessageHeaderBytes);
+// The words after the epoch, for those who write and read them side by side.
+enum MessageWord : uint32_t { kMessageSlot = kNumAgreed, kMessageNumTokens, kMessageCode, kNumMessageWords };
+static_assert(offsetof(MessageHeader, slot) == offsetof(MessageHeader, agreed) + 4 * kMessageSlot &&
+              offsetof(MessageHeader, code) == offsetof(MessageHeader, agreed) + 4 * kMessageCode);
 
 // The ranks whose messages a rank has, under MASK_ON_TIMEOUT.
 struct View {

@@ -5,6 +5,7 @@
 #include <cstring>
 #include <map>
 #include <mutex>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -104,6 +105,7 @@ struct Heap {
   std::mutex mutex;
   cudaMemPool_t pool = nullptr;
   cudaStream_t stream = nullptr;
+  std::set<int> reached_from;
 };
 
 Heap& heap_of(int device) {
@@ -283,6 +285,18 @@ LiveBuffer::~LiveBuffer() {
 }
 
 std::unique_ptr<BlockSource> device_memory(int device) { return std::make_unique<DeviceSource>(device); }
+
+void reach_memory(int device, int other) {
+  Heap& heap = heap_of(other);
+  const std::lock_guard lock(heap.mutex);
+  if (!heap.pool || heap.reached_from.contains(device)) return;
+  cudaMemAccessDesc access = {};
+  access.location.type = cudaMemLocationTypeDevice;
+  access.location.id = device;
+  access.flags = cudaMemAccessFlagsProtReadWrite;
+  DEEPEP_CUDA("reach a memory pool", cudaMemPoolSetAccess(heap.pool, &access, 1));
+  heap.reached_from.insert(device);
+}
 
 std::unique_ptr<BlockSource> pinned_memory() { return std::make_unique<PinnedSource>(); }
 

@@ -66,6 +66,8 @@ class LiveBuffer {
 
 // Blocks of a device from a stream-ordered pool that never gives memory back.
 std::unique_ptr<BlockSource> device_memory(int device);
+// Makes what that pool of `other` gives reachable from `device`, as cudaDeviceEnablePeerAccess makes what cudaMalloc gives.
+void reach_memory(int device, int other);
 // Pinned blocks that every device reaches, cut from chunks that are never freed. The present device must be selected.
 std::unique_ptr<BlockSource> pinned_memory();
 // Makes the first chunk, so that later small blocks need no call of CUDA.

@@ -90,6 +90,8 @@ void Peers::enable_access(int other) const {
     cudaGetLastError();
   else
     DEEPEP_CUDA("enable peer access", error);
+  reach_memory(device_.index, other);
+  use_device(device_.index);
 }
 
 // What stands in the way of a peer's memory, before CUDA is asked for it and answers with less.

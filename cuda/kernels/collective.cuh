@@ -12,6 +12,7 @@
 // does not wait; a block that has not started yet does so when the device has room, which the end of the kernel needs anyway.
 #pragma once
 
+#include "../common/protocol.hpp"
 #include "../common/routing.hpp"
 #include "../host/params.hpp"
 #include "primitives.cuh"
@@ -42,6 +43,7 @@ struct CallShared {
   uint32_t skipped;      // the buffer needs a recovery
   uint32_t extended;     // leader: the deadline was drawn out
   uint32_t go;
+  alignas(16) uint32_t said[kNumMessageWords];  // leader: this rank's message
 };
 
 __device__ inline bool is_leader() { return blockIdx.x == 0; }

@@ -70,8 +70,10 @@ struct Combine {
 
   // ---- PUBLISH
 
-  __device__ void agree(uint32_t (&agreed)[kNumAgreed]) const {
-    for (uint32_t& value : agreed) value = 0;
+  // One thread: what all ranks must say alike. After state->num_rows, where that matters.
+  __device__ void agree() const {
+    uint32_t* agreed = s.call.said;
+    for (uint32_t word = 0; word < kNumAgreed; ++word) agreed[word] = 0;
     agreed[kAgreedOp] = DEEPEP_OP_COMBINE;
     agreed[kAgreedLayout] = params.routing.layout;
     agreed[kAgreedExpertAlignment] = params.routing.expert_alignment;
@@ -103,6 +105,7 @@ struct Combine {
     const bool valid = params.routing.header->valid == params.routing.name;
     if (valid) find_row_bases(p(), params.routing, routed, row_tables(p(), shared));
     __syncthreads();
+    if (threadIdx.x == kWarpLanes) agree();  // beside what the leader does
     bool ready = true;
     if (leads) {
       ready = leader.enter(DEEPEP_PHASE_PUBLISH);
@@ -125,10 +128,8 @@ struct Combine {
       }
     }
     if (leads && ready) {
-      uint32_t agreed[kNumAgreed];
-      agree(agreed);
-      leader.publish_all(agreed, params.routing.num_tokens);
-      if (leader.gather(agreed, 1, false)) leader.enter(DEEPEP_PHASE_REDUCE);
+      leader.publish_all(params.routing.num_tokens);
+      if (leader.gather(1, false)) leader.enter(DEEPEP_PHASE_REDUCE);
       // All ranks found it alike before any has read: the region has no readers after all.
       else if (leader.lane == 0 && p().state->finding.agreed != 0)
         p().state->combine_epoch[p().slot] = 0;

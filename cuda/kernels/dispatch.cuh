@@ -37,6 +37,7 @@ struct DispatchShared {
   uint64_t left_out;  // leader: ranks whose rows will not come
   uint8_t* slots[DEEPEP_MAX_RANKS];
   int32_t first_experts[DEEPEP_MAX_RANKS];
+  uint32_t row_bases[DEEPEP_MAX_RANKS];  // rank layout
 };
 
 __device__ inline ScaleUnits scale_units(const deepep_dispatch_args& args) {
@@ -60,7 +61,9 @@ struct Dispatch {
 
   // ---- NOTIFY
 
-  __device__ void agree(uint32_t (&agreed)[kNumAgreed]) const {
+  // One thread: what all ranks must say alike.
+  __device__ void agree() const {
+    uint32_t* agreed = s.call.said;
     const deepep_dispatch_args& args = params.args;
     const RoutingParams& routing = params.routing;
     agreed[kAgreedOp] = DEEPEP_OP_DISPATCH;
@@ -157,6 +160,7 @@ struct Dispatch {
   __device__ void lead(const CountTables& tables) {
     const bool leads = threadIdx.x < kWarpLanes;
     Leader leader(p(), s.call);
+    if (threadIdx.x == kWarpLanes) agree();  // beside what the leader does
     bool entered = true;
     if (leads) entered = leader.enter(DEEPEP_PHASE_NOTIFY);
     const auto* per_expert = reinterpret_cast<const int32_t*>(params.args.num_tokens_per_expert);
@@ -173,21 +177,25 @@ struct Dispatch {
     __syncthreads();
     if (!cached() && s.call.code == 0) store_counts(per_expert);
     __syncthreads();
-    uint32_t agreed[kNumAgreed];
-    agree(agreed);
-    if (leads) leader.publish_all(agreed, params.routing.num_tokens);
+    if (leads) leader.publish_all(params.routing.num_tokens);
     __syncthreads();
-    const bool places = !cached() && s.call.code == 0;
-    if (places) place_block(p(), input(), tables, by_expert(), params.routing);
-    if (places) arrive(p(), kMeetPlaced);
+    // While the messages come: the places, or of a routing that is known already the rows, should all ranks take part.
+    const bool goes = s.call.code == 0, places = !cached() && goes;
+    const uint64_t expected = all_ranks(p()) & ~(s.call.masked | s.call.lost);
+    const RowTables rows = row_tables(p(), shared);
+    if (places) {
+      place_block(p(), input(), tables, by_expert(), params.routing);
+      arrive(p(), kMeetPlaced);
+    } else if (goes) {
+      find_row_bases(p(), params.routing, expected, rows);
+    }
     __syncthreads();
     bool came = true;
-    if (leads) came = leader.gather(agreed, 0, true);
+    if (leads) came = leader.gather(0, true);
     if (!__syncthreads_or(leads && !came)) {
       if (!cached()) keep_counts();
       __syncthreads();
-      const RowTables rows = row_tables(p(), shared);
-      find_row_bases(p(), params.routing, s.call.view, rows);
+      if (!cached() || s.call.view != expected) find_row_bases(p(), params.routing, s.call.view, rows);
       check_capacity(rows);
       __syncthreads();
       if (leads && s.call.code == 0) {
@@ -304,27 +312,34 @@ struct Dispatch {
     for (uint64_t row = begin + first; row < end; row += step) clear_row(here, row, payload_too);
   }
 
-  // The rows of this rank's slot that no rank pushes to. All blocks share them.
+  // Expert layout: the rows of this rank's slot that no rank pushes to. All blocks share them.
   __device__ void clear_padding() const {
     const SlotView here = slot_view(p(), s.slots[p().rank]);
     const uint32_t warps = blockDim.x / kWarpLanes;
     const uint32_t warp = blockIdx.x * warps + threadIdx.x / kWarpLanes;
-    if (by_expert()) {
-      const uint32_t alignment = params.routing.expert_alignment;
-      for (uint32_t e = 0; alignment > 1 && e < p().num_local_experts; ++e) {
-        const uint64_t begin = __ldcg(group_begins(p()) + e), entries = __ldcg(group_entries(p()) + e);
-        clear_rows(here, begin + entries, begin + align_up(entries, alignment), warp, gridDim.x * warps,
-                   (params.args.flags & DEEPEP_FLAG_ZERO_PADDING) != 0);
-      }
-    } else if ((params.args.flags & DEEPEP_FLAG_NO_CPU_SYNC) != 0 && params.routing.num_topk > 0) {
-      // -1 is all ones in either width.
-      const uint64_t row_words = uint64_t{params.routing.num_topk} * params.routing.topk_idx_bytes / 4;
-      auto* words = reinterpret_cast<uint32_t*>(here.topk_idx);
-      const uint64_t begin = __ldcg(&p().state->num_rows) * row_words, end = p().options.max_recv_tokens * row_words;
-      for (uint64_t i = begin + blockIdx.x * blockDim.x + threadIdx.x; i < end; i += uint64_t{gridDim.x} * blockDim.x) {
-        words[i] = 0xffffffff;
-      }
+    const uint32_t alignment = params.routing.expert_alignment;
+    for (uint32_t e = 0; alignment > 1 && e < p().num_local_experts; ++e) {
+      const uint64_t begin = __ldcg(group_begins(p()) + e), entries = __ldcg(group_entries(p()) + e);
+      clear_rows(here, begin + entries, begin + align_up(entries, alignment), warp, gridDim.x * warps,
+                 (params.args.flags & DEEPEP_FLAG_ZERO_PADDING) != 0);
     }
+  }
+
+  // Rank layout: no experts in the rows after the last, where shapes are those of the capacity. -1 is all ones in either width.
+  // All threads share them.
+  __device__ void clear_experts() const {
+    if (by_expert() || (params.args.flags & DEEPEP_FLAG_NO_CPU_SYNC) == 0 || params.routing.num_topk == 0) return;
+    constexpr uint32_t kWords = 4;  // at once
+    const uint64_t row_words = uint64_t{params.routing.num_topk} * params.routing.topk_idx_bytes / 4;
+    auto* words = reinterpret_cast<uint32_t*>(slot_view(p(), s.slots[p().rank]).topk_idx);
+    const uint64_t begin = __ldcg(&p().state->num_rows) * row_words, end = p().options.max_recv_tokens * row_words;
+    const uint64_t first = align_up(begin, kWords) < end ? align_up(begin, kWords) : end, last = end / kWords * kWords;
+    const uint32_t mine = blockIdx.x * blockDim.x + threadIdx.x, all = gridDim.x * blockDim.x;
+    for (uint64_t i = first + kWords * mine; i < last; i += kWords * all) {
+      *reinterpret_cast<uint4*>(words + i) = {0xffffffff, 0xffffffff, 0xffffffff, 0xffffffff};
+    }
+    if (begin + mine < first) words[begin + mine] = 0xffffffff;
+    if (last + mine < end && last + mine >= first) words[last + mine] = 0xffffffff;
   }
 
   // A row that a token becomes.
@@ -340,7 +355,7 @@ struct Dispatch {
     const auto key = static_cast<uint32_t>(to.key);
     const uint32_t rank = by_expert() ? expert_rank(key, p().options.num_experts, p().options.num_ranks) : key;
     if (!in_view(s.call.view, rank)) return {};
-    return {s.slots[rank], rank, uint64_t{row_bases(p())[key]} + to.index};
+    return {s.slots[rank], rank, uint64_t{by_expert() ? row_bases(p())[key] : s.row_bases[rank]} + to.index};
   }
 
   // One warp: what travels beside the rows of a token: scales, source index, top-k.
@@ -387,10 +402,15 @@ struct Dispatch {
 
   template <bool kTma>
   __device__ void send(uint64_t* barriers) {
-    if (threadIdx.x / kWarpLanes >= params.plan.warps) {
-      if (is_leader()) fill_counts();
-      return;
-    }
+    if (threadIdx.x / kWarpLanes < params.plan.warps)
+      push<kTma>(barriers);
+    else if (is_leader())
+      fill_counts();
+    clear_experts();  // Last: a warp that has few rows to push, or none, does it while others push theirs.
+  }
+
+  template <bool kTma>
+  __device__ void push(uint64_t* barriers) {
     const PushRows rows = {.x = reinterpret_cast<const uint8_t*>(params.args.x),
                            .x_stride = params.args.x_stride,
                            .row_bytes = params.args.row_bytes,
@@ -419,6 +439,7 @@ struct Dispatch {
     if (threadIdx.x == 0) s.call.view = __ldcg(&state.view);
     for (uint32_t rank = threadIdx.x; rank < p().options.num_ranks; rank += blockDim.x) {
       s.slots[rank] = p().symmetric[rank] + slot_offset(p().regions, __ldcg(&state.peer_slots[rank]));
+      if (!by_expert()) s.row_bases[rank] = __ldcg(row_bases(p()) + rank);
       s.first_experts[rank] = static_cast<int32_t>(local_experts(p().options.num_experts, p().options.num_ranks, rank).first);
     }
     // The counting has used the shared memory that bulk copies will write; rows were last touched by plain accesses.
@@ -471,9 +492,12 @@ struct Dispatch {
     if (threadIdx.x < kWarpLanes && went) {
       Leader leader(p(), s.call);
       uint64_t left_out = 0;
-      if (!leader.is_left_out()) {
+      // Whoever has left this rank out may have given its slot to others, where ranks are left out; elsewhere its call has failed.
+      const bool masks = p().mask_on_timeout != 0;
+      if (!masks || !leader.is_left_out()) {
         announce_pushed(leader, s.call.view, p().state->peer_slots);
         left_out = wait_pushed(leader, s.call.view);
+        if (!masks && must_stop(p(), s.call, s.call.view)) leader.is_left_out();
       }
       if (leader.lane == 0) s.left_out = left_out;
     }
@@ -505,7 +529,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads + kClerks * kWarpLanes, 1)
   const bool goes = dispatch.notify();
   if (goes) {
     dispatch.find_slots();
-    dispatch.clear_padding();
+    if (dispatch.by_expert()) dispatch.clear_padding();
     dispatch.template send<kTma>(barriers);
   }
   arrive(params.call, kMeetEnd);

@@ -103,10 +103,10 @@ cudaError_t launch_low_latency_dispatch(const LowLatencyDispatchParams& given, c
   const auto units = static_cast<uint32_t>(ceil_div(args.row_bytes, kUnitBytes));
   params.blocks_a_token = tokens != 0 && blocks > tokens ? blocks / tokens : 1;
   const uint32_t warps = params.plan.warps * params.blocks_a_token;
-  const auto block_tokens = static_cast<uint32_t>(ceil_div(uint64_t{tokens} * params.blocks_a_token, blocks));
-  const auto share = static_cast<uint32_t>(ceil_div(uint64_t{block_tokens} * units, warps));
-  const auto even = static_cast<uint32_t>(ceil_div(units, ceil_div(units, params.plan.chunk_bytes / kUnitBytes)));
-  params.piece_units = std::max(1u, std::min(share, even));
+  const uint64_t block_tokens = ceil_div(uint64_t{tokens} * params.blocks_a_token, blocks);
+  const uint32_t pieces =
+      low_latency_pieces(units, params.plan.chunk_bytes / kUnitBytes, std::max<uint64_t>(1, block_tokens), warps);
+  params.piece_units = static_cast<uint32_t>(ceil_div(units, pieces));
   params.row_pieces = static_cast<uint32_t>(ceil_div(units, params.piece_units));
   const bool casts = (args.flags & DEEPEP_FLAG_FP8) != 0;
   const auto kernel = casts ? low_latency_dispatch_kernel<true> : low_latency_dispatch_kernel<false>;

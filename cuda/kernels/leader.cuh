@@ -18,18 +18,20 @@ struct Leader : Waits {
   __device__ bool enter(int32_t phase) {
     if (lane == 0) s.phase = phase;
     __syncwarp();
-    const Injection& injection = p.inject[phase];
-    if (injection.wanted == 0) return true;
+    return p.inject[phase].wanted == 0 || inject(*this, p.inject[phase]);
+  }
+  DEEPEP_COLD __device__ static bool inject(Leader self, const Injection& injection) {
+    const CallParams& p = self.p;
     const uint64_t begin_ns = __shfl_sync(kAllLanes, global_time_ns(), 0);
     while (__shfl_sync(kAllLanes, global_time_ns(), 0) - begin_ns < injection.ns) __nanosleep(1000);
     if (injection.wanted == 1 + DEEPEP_INJECT_DELAY) return true;
-    if (injection.wanted == 1 + DEEPEP_INJECT_EXIT && lane == 0) store_release_sys(&p.host->exit_requested, 1u);
+    if (injection.wanted == 1 + DEEPEP_INJECT_EXIT && self.lane == 0) store_release_sys(&p.host->exit_requested, 1u);
     Finding finding;
     finding.code = DEEPEP_ERROR_TIMEOUT;
     finding.reason = Reason::stalled;
     finding.peer = static_cast<int32_t>(p.rank);
     finding.waited_ns = static_cast<int64_t>(injection.ns);
-    fail(finding);
+    self.fail(finding);
     return false;
   }
 
@@ -56,50 +58,68 @@ struct Leader : Waits {
 
   // ---- synchronisation one: messages
 
-  // Publishes this rank's message to `peer`; by one lane. The counts, if the call has some, are there already.
-  __device__ void publish(uint32_t peer, const uint32_t (&agreed)[kNumAgreed], uint32_t num_tokens) {
-    MessageHeader* message = message_at(p.symmetric[peer], p.regions, p.rank, s.epoch);
-    for (uint32_t i = 0; i < kNumAgreed; ++i) message->agreed[i] = agreed[i];
-    message->slot = p.slot;
-    message->num_tokens = num_tokens;
-    message->code = s.code;
-    store_release_sys(&message->epoch, s.epoch);  // Pairs with the wait of `peer` in gather().
-  }
-
-  // Publishes to every unmasked rank, a refusal of this rank too. Counts in the messages must have been stored by this block
-  // before a __syncthreads().
-  __device__ void publish_all(const uint32_t (&agreed)[kNumAgreed], uint32_t num_tokens) {
-    for (uint32_t peer = lane; peer < p.options.num_ranks; peer += kWarpLanes) {
-      if (!in_view(s.masked | s.lost, peer)) publish(peer, agreed, num_tokens);
+  // What all ranks must say alike of a call that has no more to it.
+  __device__ void say_only_op() {
+    for (uint32_t word = lane; word < kNumAgreed; word += kWarpLanes) {
+      s.said[word] = word == kAgreedOp ? static_cast<uint32_t>(p.op) : word == kAgreedMaskOnTimeout ? p.mask_on_timeout : 0;
     }
     __syncwarp();
+  }
+
+  // Publishes this rank's message to every unmasked rank, a refusal of this rank too. What all ranks must say alike stands in
+  // s.said. Counts in the messages must have been stored by this block before a __syncthreads().
+  __device__ void publish_all(uint32_t num_tokens) {
+    if (lane == 0) {
+      s.said[kMessageSlot] = p.slot;
+      s.said[kMessageNumTokens] = num_tokens;
+      s.said[kMessageCode] = static_cast<uint32_t>(s.code);
+    }
+    __syncwarp();
+    const uint64_t to = all_ranks(p) & ~(s.masked | s.lost);
+    const uint4 said = *part_of(s.said);
+    for (uint32_t first = 0; first < p.options.num_ranks; first += kWarpLanes) {
+      // Each lane looks one peer up: lanes that ask the parameters for different ones are answered one after another.
+      const bool is_told = first + lane < p.options.num_ranks && in_view(to, first + lane);
+      MessageHeader* own = is_told ? message_at(p.symmetric[first + lane], p.regions, p.rank, s.epoch) : nullptr;
+      for (uint32_t turn = 0; turn < min(kWarpLanes, p.options.num_ranks - first); turn += kWarpLanes / kParts) {
+        const uint64_t of_peer = __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(own), turn + lane / kParts);
+        if (of_peer != 0) *part_of(reinterpret_cast<MessageHeader*>(of_peer)->agreed) = said;
+      }
+      __syncwarp();
+      if (is_told) store_release_sys(&own->epoch, s.epoch);  // Pairs with the wait of that peer in gather().
+    }
+    __syncwarp();
+  }
+
+  // A message is written and read in parts, a lane each, for all of few peers at once: a lane that did a whole one would have as
+  // many instructions to fetch, a lane a word as many turns to take.
+  static constexpr uint32_t kPartWords = 4, kParts = kNumMessageWords / kPartWords;
+  static_assert(kNumMessageWords % kPartWords == 0 && offsetof(MessageHeader, agreed) % sizeof(uint4) == 0);
+  __device__ uint32_t first_word() const { return lane % kParts * kPartWords; }
+  __device__ uint4* part_of(uint32_t* words) const { return reinterpret_cast<uint4*>(words + first_word()); }
+
+  __device__ Awaited late_message(int32_t kind) const { return {Reason::late_message, s.epoch, kind, false}; }
+  __device__ auto message_epoch() const {
+    return [*this](uint32_t peer) { return &message_of(peer)->epoch; };
   }
 
   // Gathers the messages of all unmasked ranks. Afterwards s.view and state->peer_slots say who takes part; false when the call
   // fails. A rank that has refused gathers nevertheless, so that it never runs ahead of a reader. `pushes`: all must count in
   // the same ranks.
-  __device__ bool gather(const uint32_t (&agreed)[kNumAgreed], int32_t kind, bool pushes) {
-    const bool refused = failed();
-    Finding own;
-    if (refused) own = p.state->finding;
-    __syncwarp();
-    if (lane == 0) s.code = 0;
-    __syncwarp();
+  __device__ bool gather(int32_t kind, bool pushes) {
     begin_waits();
-    const Awaited awaited = {Reason::late_message, s.epoch, kind, false};
-    const auto word = [&](uint32_t peer) { return &message_of(peer)->epoch; };
-    const uint64_t came = wait_for(all_ranks(p), awaited, word);
-    const auto seen = [&](uint32_t peer) { return load_acquire_sys(word(peer)); };
-    // Who has come and ended since would have rows pushed to memory that may be gone.
-    if (pushes && !failed() && (came & s.lost) != 0) give_up(came & s.lost, DEEPEP_ERROR_PEER_LOST, awaited, 0, seen);
-    if (failed()) return false;
-    uint64_t view = (came | rank_bit(p.rank)) & ~s.masked;
-    if (refused) {
-      fail(own);
-      return false;
+    if (!failed() && p.mask_on_timeout == 0) {
+      const uint64_t others = all_ranks(p) & ~s.masked & ~rank_bit(p.rank);
+      if (come_soon(others, late_message(kind), message_epoch())) return accept(others | rank_bit(p.rank));
     }
-    if (!check_messages(view, agreed)) return false;
-    if (pushes && p.mask_on_timeout != 0 && !agree_on_view(view)) return false;
+    return gather_long(*this, kind, pushes);
+  }
+
+  // The messages of these ranks are there.
+  __device__ bool accept(uint64_t view) {
+    return check_messages(view) && keep_view(view);
+  }
+  __device__ bool keep_view(uint64_t view) {
     if (lane == 0) {
       s.view = view;
       p.state->view = view;
@@ -108,77 +128,87 @@ struct Leader : Waits {
     return true;
   }
 
+  DEEPEP_COLD __device__ static bool gather_long(Leader self, int32_t kind, bool pushes) {
+    const CallParams& p = self.p;
+    CallShared& s = self.s;
+    const bool refused = self.failed();
+    Finding own;
+    if (refused) own = p.state->finding;
+    __syncwarp();
+    if (self.lane == 0) s.code = 0;
+    __syncwarp();
+    const Awaited awaited = self.late_message(kind);
+    const auto word = self.message_epoch();
+    const uint64_t came = self.wait_for(all_ranks(p), awaited, word);
+    const auto seen = [&](uint32_t peer) { return load_acquire_sys(word(peer)); };
+    // Who has come and ended since would have rows pushed to memory that may be gone.
+    if (pushes && !self.failed() && (came & s.lost) != 0) {
+      self.give_up(came & s.lost, DEEPEP_ERROR_PEER_LOST, awaited, 0, seen);
+    }
+    if (self.failed()) return false;
+    uint64_t view = (came | rank_bit(p.rank)) & ~s.masked;
+    if (refused) {
+      self.fail(own);
+      return false;
+    }
+    if (!pushes || p.mask_on_timeout == 0) return self.accept(view);
+    return self.check_messages(view) && self.agree_on_view(view) && self.keep_view(view);
+  }
+
   __device__ MessageHeader* message_of(uint32_t rank) const { return message_at(own_memory(p), p.regions, rank, s.epoch); }
 
-  // A peer's message, without its counts. The fields are loaded side by side: one after another they would cost as many trips
-  // to memory.
-  struct Heard {
-    uint64_t epoch;
-    uint32_t agreed[kNumAgreed];
-    uint32_t slot;
-    int32_t code;
-
-    // The first value in which it differs from this rank's, kNumAgreed when there is none.
-    __device__ uint32_t difference(const uint32_t (&ours)[kNumAgreed]) const {
-      uint32_t first = kNumAgreed;
-#pragma unroll
-      for (uint32_t i = kNumAgreed; i-- > 0;) {
-        const bool no_opinion = i == kAgreedTopkWeights && (ours[i] == kNoOpinion || agreed[i] == kNoOpinion);
-        if (ours[i] != agreed[i] && !no_opinion) first = i;
-      }
-      return first;
-    }
-  };
-
-  __device__ Heard hear(uint32_t rank) const {
-    const MessageHeader* message = message_of(rank);
-    Heard heard;
-    heard.epoch = message->epoch;
-#pragma unroll
-    for (uint32_t i = 0; i < kNumAgreed; ++i) heard.agreed[i] = message->agreed[i];
-    heard.slot = message->slot;
-    heard.code = message->code;
-    return heard;
+  // Whether a peer says otherwise than this rank what all must say alike. `word` is one of these.
+  __device__ bool differs(uint32_t word, uint32_t theirs) const {
+    if (theirs == s.said[word]) return false;
+    return word != kAgreedTopkWeights || (theirs != kNoOpinion && s.said[word] != kNoOpinion);
   }
 
   // What every rank finds alike in the messages: a refusal, or a disagreement. Keeps the slots of the ranks in the view.
-  __device__ bool check_messages(uint64_t view, const uint32_t (&agreed)[kNumAgreed]) {
+  __device__ bool check_messages(uint64_t view) {
     uint64_t refusing = 0, differing = 0;
-    for (uint32_t rank = lane; rank < p.options.num_ranks; rank += kWarpLanes) {
-      const Heard heard = hear(rank);
-      const bool counts = in_view(view, rank);
-      p.state->peer_slots[rank] = counts ? heard.slot : 0;
-      if (!counts || rank == p.rank) continue;
-      if (heard.code != 0) refusing |= rank_bit(rank);
-      if (heard.epoch != s.epoch || heard.difference(agreed) != kNumAgreed) differing |= rank_bit(rank);
+    for (uint32_t rank = lane / kParts; rank < p.options.num_ranks; rank += kWarpLanes / kParts) {
+      const bool counts = in_view(view, rank), is_other = counts && rank != p.rank;
+      MessageHeader* message = message_of(rank);
+      const uint4 part = *part_of(message->agreed);
+      const uint32_t said[kPartWords] = {part.x, part.y, part.z, part.w};
+      bool differs_here = message->epoch != s.epoch;
+#pragma unroll
+      for (uint32_t i = 0; i < kPartWords; ++i) {
+        const uint32_t word = first_word() + i, theirs = said[i];
+        if (word < kNumAgreed) differs_here = differs_here || differs(word, theirs);
+        if (word == kMessageSlot) p.state->peer_slots[rank] = counts ? theirs : 0;
+        if (word == kMessageCode && theirs != 0 && is_other) refusing |= rank_bit(rank);
+      }
+      if (differs_here && is_other) differing |= rank_bit(rank);
     }
-    refusing = warp_or(refusing);
-    differing = warp_or(differing);
-    if (refusing == 0 && differing == 0) return true;
+    if (__all_sync(kAllLanes, (refusing | differing) == 0)) return true;
+    blame(*this, warp_or(refusing), warp_or(differing));
+    return false;
+  }
+
+  DEEPEP_COLD __device__ static void blame(Leader leader, uint64_t refusing, uint64_t differing) {
+    const CallShared& s = leader.s;
     Finding finding;
     const auto peer = static_cast<uint32_t>(__ffsll(static_cast<long long>(refusing != 0 ? refusing : differing)) - 1);
-    const Heard heard = hear(peer);
+    const MessageHeader& message = *leader.message_of(peer);
     finding.peer = static_cast<int32_t>(peer);
     if (refusing != 0) {
-      finding.a = heard.code;
-      refuse(DEEPEP_ERROR_ABORTED, Reason::refused, finding);
-      return false;
+      finding.a = message.code;
+      leader.refuse(DEEPEP_ERROR_ABORTED, Reason::refused, finding);
+      return;
     }
-    const uint32_t i = heard.difference(agreed);
-    if (heard.epoch != s.epoch) {
+    if (message.epoch != s.epoch) {
       finding.expected = static_cast<int64_t>(s.epoch);
-      finding.seen = static_cast<int64_t>(heard.epoch);
-      refuse(DEEPEP_ERROR_MISMATCH, Reason::other_call, finding);
-      return false;
+      finding.seen = static_cast<int64_t>(message.epoch);
+      leader.refuse(DEEPEP_ERROR_MISMATCH, Reason::other_call, finding);
+      return;
     }
-    for (uint32_t at = 0; at < kNumAgreed; ++at) {
-      if (at != i) continue;
-      finding.a = static_cast<int32_t>(at);
-      finding.expected = at == kAgreedOp ? static_cast<uint32_t>(p.op) : agreed[at];
-      finding.seen = heard.agreed[at];
-    }
-    refuse(DEEPEP_ERROR_MISMATCH, i == kAgreedOp ? Reason::elsewhere : Reason::disagreement, finding);
-    return false;
+    uint32_t first = 0;
+    while (first + 1 < kNumAgreed && !leader.differs(first, message.agreed[first])) ++first;
+    finding.a = static_cast<int32_t>(first);
+    finding.expected = s.said[first];
+    finding.seen = message.agreed[first];
+    leader.refuse(DEEPEP_ERROR_MISMATCH, first == kAgreedOp ? Reason::elsewhere : Reason::disagreement, finding);
   }
 
   // MASK_ON_TIMEOUT: those take part whose messages everyone has.

@@ -391,10 +391,9 @@ struct LowLatencyCombine {
   }
   // A message in the ring as well, so that a rank which is in another call notices.
   __device__ void publish_message() const {
-    uint32_t agreed[kNumAgreed] = {};
-    agreed[kAgreedOp] = DEEPEP_OP_LOW_LATENCY_COMBINE;
-    agreed[kAgreedMaskOnTimeout] = p().mask_on_timeout;
-    Leader(p(), s.call).publish_all(agreed, params.routing.num_tokens);
+    Leader leader(p(), s.call);
+    leader.say_only_op();
+    leader.publish_all(params.routing.num_tokens);
   }
 
   // What the receive half, and later calls, need to know of the send half.

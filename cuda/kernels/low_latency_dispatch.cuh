@@ -492,9 +492,14 @@ struct LowLatencyDispatch {
     counting().publish_sender(s.call.epoch, s.to, params.agreed_hash, {p().slot, gridDim.x, s.found.bad != 0});
   }
 
+  __device__ void publish_message() const {
+    for (uint32_t word = lane_id(); word < kNumAgreed; word += kWarpLanes) s.call.said[word] = params.agreed[word];
+    Leader(p(), s.call).publish_all(params.routing.num_tokens);
+  }
+
   // Tells the peers what this rank calls, and waits until the workers have all counts. False when the call fails.
   __device__ bool exchange_messages() {
-    Leader(p(), s.call).publish_all(params.agreed, params.routing.num_tokens);
+    publish_message();
     const bool soon = comes_soon(&s.found.counted, 1);
     if (!soon || s.found.stop != 0 || s.found.overfull != 0) return find_out(params, s, shared);
     if (lane_id() == 0) s.call.view = s.view;
@@ -574,8 +579,8 @@ struct LowLatencyDispatch {
       finding.seen = input.raw(bad);
       leader.refuse(DEEPEP_ERROR_INVALID_ARGUMENT, Reason::bad_entry, finding);
     }
-    leader.publish_all(params.agreed, params.routing.num_tokens);
-    return leader.gather(params.agreed, is_led() ? 0 : -1, true) && leader.enter(DEEPEP_PHASE_SEND);
+    publish_message();
+    return leader.gather(is_led() ? 0 : -1, true) && leader.enter(DEEPEP_PHASE_SEND);
   }
 
   // The counts do not come soon, or say that something is wrong: the messages tell.
@@ -583,7 +588,7 @@ struct LowLatencyDispatch {
     LowLatencyDispatch self(params, s, shared);
     Leader leader(params.call, s.call);
     leader.enter(DEEPEP_PHASE_NOTIFY);
-    if (!leader.gather(params.agreed, -1, true)) {
+    if (!leader.gather(-1, true)) {
       self.stop_or_release(kStepGo, false);
       return false;
     }

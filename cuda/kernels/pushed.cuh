@@ -33,6 +33,21 @@ __device__ inline void announce_pushed(const Leader& leader, uint64_t view, cons
   __syncwarp();
 }
 
+// Fails a call in which this rank and `src` push with different views.
+DEEPEP_COLD __device__ inline void fail_torn(Leader leader, uint64_t view, uint32_t src, uint64_t theirs) {
+  const auto peer = static_cast<uint32_t>(__ffsll(static_cast<long long>(theirs ^ view)) - 1);
+  Finding finding;
+  finding.code = DEEPEP_ERROR_ABORTED;
+  finding.reason = Reason::torn_view;
+  finding.peer = static_cast<int32_t>(peer);
+  finding.a = static_cast<int32_t>(in_view(view, peer) ? leader.p.rank : src);
+  finding.b = static_cast<int32_t>(in_view(view, peer) ? src : leader.p.rank);
+  finding.expected = static_cast<int64_t>(view);
+  finding.seen = static_cast<int64_t>(theirs);
+  leader.fail(finding);
+  leader.announce_failure();
+}
+
 // Leader's warp: waits for everyone's rows. Returns the ranks whose rows will not come. When a rank disappears between two
 // looks, one rank may count it in and another not; their rows then have other places, so the call fails.
 __device__ inline uint64_t wait_pushed(Leader& leader, uint64_t view) {
@@ -47,18 +62,7 @@ __device__ inline uint64_t wait_pushed(Leader& leader, uint64_t view) {
       [&](uint32_t src) { return in_view(came, src) && load_relaxed_sys(word(p.regions.pushed_view, src)) != view; });
   if (torn == 0) return view & ~came & ~rank_bit(p.rank);
   const auto src = static_cast<uint32_t>(__ffsll(static_cast<long long>(torn)) - 1);
-  const uint64_t theirs = load_relaxed_sys(word(p.regions.pushed_view, src));
-  const auto peer = static_cast<uint32_t>(__ffsll(static_cast<long long>(theirs ^ view)) - 1);
-  Finding finding;
-  finding.code = DEEPEP_ERROR_ABORTED;
-  finding.reason = Reason::torn_view;
-  finding.peer = static_cast<int32_t>(peer);
-  finding.a = static_cast<int32_t>(in_view(view, peer) ? p.rank : src);
-  finding.b = static_cast<int32_t>(in_view(view, peer) ? src : p.rank);
-  finding.expected = static_cast<int64_t>(view);
-  finding.seen = static_cast<int64_t>(theirs);
-  leader.fail(finding);
-  leader.announce_failure();
+  fail_torn(leader, view, src, load_relaxed_sys(word(p.regions.pushed_view, src)));
   return 0;
 }
 

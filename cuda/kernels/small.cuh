@@ -24,11 +24,9 @@ __global__ void __launch_bounds__(kSmallThreads, 1) message_kernel(const __grid_
         finding.a = params.refusal;
         leader.refuse(params.refusal, Reason::own_refusal, finding);
       }
-      uint32_t agreed[kNumAgreed] = {};
-      agreed[kAgreedOp] = static_cast<uint32_t>(p.op);
-      agreed[kAgreedMaskOnTimeout] = p.mask_on_timeout;
-      leader.publish_all(agreed, 0);
-      leader.gather(agreed, -1, false);
+      leader.say_only_op();
+      leader.publish_all(0);
+      leader.gather(-1, false);
     }
   }
   arrive(p, kMeetEnd);

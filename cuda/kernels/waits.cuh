@@ -105,13 +105,14 @@ struct Waits {
   }
 
   // Whether some peer has left this rank out of this call: then it must not write into that peer's memory any more.
-  __device__ bool is_left_out() {
-    const uint64_t by = ranks_where([&](uint32_t from) {
-      const Abort abort = abort_from(from);  // Pairs with announce() of that rank.
-      return abort.culprit == p.rank && concerns(abort, from);
+  __device__ bool is_left_out() { return looks_left_out(*this); }
+  DEEPEP_COLD __device__ static bool looks_left_out(Waits self) {
+    const uint64_t by = self.ranks_where([&](uint32_t from) {
+      const Abort abort = self.abort_from(from);  // Pairs with announce() of that rank.
+      return abort.culprit == self.p.rank && self.concerns(abort, from);
     });
     if (by == 0) return false;
-    fail_left_out(static_cast<uint32_t>(__ffsll(static_cast<long long>(by)) - 1));
+    self.fail_left_out(static_cast<uint32_t>(__ffsll(static_cast<long long>(by)) - 1));
     return true;
   }
 
@@ -202,27 +203,61 @@ struct Waits {
   // Waits until word(peer), which only `peer` raises, is at least awaited.at_least for every peer of the set.
   template <class Word>
   __device__ uint64_t wait_for(uint64_t peers, const Awaited& awaited, Word word) {
+    const uint64_t others = peers & ~s.masked & ~rank_bit(p.rank);
+    return come_soon(others, awaited, word) ? others : wait_long(*this, peers, awaited, word);
+  }
+
+  // Whether all of these peers have come within some microseconds, as they mostly do: then nothing more of a wait is needed, nor
+  // its code fetched, which takes as long. Otherwise wait_long() begins anew.
+  template <class Word>
+  __device__ bool come_soon(uint64_t peers, const Awaited& awaited, Word word) {
+    static_assert(DEEPEP_MAX_RANKS == 2 * kWarpLanes);
+    if ((peers & s.lost) != 0) return false;  // For those that are gone nobody waits.
+    const uint64_t begin_ns = global_time_ns();
+    uint64_t pending = peers & (rank_bit(lane) | rank_bit(lane + kWarpLanes));  // this lane's
+    for (uint32_t looks = 0; looks < kSoonLooks; ++looks) {
+      for (uint64_t rest = pending; rest != 0; rest &= rest - 1) {
+        const auto peer = static_cast<uint32_t>(__ffsll(static_cast<long long>(rest)) - 1);
+        if (load_acquire_sys(word(peer)) < awaited.at_least) continue;  // Pairs with the release of `peer`.
+        pending &= ~rank_bit(peer);
+        if (looks != 0) account_for(peer, awaited.kind, global_time_ns() - begin_ns);
+      }
+      if (__all_sync(kAllLanes, pending == 0)) {
+        __syncwarp();  // What one lane has acquired, all have.
+        return true;
+      }
+    }
+    return false;
+  }
+
+  template <class Word>
+  DEEPEP_COLD __device__ static uint64_t wait_long(Waits self, uint64_t peers, const Awaited& awaited, Word word) {
     // Pairs with the release of the peer that raises the word.
     const auto seen = [&](uint32_t peer) { return load_acquire_sys(word(peer)); };
     const auto come = [&](uint64_t pending) {
-      return ranks_where([&](uint32_t peer) { return in_view(pending, peer) && seen(peer) >= awaited.at_least; });
+      return self.ranks_where([&](uint32_t peer) { return in_view(pending, peer) && seen(peer) >= awaited.at_least; });
     };
-    return wait_until(peers, awaited, come, seen);
+    return self.wait_until(peers, awaited, come, seen);
   }
 
   // ---- what a wait does now and then
 
+  static constexpr uint32_t kSoonLooks = 32;     // some 20 microseconds
   static constexpr uint64_t kLookNs = 20'000;    // between two looks at aborts and the deadline
   static constexpr uint64_t kAskNs = 1'000'000;  // between two looks at host memory
 
   __device__ void account(uint64_t peers, int32_t kind, uint64_t begin_ns) {
-    if (kind < 0 || peers == 0) return;
-    const auto waited = static_cast<int64_t>(global_time_ns() - begin_ns);
+    if (peers == 0) return;
+    const uint64_t waited_ns = global_time_ns() - begin_ns;
     for (uint32_t peer = lane; peer < p.options.num_ranks; peer += kWarpLanes) {
-      if (!in_view(peers, peer)) continue;
-      p.state->wait_ns[kind][peer] += waited;
-      if (wait_stats != nullptr) wait_stats[peer] += waited;
+      if (in_view(peers, peer)) account_for(peer, kind, waited_ns);
     }
+  }
+  // By the lane that the peer is one of.
+  __device__ void account_for(uint32_t peer, int32_t kind, uint64_t waited_ns) {
+    if (kind < 0) return;
+    p.state->wait_ns[kind][peer] += static_cast<int64_t>(waited_ns);
+    if (wait_stats != nullptr) wait_stats[peer] += static_cast<int64_t>(waited_ns);
   }
 
   // Looks at the abort words: leaves ranks out as others have done, or ends the call.

@@ -379,7 +379,11 @@ export const structs = {
       max_recv_tokens: ["u32", "out", "rows a slot holds"],
       masked_ranks: ["u64", "out", "bit r is set when rank r is masked"],
       epoch: ["u64", "out", "collective calls made so far; where graphs replay them, as the device counts"],
-      num_sms: ["i32", "out", "multiprocessors an operation uses unless it says; 0 on the cpu backend"],
+      num_sms: [
+        "i32",
+        "out",
+        "multiprocessors an operation of normal mode uses unless it says, one of low latency at least; 0 on the cpu backend",
+      ],
       ranks_on_device: ["u32", "out", "ranks that share this rank's device, itself included"],
       comm_stream: [
         "u64",
@@ -853,7 +857,8 @@ export const functions = {
   deepep_alloc: {
     args: [["buffer", "u64"], ["args", "deepep_alloc_args"], ["error", "deepep_error"]],
     ret: "i32",
-    doc: "Allocates memory on the buffer's device.",
+    doc:
+      "Allocates memory on the buffer's device. Kernels of other devices reach it where their ranks are in this process and connected to this buffer's.",
   },
   deepep_free: {
     args: [["buffer", "u64"], ["args", "deepep_alloc_args"], ["error", "deepep_error"]],

@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "b367033b1b273f97615375b1675ee461a0356fa08be18adee5ad22d9820042be",
-    cuda: "2f29a020b2ed611f26d96061fc9c61aae7212310c7e89fe53fb9f082cc722613",
+    cpu: "9548a98d1e3731691634119a74cb6cb8bac80290924d8e8dd3fd67c7e906b270",
+    cuda: "b802402c81a36a68e71c921c557e9d27b43e2a4ea83c73f7e2900f61f02f2f1a",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -30,12 +30,12 @@ export const manifest: Manifest = {
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "5682ce14ce3e6be3033eb1b9d587731f7f51b378b020ce3934a16c6704914fb3",
+      sha256: "94e19653386ea170046dab40e4b514255e03141b8320d5d8ab69a6cc85b8645e",
       bytes: 510384,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "bd43732a36c7d006d97e7fb85fb15b9370dc74bb7ab4281553cac6ca3852ae28",
-      bytes: 2812632,
+      sha256: "8ca62f6a10f144f157635495d6e571a997ea3bb062fa3f282fa2e67a03d0a55f",
+      bytes: 2865880,
     },
   },
 };
