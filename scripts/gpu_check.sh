@@ -13,7 +13,8 @@ Usage: [BUN=/path/bun] [DENO=/path/deno] scripts/gpu_check.sh [options]
 
   --quick           fewer random worlds, a shorter bench, one round under the sanitizer
   --only A,B,...    of: doctor local load_store size order graph shape decode failure worker process kill native soak serve bench sanitizer;
-                    and bench_low_latency, the part of the bench that is in its name
+                    and bench_low_latency, the part of the bench that is in its name; with 2 to 7 GPUs bench is also made with
+                    as many ranks, a GPU each (bench_links.jsonl)
   --soak N          decode steps of the step "soak", default 200000, each runtime for a minute at most; more without that limit
   --mps             start CUDA MPS privately for the steps "process" and "kill", and stop it after
   --programs DIR    compiled programs of tests/cuda (small_world, overlap, ...), and scripts/decode/decode.cu as libdecode.so,
@@ -99,6 +100,8 @@ fi
 
 have_gpu=''
 if [[ -e /dev/nvidia0 ]] || { command -v nvidia-smi && nvidia-smi -L; } >/dev/null 2>&1; then have_gpu=1; fi
+
+num_gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 
 # Text as a JSON string.
 json() {
@@ -327,6 +330,11 @@ fi
 flags=(--backend cuda --json "$out/bench.jsonl")
 [[ -n $quick ]] && flags+=(--quick)
 if wanted bench; then one=1 gpu_script bench 600 scripts/bench.ts "${flags[@]}"; fi
+# With several GPUs a rank on each, besides.
+if wanted bench && ((num_gpus > 1 && num_gpus < 8)); then
+  one=1 gpu_script bench_links 600 scripts/bench.ts "${flags[@]/%bench.jsonl/bench_links.jsonl}" --ranks "$num_gpus" --sweep-ranks 1 \
+    --sweep-sms 4,8,12,16,20,24,32,48 --ll-tokens 1,8,32,128,512 --sweep-tokens 1,2,4,8,16,32,64,256,1024,4096,8192 --limit 200
+fi
 if [[ ,$only, == *,bench_low_latency,* ]]; then one=1 gpu_script bench_low_latency 600 scripts/bench.ts "${flags[@]}" --only low_latency; fi
 
 if wanted sanitizer; then

@@ -12,7 +12,7 @@ import { referenceDispatch, referenceLowLatencyDispatch } from "../lib/reference
 import { goalsOf } from "../scripts/bench/gpu/goals.ts";
 import { placesOf } from "../scripts/bench/gpu/low_latency/checks.ts";
 import { type GpuFigure, Report } from "../scripts/bench/gpu/report.ts";
-import { makeRouting } from "../scripts/bench/gpu/routes.ts";
+import { busiestLink, makeRouting } from "../scripts/bench/gpu/routes.ts";
 import { fitted } from "../scripts/bench/gpu/sweeps.ts";
 import { OPS, parseOptions } from "../scripts/bench/options.ts";
 import { spreadOf } from "../scripts/bench/timing.ts";
@@ -234,7 +234,15 @@ test("GPU bench: a wrong result is not timed, and the others go on", bounded, as
 
 /** A report with made-up figures. */
 function reportOf(figures: readonly Partial<GpuFigure>[]): Report {
-  const machine = { backend: "cuda", gpu: "none", driver: "none", commit: "", runtime: "bun 1", date: "" };
+  const machine = {
+    backend: "cuda",
+    gpu: "none",
+    numDevices: 1,
+    driver: "none",
+    commit: "",
+    runtime: "bun 1",
+    date: "",
+  };
   const report = new Report(parseOptions([])!, machine);
   const facts = {
     phase: "main",
@@ -274,6 +282,26 @@ test("GPU bench: shares are judged by the fastest kernel that moves rows as the 
   assertEquals(goal(/dispatch BF16, cached, 16/).met, false);
   assertMatch(goal(/dispatch BF16, cached, 16/).reached, /87\.5 % .*copy 100\.0, scatter 87\.5.* 80\.0 % of memcpy/);
   assertEquals(goal(/combine BF16, 16/).met, false);
+});
+
+test("GPU bench: between devices the busiest link counts, and shares are of what links carry", () => {
+  // Ranks 0 and 1 are on device 0, rank 2 on device 1. Two tokens of each rank, to every rank but those that are -1.
+  const rankOf = [[0, 1, 2, 0, -1, -1], [0, 1, 2, 0, 1, 2], [0, 1, 2, -1, -1, 2]].map((all) => Int32Array.from(all));
+  const route = { layout: "rank", width: 3, rankOf, rowOf: rankOf, sources: [], rows: 13 } as const;
+  assertEquals(busiestLink(route, [0, 0, 1]), 3); // device 0 sends three rows, and gets two
+  assertEquals(busiestLink(route, [0, 0, 0]), 0);
+  assertEquals(busiestLink({ ...route, rankOf: [rankOf[2]!, rankOf[2]!, rankOf[1]!] }, [0, 0, 1]), 4); // it gets four
+  const report = reportOf([
+    { phase: "ceiling", op: "plain_scatter", us: at(100), bytes: 1e9, linkBytes: 3e7 },
+    { op: "dispatch_cached", us: at(120), bytes: 1e9, linkBytes: 3e7, rankBytes: 6e7 },
+  ]);
+  report.links = { memcpy: 400, kernel: 350 };
+  const figure = report.find({ op: "dispatch_cached" })!, shares = report.shares(figure)!;
+  assertAlmostEquals(shares.bound, 62.5, 1e-9); // 3e7 bytes take 75 us at 400 GB/s
+  assertAlmostEquals(shares.memcpy, 62.5, 1e-9);
+  assertEquals(shares.of.map(({ name, percent }) => [name, Math.round(percent)]), [["link", 63], ["scatter", 83]]);
+  const goal = goalsOf(report).find(({ what }) => what.startsWith("dispatch BF16"))!;
+  assertEquals([goal.goal, goal.met], [">= 90 % of the bound", false]);
 });
 
 test("GPU bench: goals compare like with like", () => {

@@ -1,6 +1,7 @@
 // The naive way of the bench: permute, a memcpy per peer, unpermute, as a list of commands that one call enqueues.
 //
-// In: commands from scripts/bench/gpu/naive.ts, streams and addresses in them. Out: work on those streams, or a graph of it.
+// In: commands from scripts/bench/gpu/naive.ts, streams and addresses in them; the streams can be of several devices that reach
+// each other's memory. Out: work on those streams, or a graph of it.
 // The list is run here, so that the naive way pays for its launches but not for JavaScript. Beside it are a scatter and a pull
 // without any synchronisation, which are ceilings of calls that move rows by loads and stores, arithmetic that stands for
 // experts, and a comparison. Bench only: not part of the package. scripts/bench/gpu/naive_library.ts compiles it.
@@ -11,7 +12,7 @@
 
 namespace {
 
-// Eight words: an operation, a stream, then as the operation says.
+// Eight words: an operation | the device of the stream << 32, the stream, then as the operation says.
 struct Command {
   uint64_t op, stream, a, b, c, n, m, k;
 };
@@ -26,6 +27,7 @@ enum Op : uint64_t {
                  // of a payload row | of a row of scales << 32, k = hops | blocks at most << 32
   kCompare = 7,  // a, b = n bytes each, c = u64 counter: words of 16 bytes that differ are added to it
   kWork = 8,     // a = f32 to write to, n = blocks, m = steps of arithmetic that touch no memory
+  kStream = 9,   // a = dst, b = src, n = bytes, k = blocks: a copy kernel
 };
 
 // A row's parts, payload and scales.
@@ -40,6 +42,8 @@ constexpr uint32_t kThreads = 224;   // 4 vectors a thread for a row of 7168 bf1
 constexpr uint32_t kUnroll = 4;
 constexpr uint32_t kRowsAtOnce = 8;  // of a sum, loaded before the first is added
 constexpr uint32_t kEvents = 64;     // 32 for commands, the rest to fork and join a capture
+constexpr uint32_t kStreamThreads = 1024;
+constexpr uint32_t kMostDevices = 16;
 
 template <class Vector>
 __global__ void gather_kernel(Vector* dst, const Vector* src, const int32_t* index, uint64_t rows, uint32_t width) {
@@ -144,6 +148,22 @@ __global__ void scatter_kernel(const Scatter s, uint64_t tokens) {
   }
 }
 
+// Loads and stores that L1 does not keep: memory of either side can be another device's.
+__global__ void stream_kernel(uint4* dst, const uint4* src, uint64_t words) {
+  const uint64_t step = uint64_t(gridDim.x) * blockDim.x;
+  for (uint64_t first = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x; first < words; first += kUnroll * step) {
+    uint4 values[kUnroll];
+#pragma unroll
+    for (uint32_t u = 0; u < kUnroll; ++u) {
+      if (first + u * step < words) values[u] = __ldcg(src + first + u * step);
+    }
+#pragma unroll
+    for (uint32_t u = 0; u < kUnroll; ++u) {
+      if (first + u * step < words) __stcg(dst + first + u * step, values[u]);
+    }
+  }
+}
+
 // Keeps multiprocessors busy for a time that does not depend on memory.
 __global__ void work_kernel(float* out, uint64_t steps) {
   float a = float(threadIdx.x), b = float(blockIdx.x);
@@ -163,7 +183,33 @@ __global__ void compare_kernel(const uint4* a, const uint4* b, unsigned long lon
   if (differ) atomicAdd(counter, differ);
 }
 
-cudaEvent_t events[kEvents];
+// Every device has its own: an event is recorded on the device that it was made on.
+cudaEvent_t events[kMostDevices][kEvents];
+int32_t recorded_on[kEvents];
+int32_t num_devices = 0;
+
+// A stream, and its device.
+struct Lane {
+  cudaStream_t stream;
+  int32_t device;
+};
+Lane lane_of(const Command& c) { return {reinterpret_cast<cudaStream_t>(c.stream), int32_t(c.op >> 32)}; }
+
+cudaError_t select(int32_t device) {
+  if (num_devices == 1) return cudaSuccess;
+  return device < num_devices ? cudaSetDevice(device) : cudaErrorInvalidDevice;
+}
+
+cudaError_t record(uint32_t event, const Lane& lane) {
+  const auto [stream, device] = lane;
+  if (const cudaError_t error = select(device)) return error;
+  recorded_on[event] = device;
+  return cudaEventRecord(events[device][event], stream);
+}
+
+cudaError_t wait(uint32_t event, cudaStream_t stream) {
+  return cudaStreamWaitEvent(stream, events[recorded_on[event]][event], 0);
+}
 
 template <class T>
 T* at(uint64_t address) {
@@ -198,17 +244,21 @@ cudaError_t scatter(const Command& c, cudaStream_t stream) {
 }
 
 cudaError_t run(const Command& c) {
-  auto stream = reinterpret_cast<cudaStream_t>(c.stream);
+  const Lane lane = lane_of(c);
+  const cudaStream_t stream = lane.stream;
   const uint32_t width = uint32_t(c.m / 16);
-  switch (c.op) {
+  if (const cudaError_t error = select(lane.device)) return error;
+  switch (uint32_t(c.op)) {
     case kGather: return c.m % 16 == 0 ? gather<uint4>(c, stream) : gather<uint32_t>(c, stream);
     case kCopy: return cudaMemcpyAsync(at<void>(c.a), at<const void>(c.b), c.n, cudaMemcpyDeviceToDevice, stream);
-    case kRecord: return cudaEventRecord(events[c.n], stream);
-    case kWait: return cudaStreamWaitEvent(stream, events[c.n], 0);
+    case kRecord: return record(uint32_t(c.n), lane);
+    case kWait: return wait(uint32_t(c.n), stream);
     case kReduce:
       return launch(reduce_kernel, c.n, kThreads, stream, at<uint4>(c.a), at<const uint64_t>(c.b), at<const float>(c.c), c.n,
                     width, uint32_t(c.k));
     case kScatter: return scatter(c, stream);
+    case kStream:
+      return launch(stream_kernel, c.k, kStreamThreads, stream, at<uint4>(c.a), at<const uint4>(c.b), c.n / 16);
     case kWork: return launch(work_kernel, c.n, kThreads, stream, at<float>(c.a), c.m);
     case kCompare:
       return launch(compare_kernel, 1024, 256, stream, at<const uint4>(c.a), at<const uint4>(c.b),
@@ -230,26 +280,25 @@ cudaError_t load(Kernel* kernel) {
   return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
 }
 
-// Streams of the commands, the first of which is `origin`.
-uint32_t streams_of(const Command* commands, uint32_t count, cudaStream_t origin, cudaStream_t* streams) {
-  uint32_t found = 1;
-  streams[0] = origin;
+// Streams of the commands, that of the first one first.
+uint32_t lanes_of(const Command* commands, uint32_t count, Lane* lanes) {
+  uint32_t found = 0;
   for (uint32_t i = 0; i < count; ++i) {
-    const auto stream = reinterpret_cast<cudaStream_t>(commands[i].stream);
+    const Lane lane = lane_of(commands[i]);
     bool known = false;
-    for (uint32_t s = 0; s < found; ++s) known = known || streams[s] == stream;
-    if (!known && found < 32) streams[found++] = stream;
+    for (uint32_t k = 0; k < found; ++k) known = known || lanes[k].stream == lane.stream;
+    if (!known && found < 32) lanes[found++] = lane;
   }
   return found;
 }
 
-cudaError_t record_all(const Command* commands, uint32_t count, const cudaStream_t* streams, uint32_t num_streams) {
-  cudaError_t error = cudaEventRecord(events[32], streams[0]);
-  for (uint32_t s = 1; s < num_streams && !error; ++s) error = cudaStreamWaitEvent(streams[s], events[32], 0);
+cudaError_t record_all(const Command* commands, uint32_t count, const Lane* lanes, uint32_t num_lanes) {
+  cudaError_t error = record(32, lanes[0]);
+  for (uint32_t k = 1; k < num_lanes && !error; ++k) error = wait(32, lanes[k].stream);
   if (!error) error = run_all(commands, count);
-  for (uint32_t s = 1; s < num_streams && !error; ++s) {
-    error = cudaEventRecord(events[32 + s], streams[s]);
-    if (!error) error = cudaStreamWaitEvent(streams[0], events[32 + s], 0);
+  for (uint32_t k = 1; k < num_lanes && !error; ++k) {
+    error = record(32 + k, lanes[k]);
+    if (!error) error = wait(32 + k, lanes[0].stream);
   }
   return error;
 }
@@ -258,34 +307,43 @@ cudaError_t record_all(const Command* commands, uint32_t count, const cudaStream
 
 #define NAIVE_API extern "C" __attribute__((visibility("default")))
 
-// Makes the events and loads the kernels: nothing is loaded later, while another kernel spins. The other calls need it.
-NAIVE_API int32_t naive_open(int32_t device) {
-  cudaError_t error = cudaSetDevice(device);
-  for (auto& event : events) {
-    if (!error && !event) error = cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+// Makes the events and loads the kernels on the first `devices` devices: nothing is loaded later, while another kernel spins. The
+// other calls need it.
+NAIVE_API int32_t naive_open(int32_t devices) {
+  if (devices < 1 || uint32_t(devices) > kMostDevices) return cudaErrorInvalidDevice;
+  cudaError_t error = cudaSuccess;
+  for (num_devices = 0; num_devices < devices && !error; ++num_devices) {
+    error = cudaSetDevice(num_devices);
+    for (auto& event : events[num_devices]) {
+      if (!error && !event) error = cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+    }
+    if (!error) error = load(gather_kernel<uint4>);
+    if (!error) error = load(gather_kernel<uint32_t>);
+    if (!error) error = load(gather_short_kernel<uint4>);
+    if (!error) error = load(gather_short_kernel<uint32_t>);
+    if (!error) error = load(reduce_kernel);
+    if (!error) error = load(scatter_kernel);
+    if (!error) error = load(stream_kernel);
+    if (!error) error = load(work_kernel);
+    if (!error) error = load(compare_kernel);
   }
-  if (!error) error = load(gather_kernel<uint4>);
-  if (!error) error = load(gather_kernel<uint32_t>);
-  if (!error) error = load(gather_short_kernel<uint4>);
-  if (!error) error = load(gather_short_kernel<uint32_t>);
-  if (!error) error = load(reduce_kernel);
-  if (!error) error = load(scatter_kernel);
-  if (!error) error = load(work_kernel);
-  if (!error) error = load(compare_kernel);
   return error;
 }
 
 // Enqueues the commands.
 NAIVE_API int32_t naive_run(const Command* commands, uint32_t count) { return run_all(commands, count); }
 
-// Makes a graph of the commands; `out` gets it.
-NAIVE_API int32_t naive_capture(const Command* commands, uint32_t count, uint64_t origin, uint64_t* out) {
-  cudaStream_t streams[32];
-  const uint32_t num_streams = streams_of(commands, count, reinterpret_cast<cudaStream_t>(origin), streams);
-  if (const cudaError_t error = cudaStreamBeginCapture(streams[0], cudaStreamCaptureModeThreadLocal)) return error;
-  const cudaError_t error = record_all(commands, count, streams, num_streams);
+// Makes a graph of the commands, to be replayed on the stream of the first; `out` gets it.
+NAIVE_API int32_t naive_capture(const Command* commands, uint32_t count, uint64_t* out) {
+  Lane lanes[32];
+  const uint32_t num_lanes = lanes_of(commands, count, lanes);
+  const auto [origin, device] = lanes[0];
+  if (const cudaError_t error = select(device)) return error;
+  if (const cudaError_t error = cudaStreamBeginCapture(origin, cudaStreamCaptureModeThreadLocal)) return error;
+  const cudaError_t error = record_all(commands, count, lanes, num_lanes);
+  select(device);
   cudaGraph_t graph = nullptr;
-  const cudaError_t ended = cudaStreamEndCapture(streams[0], &graph);
+  const cudaError_t ended = cudaStreamEndCapture(origin, &graph);
   if (error || ended) {
     if (graph) cudaGraphDestroy(graph);
     cudaGetLastError();
@@ -294,12 +352,13 @@ NAIVE_API int32_t naive_capture(const Command* commands, uint32_t count, uint64_
   cudaGraphExec_t exec = nullptr;
   cudaError_t made = cudaGraphInstantiate(&exec, graph, 0);
   cudaGraphDestroy(graph);
-  if (!made) made = cudaGraphUpload(exec, streams[0]);
+  if (!made) made = cudaGraphUpload(exec, origin);
   *out = reinterpret_cast<uint64_t>(exec);
   return made;
 }
 
-NAIVE_API int32_t naive_replay(uint64_t graph, uint64_t stream) {
+NAIVE_API int32_t naive_replay(uint64_t graph, uint64_t stream, int32_t device) {
+  if (const cudaError_t error = select(device)) return error;
   return cudaGraphLaunch(reinterpret_cast<cudaGraphExec_t>(graph), reinterpret_cast<cudaStream_t>(stream));
 }
 

@@ -27,6 +27,7 @@ export type OpName = (typeof OPS)[number];
 /** Parts of the bench of a GPU, in their order. */
 export const GPU_PHASES = [
   "ceiling",
+  "links",
   "main",
   "host",
   "wake",
@@ -66,6 +67,7 @@ each figure stand the bytes, the copy ceiling of the same run and the naive way 
 On a GPU the bench is another one: device events, launches against graphs, sweeps, the naive way with kernels of its own.
   --only PHASE,...          default all: ${GPU_PHASES.join(", ")}
   --sms N,N,...             multiprocessors a rank in phase main, default 16,8,4; sweeps take the first
+  --ll-sms N                in phase low_latency; default: the first of --sms, 32 where ranks share no GPU
   --sweep-tokens N,N,...    default 1,2,4,...,8192; with --quick 1,8,64,512,4096
   --compare-tokens N,N,...  sizes that are also launched one by one, captured as graphs and held against the naive way,
                             default 1,2,4,...,4096; with --quick 1,64,4096
@@ -84,6 +86,8 @@ export interface GpuOptions {
   readonly phases: ReadonlySet<GpuPhase>;
   readonly tokens: number;
   readonly numSms: readonly number[];
+  /** Low latency; undefined: the first of `numSms`, or the library's default for ranks that share no device. */
+  readonly lowLatencySms: number | undefined;
   readonly sweepTokens: readonly number[];
   /** Those of them that are launched one by one, captured as graphs and held against the naive way, too. */
   readonly compareTokens: readonly number[];
@@ -162,6 +166,7 @@ export function parseOptions(args: string[]): BenchOptions | undefined {
       topk: { ...text, default: "8" },
       experts: { ...text, default: "256" },
       sms: text,
+      "ll-sms": text,
       only: { ...text, default: GPU_PHASES.join(",") },
       "sweep-tokens": text,
       "compare-tokens": text,
@@ -196,6 +201,7 @@ export function parseOptions(args: string[]): BenchOptions | undefined {
     phases: words("phase", values.only, GPU_PHASES),
     tokens: whole("tokens", values.tokens ?? "4096", 1),
     numSms: wholes("sms", values.sms ?? "16,8,4", 1),
+    lowLatencySms: values["ll-sms"] === undefined ? undefined : whole("ll-sms", values["ll-sms"], 1),
     sweepTokens: wholes("sweep-tokens", values["sweep-tokens"] ?? swept, 1),
     compareTokens: wholes("compare-tokens", values["compare-tokens"] ?? (quick ? "1,64,4096" : powers(13)), 1),
     sweepSms: wholes("sweep-sms", values["sweep-sms"] ?? (quick ? "4,16" : "2,4,8,12,16"), 1),

@@ -39,6 +39,8 @@ export interface Machine {
   readonly backend: string;
   /** The device: a GPU, or the CPU's model on the cpu backend. */
   readonly gpu: string;
+  /** How many of these the ranks of the bench can be on. */
+  readonly numDevices: number;
   /** The driver's version, or the kernel's on the cpu backend. */
   readonly driver: string;
   readonly commit: string;
@@ -54,6 +56,7 @@ export function machineOf(buffer: EpBuffer, options: BenchOptions): Machine {
   return {
     backend,
     gpu: backend === "cpu" ? `${cpus()[0]?.model.trim() ?? "unknown"} x${cpus().length}` : capabilities.name,
+    numDevices: backend === "cpu" ? 1 : Math.min(options.ranks, buffer.core.device.numDevices),
     driver: backend === "cpu" ? release() : `${driverVersion()}CUDA ${capabilities.driverVersion}`,
     commit: options.commit ?? commit(),
     runtime: bun ? `bun ${bun}` : deno ? `deno ${deno}` : `node ${process.versions.node}`,

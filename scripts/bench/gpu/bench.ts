@@ -14,6 +14,7 @@ import { within } from "./clock.ts";
 import { goalTable } from "./goals.ts";
 import { graphsOfSize, slotsOf } from "./graphs.ts";
 import { hostPhase } from "./host_phase.ts";
+import { measureLinks } from "./links.ts";
 import { lowLatencyPhase } from "./low_latency/phase.ts";
 import { mainPhase, type PhaseContext } from "./main_phase.ts";
 import { type NaiveLibrary, naiveLibrary } from "./naive_library.ts";
@@ -79,7 +80,9 @@ class Run {
 
   constructor(options: BenchOptions, report: Report) {
     const path = options.gpu.naiveLibrary;
-    this.naive = path === undefined && report.machine.backend === "cpu" ? "it needs a GPU" : naiveLibrary(path);
+    this.naive = path === undefined && report.machine.backend === "cpu"
+      ? "it needs a GPU"
+      : naiveLibrary(report.machine.numDevices, path);
     this.options = options;
     this.report = report;
     this.verifier = new Verifier(options.corrupt);
@@ -170,6 +173,13 @@ export async function benchGpu(options: BenchOptions, machine: Machine): Promise
       await plainCeilings(() => run.context(shape), main);
     });
   }
+  if (typeof naive !== "string") {
+    await run.phase("links", "what copies between devices move, bytes that one device sends", async () => {
+      const { stage, repetitions } = await run.context({ numRanks: ranks, tokens: 1, rows: ranks });
+      report.links = await measureLinks(stage, { report, library: naive, repetitions });
+      if (!report.links) report.say("  all ranks are on one device");
+    });
+  }
   await run.phase("main", `the calls, ${gpu.numSms.join(", ")} SMs a rank`, async () => {
     await mainPhase(() => run.context(shape, false), main, gpu.numSms);
   });
@@ -237,8 +247,10 @@ async function ceilings({ options, report, stages }: Run, when: "before" | "afte
     maxTokensPerRank: 1,
   });
   await ranks.rest();
-  const most = [0, 16 * numRanks], rounds = gpu.quick || when === "after" ? 2 : 4;
-  const every = when === "after" ? most : [0, 16, ...gpu.sweepSms.map((n) => n * numRanks), 16 * numRanks];
+  const onDevice = Math.ceil(numRanks / report.machine.numDevices),
+    most = [0, 16 * onDevice],
+    rounds = gpu.quick || when === "after" ? 2 : 4;
+  const every = when === "after" ? most : [0, 16, ...gpu.sweepSms.map((n) => n * onDevice), 16 * onDevice];
   const all = COPY_BYTES.flatMap((bytes, i) => measureCopies(ranks.buffers[0]!, i === 0 ? every : most, bytes, rounds));
   if (when === "before") report.ceilings = all;
   for (const one of all) say(report, one, when);

@@ -2,7 +2,8 @@
  * Time of a call of all ranks, by the device's own clock.
  *
  * In: a chain. Out: microseconds a call: from the first rank's first event to the last rank's last, over the steps, median and
- * spread of several chains. Called by the phases. Three forms: `chain`: the calls wait behind a gate until all are enqueued,
+ * spread of several chains. Only events of one device are held against each other: of several devices the slowest counts, and
+ * all begin at one gate. Called by the phases. Three forms: `chain`: the calls wait behind a gate until all are enqueued,
  * so the device's time is seen and not the host's; `launched`: as a program makes them that does nothing else, one thread for
  * all ranks; `graph`: replays behind the gate of a graph of many calls, divided by their number.
  */
@@ -52,7 +53,7 @@ export function all(events: readonly EpEvent[]): Promise<unknown> {
   return within(LOST_MS, "a chain", Promise.all(events));
 }
 
-/** Times chains on ranks of one device. */
+/** Times chains of all ranks. */
 export class DeviceClock {
   readonly #ranks: Ranks;
   readonly #repetitions: number;
@@ -109,7 +110,12 @@ export class DeviceClock {
     const late = gated && opened.some((event) => event.done);
     await all([...opened, ...starts, ...ends]);
     let ms = 0;
-    for (const end of ends) for (const start of starts) ms = Math.max(ms, end.elapsedSince(start));
+    const deviceOf = (i: number): number => lanes[i]!.buffer.deviceIndex;
+    ends.forEach((end, i) =>
+      starts.forEach((start, k) => {
+        if (deviceOf(i) === deviceOf(k)) ms = Math.max(ms, end.elapsedSince(start));
+      })
+    );
     return { us: ms * 1000 / iterations, enqueueUs: enqueued, late };
   }
 

@@ -44,9 +44,9 @@ export async function graphsOfSize(
     }
     if (broken.has(`${what} graph`)) continue;
     const world = new World(context, routing, "graphs");
-    const bytes = world.bytes(routing.rank, 2 * context.stage.hidden);
+    const traffic = world.traffic(routing.rank, 2 * context.stage.hidden);
     try {
-      await piece(world, { numSms, dtype: "bf16", layout: "rank", bytes });
+      await piece(world, { numSms, dtype: "bf16", layout: "rank", ...traffic });
       world.release();
     } catch (error) {
       broken.add(`${what} graph`);
@@ -175,7 +175,9 @@ async function layers(world: World, facts: Facts): Promise<void> {
     await once();
     const results = graphs.map((graph) => graph.results.at(-1)!);
     await checkRows(`layer of ${tokens} tokens, graph`, { stage, loaded, verifier, rows, route }, results);
-    await time(world, chain, "dispatch_full_combine", { ...facts, bytes: 2 * (facts.bytes ?? 0) });
+    const { bytes = 0, linkBytes, ...others } = facts; // rows go and come
+    const both = { bytes: 2 * bytes, ...(linkBytes === undefined ? {} : { linkBytes: 2 * linkBytes }) };
+    await time(world, chain, "dispatch_full_combine", { ...others, ...both });
   } finally {
     release(graphs);
   }

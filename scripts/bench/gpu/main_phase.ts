@@ -14,8 +14,8 @@ import { checkRouting, checkRows, checkSums, poison } from "./checks.ts";
 import { DeviceClock, type Form, within } from "./clock.ts";
 import { NaiveCombine, NaiveDispatch } from "./naive.ts";
 import type { NaiveLibrary } from "./naive_library.ts";
-import type { GpuFigure, Report } from "./report.ts";
-import type { Route, Routing } from "./routes.ts";
+import type { GpuFigure, Report, Traffic } from "./report.ts";
+import { busiestLink, type Route, type Routing } from "./routes.ts";
 import { type Loaded, type Rows, type Stage, unload } from "./stage.ts";
 
 /** What a phase works with. */
@@ -56,8 +56,12 @@ export class World {
   }
 
   /** Least traffic of moving a route's rows one way. */
-  bytes(route: Route, rowBytes: number): number {
-    return trafficPlan(this.routing.ranks * this.routing.tokens, route.rows, rowBytes).bytes;
+  traffic(route: Route, rowBytes: number): Traffic {
+    const { ranks, tokens } = this.routing, { bytes } = trafficPlan(ranks * tokens, route.rows, rowBytes);
+    const linkRows = busiestLink(route, this.stage.ranks.buffers.map(({ deviceIndex }) => deviceIndex));
+    return linkRows === 0
+      ? { bytes }
+      : { bytes, linkBytes: linkRows * rowBytes, rankBytes: route.rows / ranks * rowBytes };
   }
 
   /** Cached dispatches. */
@@ -287,7 +291,7 @@ function plans({ report, stage }: PhaseContext, numSms: readonly number[]): void
 
 async function dispatches(world: World, numSms: readonly number[]): Promise<void> {
   const { stage, routing: { rank: route } } = world, rows = stage.rows("bf16");
-  const bytes = world.bytes(route, 2 * stage.hidden), facts = { dtype: "bf16", layout: "rank", bytes } as const;
+  const facts = { dtype: "bf16", layout: "rank", ...world.traffic(route, 2 * stage.hidden) } as const;
   using naive = await world.naiveDispatch(rows, route);
   const handles = await world.checkedHandles("dispatch", rows, route, naive);
   for (const sms of numSms) {
@@ -315,8 +319,8 @@ async function ownStream(world: World, rows: Rows, handles: readonly DispatchHan
       for (const result of results) result.release();
     },
   };
-  const bytes = world.bytes(routing.rank, 2 * stage.hidden);
-  await world.time(chain, { op: "dispatch_own_stream", numSms, dtype: "bf16", layout: "rank", bytes });
+  const facts = { dtype: "bf16", layout: "rank", ...world.traffic(routing.rank, 2 * stage.hidden) } as const;
+  await world.time(chain, { op: "dispatch_own_stream", numSms, ...facts });
 }
 
 /** One call on a device at rest, by the host's clock: until the promises, and until the end is seen. */
@@ -350,8 +354,8 @@ async function latencies(world: World, rows: Rows, handles: readonly DispatchHan
 
 async function fp8Dispatches(world: World, numSms: readonly number[]): Promise<void> {
   const { stage, routing: { rank: route } } = world, rows = stage.rows("fp8");
-  const bytes = world.bytes(route, rows.partBytes.reduce((a, b) => a + b, 0));
-  const facts = { dtype: rows.dtype, layout: "rank", bytes } as const;
+  const traffic = world.traffic(route, rows.partBytes.reduce((a, b) => a + b, 0));
+  const facts = { dtype: rows.dtype, layout: "rank", ...traffic } as const;
   using naive = await world.naiveDispatch(rows, route);
   const handles = await world.checkedHandles("dispatch_fp8", rows, route, naive);
   for (const sms of numSms) {
@@ -366,7 +370,7 @@ async function combines(world: World, numSms: readonly number[]): Promise<void> 
   const { stage, routing: { rank: route } } = world, rowBytes = 2 * stage.hidden;
   const results = await stage.route(world.loaded, stage.rows("bf16"));
   const y = await world.outputs(results, route, 1);
-  const bytes = world.bytes(route, rowBytes), facts = { dtype: "bf16", layout: "rank", bytes } as const;
+  const facts = { dtype: "bf16", layout: "rank", ...world.traffic(route, rowBytes) } as const;
   using naive = await world.naiveCombine(y, route);
   for (const sms of numSms) {
     const chain = world.combine(y, results, sms);
@@ -381,7 +385,7 @@ async function combines(world: World, numSms: readonly number[]): Promise<void> 
 async function copyCombines(world: World, numSms: readonly number[]): Promise<void> {
   const { stage, routing: { rank: route } } = world, rowBytes = 2 * stage.hidden;
   const results = await stage.route(world.loaded, stage.rows("bf16"));
-  const bytes = world.bytes(route, rowBytes), facts = { dtype: "bf16", layout: "rank", bytes } as const;
+  const facts = { dtype: "bf16", layout: "rank", ...world.traffic(route, rowBytes) } as const;
   const own = stage.ranks.buffers.map((b, r) => {
     const tensor = b.tensor("bf16", [route.sources[r]!.length, stage.hidden]);
     stage.fillOutput(r, tensor, route.sources[r]!.length, 2);
@@ -397,7 +401,13 @@ async function copyCombines(world: World, numSms: readonly number[]): Promise<vo
   for (const sms of numSms) {
     const chain = world.combine(own, results, sms);
     await world.checkCombine(`combine_copy, ${sms} SMs`, chain, { route, shift: 2, weighted: false, naive: undefined });
-    await world.time(chain, { op: "combine_copy", numSms: sms, ...facts, bytes: bytes + 2 * moved * rowBytes, more });
+    await world.time(chain, {
+      op: "combine_copy",
+      numSms: sms,
+      ...facts,
+      bytes: facts.bytes + 2 * moved * rowBytes,
+      more,
+    });
   }
   for (const tensor of own) tensor.release();
   for (const result of results) result.release();
@@ -405,7 +415,7 @@ async function copyCombines(world: World, numSms: readonly number[]): Promise<vo
 
 async function expertDispatches(world: World, numSms: readonly number[]): Promise<void> {
   const { stage, routing: { expert: route } } = world, rows = stage.rows("bf16");
-  const bytes = world.bytes(route, 2 * stage.hidden), facts = { dtype: "bf16", layout: "expert", bytes } as const;
+  const facts = { dtype: "bf16", layout: "expert", ...world.traffic(route, 2 * stage.hidden) } as const;
   using naive = await world.naiveDispatch(rows, route);
   const handles = await world.checkedHandles("dispatch_expert", rows, route, naive);
   for (const sms of numSms) {
@@ -418,7 +428,7 @@ async function expertDispatches(world: World, numSms: readonly number[]): Promis
 
 async function expertCombines(world: World, numSms: readonly number[]): Promise<void> {
   const { stage, routing: { expert: route } } = world;
-  const bytes = world.bytes(route, 2 * stage.hidden), facts = { dtype: "bf16", layout: "expert", bytes } as const;
+  const facts = { dtype: "bf16", layout: "expert", ...world.traffic(route, 2 * stage.hidden) } as const;
   const results = await stage.route(world.loaded, stage.rows("bf16"), "expert");
   const y = await world.outputs(results, route, 1), weights = world.loaded.topkWeights;
   using naive = await world.naiveCombine(y, route, weights);

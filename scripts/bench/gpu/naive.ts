@@ -7,6 +7,7 @@
  * free, and the ranks meet by events of one process, once a call. Each rank has a stream, as the library's ranks have.
  */
 import type { Tensor } from "../../../mod.ts";
+import type { Lane } from "../ranks.ts";
 import type { Chain } from "../timing.ts";
 import type { Verifier } from "../verify.ts";
 import { type Command, type NaiveLibrary, Program } from "./naive_library.ts";
@@ -25,7 +26,7 @@ export interface NaiveWork {
 class Work implements Disposable {
   readonly library: NaiveLibrary;
   readonly stage: Stage;
-  protected readonly streams: readonly bigint[];
+  protected readonly lanes: readonly Lane[];
   protected readonly owned: Tensor[] = [];
   #steps: readonly (readonly Command[])[] = [];
   #programs: Program[] = [];
@@ -36,14 +37,14 @@ class Work implements Disposable {
   constructor({ library, stage }: Pick<NaiveWork, "library" | "stage">) {
     this.library = library;
     this.stage = stage;
-    this.streams = stage.ownLanes.map(({ stream }) => stream.address);
+    this.lanes = stage.ownLanes;
   }
 
   /** The steps, taken in turns. */
   protected use(steps: readonly (readonly Command[])[]): void {
     this.#steps = steps;
     this.#programs = steps.map((commands) => new Program(commands));
-    this.#callsPerStep = Math.ceil(steps[0]!.length / this.streams.length); // what a stream takes
+    this.#callsPerStep = Math.ceil(steps[0]!.length / this.lanes.length); // what a stream takes
   }
 
   /** Memory that what was computed must overwrite. */
@@ -64,9 +65,9 @@ class Work implements Disposable {
   protected meet(turn: number): Command[] {
     const event = (rank: number): number => turn % 2 * 16 + rank;
     return [
-      ...this.streams.map((stream, r): Command => ({ op: "record", stream, n: event(r) })),
-      ...this.streams.flatMap((stream, r) =>
-        this.streams.flatMap((_, peer): Command[] => peer === r ? [] : [{ op: "wait", stream, n: event(peer) }])
+      ...this.lanes.map((on, r): Command => ({ op: "record", on, n: event(r) })),
+      ...this.lanes.flatMap((on, r) =>
+        this.lanes.flatMap((_, peer): Command[] => peer === r ? [] : [{ op: "wait", on, n: event(peer) }])
       ),
     ];
   }
@@ -74,7 +75,7 @@ class Work implements Disposable {
   /** One step a call. */
   get chain(): Chain {
     return {
-      lanes: this.stage.ownLanes,
+      lanes: this.lanes,
       callsPerStep: this.#callsPerStep,
       step: () => this.library.run(this.#programs[this.#turn++ % this.#programs.length]!),
     };
@@ -82,11 +83,11 @@ class Work implements Disposable {
 
   /** `calls` calls, captured as one graph of all ranks. */
   graph(calls: number): Chain {
-    const [lane] = this.stage.ownLanes, stream = lane!.stream.address;
+    const [lane] = this.lanes;
     const commands = Array.from({ length: calls }, (_, i) => this.#steps[i % this.#steps.length]!).flat();
-    const graph = this.library.capture(new Program(commands), stream);
+    const graph = this.library.capture(new Program(commands));
     this.#graphs.push(graph);
-    return { lanes: [lane!], calls, callsPerStep: 50, step: () => this.library.replay(graph, stream) };
+    return { lanes: [lane!], calls, callsPerStep: 50, step: () => this.library.replay(graph, lane!) };
   }
 
   /** Runs one step and waits for its end. */
@@ -94,7 +95,7 @@ class Work implements Disposable {
     await this.stage.ranks.rest();
     this.#turn = 0;
     this.library.run(this.#programs[this.#turn++]!);
-    await Promise.all(this.stage.ownLanes.map(({ buffer, stream }) => buffer.record(stream)));
+    await Promise.all(this.lanes.map(({ buffer, stream }) => buffer.record(stream)));
   }
 
   /** Gives the memory back. Nothing may run. */
@@ -142,10 +143,10 @@ export class NaiveDispatch extends Work {
     const places = staged ? route.sources.map((_, d) => this.indices(d, unpermuted(route, d, tokens))) : [];
     this.use([0, 1].map((turn) => {
       const to = received[turn % received.length]!;
-      const pack = this.streams.flatMap((stream, s) =>
+      const pack = this.lanes.flatMap((on, s) =>
         rows.partBytes.map((m, p): Command => ({
           op: "gather",
-          stream,
+          on,
           a: send[s]!.parts[p]!,
           b: rows.address(s, p),
           c: send[s]!.index,
@@ -153,7 +154,7 @@ export class NaiveDispatch extends Work {
           m,
         }))
       );
-      const copies = this.streams.flatMap((stream, s) =>
+      const copies = this.lanes.flatMap((on, s) =>
         Array.from({ length: ranks }, (_, i) => (s + i) % ranks).flatMap((d) =>
           rows.partBytes.flatMap((bytes, p): Command[] => {
             const count = lists[s]![d]!.length;
@@ -161,14 +162,14 @@ export class NaiveDispatch extends Work {
             const from = lists[s]!.slice(0, d).reduce((n, list) => n + list.length, 0);
             const at = lists.slice(0, s).reduce((n, ofSource) => n + ofSource[d]!.length, 0);
             const a = to[d]![p]! + BigInt(at * bytes), b = send[s]!.parts[p]! + BigInt(from * bytes);
-            return [{ op: "copy", stream, a, b, n: count * bytes }];
+            return [{ op: "copy", on, a, b, n: count * bytes }];
           })
         )
       );
       const unpack = places.flatMap((c, d) =>
         rows.partBytes.map((m, p): Command => ({
           op: "gather",
-          stream: this.streams[d]!,
+          on: this.lanes[d]!,
           a: result[d]![p]!,
           b: to[d]![p]!,
           c,
@@ -259,11 +260,11 @@ export class NaiveCombine extends Work {
       })
       : [];
     const back = lists.map((ofSource, s) => this.bytes(s, total(ofSource) * rowBytes));
-    this.result = this.streams.map((_, s) => this.bytes(s, tokens * rowBytes));
+    this.result = this.lanes.map((_, s) => this.bytes(s, tokens * rowBytes));
     this.#bytes = tokens * rowBytes;
     const fromAt = (d: number, s: number): number =>
       lists.slice(0, s).reduce((n, ofSource) => n + ofSource[d]!.length, 0);
-    const tables = this.streams.map((_, s) => {
+    const tables = this.lanes.map((_, s) => {
       const places = route.sources.map((_, d) => staged ? unpermuted(route, d, tokens) : undefined);
       const begins = route.sources.map((_, d) => total(lists[s]!.slice(0, d)) - fromAt(d, s));
       const { rankOf, rowOf } = route;
@@ -277,25 +278,25 @@ export class NaiveCombine extends Work {
     this.use([0, 1].map((turn) => {
       const pack = packIndex.map((c, d): Command => ({
         op: "gather",
-        stream: this.streams[d]!,
+        on: this.lanes[d]!,
         a: packed[turn]![d]!,
         b: y[d]!,
         c,
         n: route.sources[d]!.length,
         m: rowBytes,
       }));
-      const copies = this.streams.flatMap((stream, s) =>
+      const copies = this.lanes.flatMap((on, s) =>
         Array.from({ length: ranks }, (_, i) => (s + i) % ranks).flatMap((d): Command[] => {
           const count = lists[s]![d]!.length;
           if (count === 0) return [];
           const a = back[s]! + BigInt(total(lists[s]!.slice(0, d)) * rowBytes);
           const b = (staged ? packed[turn]! : y)[d]! + BigInt(fromAt(d, s) * rowBytes);
-          return [{ op: "copy", stream, a, b, n: count * rowBytes }];
+          return [{ op: "copy", on, a, b, n: count * rowBytes }];
         })
       );
-      const sums = this.streams.map((stream, s): Command => ({
+      const sums = this.lanes.map((on, s): Command => ({
         op: "reduce",
-        stream,
+        on,
         a: this.result[s]!,
         b: tables[s]!,
         c: weights?.[s]?.address ?? 0n,
@@ -332,13 +333,13 @@ export class PlainScatter extends Work {
     );
     const result = this.result = route.sources.map((): bigint[] => []);
     for (const { rank, bytes } of this.#pairs) result[rank]!.push(this.bytes(rank, bytes));
-    this.use([this.streams.map((stream, s): Command => {
+    this.use([this.lanes.map((on, s): Command => {
       const bases = rows.partBytes.map((rowBytes, p) => ({ base: (rank: number) => result[rank]![p]!, rowBytes }));
       const table = stage.addresses(route, s, bases);
       this.owned.push(table);
       return {
         op: "scatter",
-        stream,
+        on,
         a: rows.address(s, 0),
         b: table.address,
         c: rows.partBytes.length > 1 ? rows.address(s, 1) : 0n,
@@ -371,12 +372,12 @@ export class PlainPull extends Work {
     super(work);
     const { stage, loaded: { routing }, route } = work, rowBytes = 2 * stage.hidden;
     this.#bytes = routing.tokens * rowBytes;
-    this.#result = this.streams.map((_, s) => this.bytes(s, this.#bytes));
-    this.use([this.streams.map((stream, s): Command => {
+    this.#result = this.lanes.map((_, s) => this.bytes(s, this.#bytes));
+    this.use([this.lanes.map((on, s): Command => {
       const table = stage.addresses(route, s, [{ base: (rank) => y[rank]!, rowBytes }]);
       this.owned.push(table);
       const [a, b, c] = [this.#result[s]!, table.address, weights?.[s]?.address ?? 0n];
-      return { op: "reduce", stream, a, b, c, n: routing.tokens, m: rowBytes, k: route.width };
+      return { op: "reduce", on, a, b, c, n: routing.tokens, m: rowBytes, k: route.width };
     })]);
   }
 
@@ -387,18 +388,110 @@ export class PlainPull extends Work {
   }
 }
 
+/**
+ * The other way of a combine between devices: one kernel a rank that pushes rows to where their owner is, and one that sums them
+ * there. Rows of the same device are summed where they lie. The ranks meet once, by events.
+ */
+export class PlainPush extends Work {
+  readonly #result: readonly bigint[];
+  readonly #bytes: number;
+
+  /** `y`, `weights`: as of {@linkcode NaiveCombine}. */
+  constructor(work: NaiveWork, y: readonly bigint[], weights?: readonly Tensor[]) {
+    super(work);
+    const { stage, loaded: { routing: { tokens } }, route } = work, { width } = route, rowBytes = 2 * stage.hidden;
+    const { buffers } = stage.ranks, deviceOf = buffers.map(({ deviceIndex }) => deviceIndex);
+    this.#bytes = tokens * rowBytes;
+    this.#result = this.lanes.map((_, s) => this.bytes(s, this.#bytes));
+    const landing = this.lanes.map((_, s) => this.bytes(s, tokens * width * rowBytes));
+    const pushed = route.sources.map(({ length }) => new BigInt64Array(Math.max(1, length)));
+    const summed = route.rankOf.map((ranks, s) => {
+      const rows = new BigInt64Array(ranks.length);
+      ranks.forEach((rank, hop) => {
+        if (rank < 0) return;
+        const row = route.rowOf[s]![hop]!, at = landing[s]! + BigInt(hop * rowBytes);
+        if (deviceOf[rank] !== deviceOf[s]) pushed[rank]![row] = at;
+        rows[hop] = deviceOf[rank] === deviceOf[s] ? y[rank]! + BigInt(row * rowBytes) : at;
+      });
+      return rows;
+    });
+    const table = (words: BigInt64Array<ArrayBuffer>, rank: number): bigint => {
+      const tensor = buffers[rank]!.tensor("i64", [words.length], words);
+      this.owned.push(tensor);
+      return tensor.address;
+    };
+    const [to, from] = [pushed, summed].map((tables) => tables.map(table)) as [bigint[], bigint[]];
+    this.use([0, 1].map((turn) => [
+      ...this.lanes.map((on, d): Command => ({
+        op: "scatter",
+        on,
+        a: y[d]!,
+        b: to[d]!,
+        n: route.sources[d]!.length,
+        m: [rowBytes, 0],
+        k: [1, 65535],
+      })),
+      ...this.meet(turn),
+      ...this.lanes.map((on, s): Command => ({
+        op: "reduce",
+        on,
+        a: this.#result[s]!,
+        b: from[s]!,
+        c: weights?.[s]?.address ?? 0n,
+        n: tokens,
+        m: rowBytes,
+        k: width,
+      })),
+    ]));
+  }
+
+  /** Compares every byte with the naive way's. */
+  async compare(what: string, verifier: Verifier, naive: NaiveCombine): Promise<void> {
+    const pairs = this.#result.map((a, rank) => ({ rank, a, b: naive.result[rank]!, bytes: this.#bytes }));
+    await compareAll(this, what, verifier, pairs);
+  }
+}
+
+/** Copies between devices, of one kind. */
+export class LinkCopies extends Work {
+  /**
+   * `pairs`: from which rank to which; those of a rank run one after another. `by`: the driver, or a kernel of `blocks` blocks that
+   * runs where the bytes are (push) or where they go (pull).
+   */
+  constructor(
+    work: Pick<NaiveWork, "library" | "stage">,
+    { pairs, by, bytes, blocks }: {
+      pairs: readonly (readonly [from: number, to: number])[];
+      by: "memcpy" | "push" | "pull";
+      bytes: number;
+      blocks: number;
+    },
+  ) {
+    super(work);
+    const sides = this.lanes.map((_, r) => [this.bytes(r, bytes), this.bytes(r, bytes)] as const);
+    this.use([pairs.map(([from, to]): Command => ({
+      op: by === "memcpy" ? "copy" : "stream",
+      on: this.lanes[by === "pull" ? to : from]!,
+      a: sides[to]![1],
+      b: sides[from]![0],
+      n: bytes,
+      k: blocks,
+    }))]);
+  }
+}
+
 /** Arithmetic on every rank that stands for experts; chains add it to their streams. */
 export class StandIn extends Work {
   readonly #out: readonly bigint[];
 
   constructor(work: Pick<NaiveWork, "library" | "stage">) {
     super(work);
-    this.#out = this.streams.map((_, s) => this.bytes(s, 16));
+    this.#out = this.lanes.map((_, s) => this.bytes(s, 16));
   }
 
-  /** A program of `blocks` blocks on `stream` of a rank, which take as long as `steps` do. */
-  program(rank: number, stream: bigint, { blocks, steps }: { blocks: number; steps: number }): Program {
-    return new Program([{ op: "work", stream, a: this.#out[rank]!, n: blocks, m: steps }]);
+  /** A program of `blocks` blocks on a stream of a rank, which take as long as `steps` do. */
+  program(rank: number, on: Lane, { blocks, steps }: { blocks: number; steps: number }): Program {
+    return new Program([{ op: "work", on, a: this.#out[rank]!, n: blocks, m: steps }]);
   }
 }
 
@@ -409,12 +502,12 @@ async function compareAll(
   verifier: Verifier,
   pairs: readonly { rank: number; a: bigint; b: bigint; bytes: number }[],
 ): Promise<void> {
-  const [{ buffer, stream }] = stage.ownLanes as [Stage["ownLanes"][number]];
+  const [on] = stage.ownLanes as [Lane], { buffer, stream } = on;
   await stage.ranks.rest();
   using counters = buffer.tensor("i64", [pairs.length], new BigInt64Array(pairs.length), { stream });
   const commands = pairs.map(({ a, b, bytes }, i): Command => ({
     op: "compare",
-    stream: stream.address,
+    on,
     a,
     b,
     c: counters.address + BigInt(8 * i),

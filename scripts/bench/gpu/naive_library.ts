@@ -13,6 +13,7 @@ import process from "node:process";
 import { fileURLToPath } from "node:url";
 import { runtime } from "../../../lib/ffi/open.ts";
 import { findToolkit } from "../../native/toolkit.ts";
+import type { Lane } from "../ranks.ts";
 
 const source = fileURLToPath(new URL("../naive.cu", import.meta.url));
 const folder = fileURLToPath(new URL("../../../build/bench", import.meta.url));
@@ -20,29 +21,40 @@ const folder = fileURLToPath(new URL("../../../build/bench", import.meta.url));
 const table = {
   naive_open: { args: ["i32"], ret: "i32" },
   naive_run: { args: ["buf", "u32"], ret: "i32" },
-  naive_capture: { args: ["buf", "u32", "u64", "buf"], ret: "i32" },
-  naive_replay: { args: ["u64", "u64"], ret: "i32" },
+  naive_capture: { args: ["buf", "u32", "buf"], ret: "i32" },
+  naive_replay: { args: ["u64", "u64", "i32"], ret: "i32" },
   naive_free_graph: { args: ["u64"], ret: "i32" },
   naive_error: { args: ["i32", "buf", "u32"], ret: "i32" },
 } as const;
 
 /** The functions of naive.cu. */
 interface Symbols {
-  naive_open(device: number): number;
+  naive_open(devices: number): number;
   naive_run(commands: Uint8Array, count: number): number;
-  naive_capture(commands: Uint8Array, count: number, origin: bigint, out: Uint8Array): number;
-  naive_replay(graph: bigint, stream: bigint): number;
+  naive_capture(commands: Uint8Array, count: number, out: Uint8Array): number;
+  naive_replay(graph: bigint, stream: bigint, device: number): number;
   naive_free_graph(graph: bigint): number;
   naive_error(code: number, out: Uint8Array, bytes: number): number;
 }
 
 /** Commands, see naive.cu. */
-export const OP = { gather: 1, copy: 2, record: 3, wait: 4, reduce: 5, scatter: 6, compare: 7, work: 8 } as const;
+export const OP = {
+  gather: 1,
+  copy: 2,
+  record: 3,
+  wait: 4,
+  reduce: 5,
+  scatter: 6,
+  compare: 7,
+  work: 8,
+  stream: 9,
+} as const;
 
 /** A command: an operation on a stream. */
 export interface Command {
   readonly op: keyof typeof OP;
-  readonly stream: bigint;
+  /** As of a {@linkcode Lane}: it knows the device. */
+  readonly on: Lane;
   readonly a?: bigint;
   readonly b?: bigint;
   readonly c?: bigint;
@@ -62,8 +74,8 @@ export class Program {
 
   constructor(commands: readonly Command[]) {
     const words = new BigUint64Array(new ArrayBuffer(Math.max(1, commands.length) * 64));
-    commands.forEach(({ op, stream, a = 0n, b = 0n, c = 0n, n, m = 0, k = 0 }, i) =>
-      words.set([BigInt(OP[op]), stream, a, b, c, BigInt(n), word(m), word(k)], i * 8)
+    commands.forEach(({ op, on: { stream, buffer }, a = 0n, b = 0n, c = 0n, n, m = 0, k = 0 }, i) =>
+      words.set([word([OP[op], buffer.deviceIndex]), stream.address, a, b, c, BigInt(n), word(m), word(k)], i * 8)
     );
     this.bytes = new Uint8Array(words.buffer);
     this.count = commands.length;
@@ -74,10 +86,10 @@ export class Program {
 export class NaiveLibrary {
   readonly #symbols: Symbols;
 
-  constructor(path: string, device = 0) {
+  constructor(path: string, devices: number) {
     if (!runtime) throw new Error("this runtime has no FFI that is known");
     this.#symbols = runtime.bind(path, table) as unknown as Symbols;
-    this.#check("open", this.#symbols.naive_open(device));
+    this.#check("open", this.#symbols.naive_open(devices));
   }
 
   /** Enqueues a program. */
@@ -85,17 +97,17 @@ export class NaiveLibrary {
     this.#check("run", this.#symbols.naive_run(program.bytes, program.count));
   }
 
-  /** Makes a graph of a program; `origin` is the stream that it will be replayed on. */
-  capture(program: Program, origin: bigint): bigint {
+  /** Makes a graph of a program, to be replayed on the stream of its first command. */
+  capture(program: Program): bigint {
     const out = new BigUint64Array(new ArrayBuffer(8));
-    const code = this.#symbols.naive_capture(program.bytes, program.count, origin, new Uint8Array(out.buffer));
+    const code = this.#symbols.naive_capture(program.bytes, program.count, new Uint8Array(out.buffer));
     this.#check("capture", code);
     return out[0]!;
   }
 
   /** Enqueues a replay. */
-  replay(graph: bigint, stream: bigint): void {
-    this.#check("replay", this.#symbols.naive_replay(graph, stream));
+  replay(graph: bigint, { stream, buffer }: Lane): void {
+    this.#check("replay", this.#symbols.naive_replay(graph, stream.address, buffer.deviceIndex));
   }
 
   /** Frees a graph that does not run. */
@@ -135,11 +147,11 @@ export function compileNaive(): string {
 
 let opened: NaiveLibrary | string | undefined;
 
-/** The library, or why there is none. Opened once. `path`: one that is compiled already. */
-export function naiveLibrary(path?: string): NaiveLibrary | string {
+/** The library for the first `devices` devices, or why there is none. Opened once. `path`: one that is compiled already. */
+export function naiveLibrary(devices: number, path?: string): NaiveLibrary | string {
   if (opened === undefined) {
     try {
-      opened = new NaiveLibrary(path ?? compileNaive());
+      opened = new NaiveLibrary(path ?? compileNaive(), devices);
     } catch (error) {
       opened = (error as Error).message;
     }

@@ -3,10 +3,11 @@
  *
  * In: a stage of the main size. Out: figures, each compared with the naive way byte by byte before it is timed. Called by bench.ts,
  * before the calls. A copy reads and writes one stream of memory; a dispatch writes several rows for each that it reads, which the
- * memory does faster or slower. So the best kernel of either kind is what shares are taken of, see report.ts. The kernels run one a
+ * memory does faster or slower. So the best kernel of either kind is what shares are taken of, see report.ts. Between devices a combine
+ * could push its rows, too, to where their owner sums them: that is timed beside the pull. The kernels run one a
  * rank, without any word between the ranks: some blocks that stay, and a block a token, of which the faster counts.
  */
-import { NaiveCombine, NaiveDispatch, type NaiveWork, PlainPull, PlainScatter } from "./naive.ts";
+import { NaiveCombine, NaiveDispatch, type NaiveWork, PlainPull, PlainPush, PlainScatter } from "./naive.ts";
 import { type NewContext, World } from "./main_phase.ts";
 import type { GpuFigure } from "./report.ts";
 import type { Routing } from "./routes.ts";
@@ -35,17 +36,17 @@ export async function plainCeilings(newContext: NewContext, routing: Routing): P
 type Facts = Omit<GpuFigure, "op" | "phase" | "form" | "ranks" | "tokens" | "us" | "measured">;
 
 async function scatters(world: World, work: NaiveWork, dtype: "bf16" | "fp8"): Promise<void> {
-  const { stage, route } = work, rows = stage.rows(dtype), { numSms } = stage.ranks.buffers[0]!.capabilities;
+  const { stage, route } = work, rows = stage.rows(dtype), [buffer] = stage.ranks.buffers, { ranksOnDevice } = buffer!;
   if (rows.partBytes.some((bytes) => bytes % 16 !== 0)) return; // its vectors are of 16 bytes
   const facts: Facts = {
     numSms: 0,
     dtype: rows.dtype,
     layout: route.layout,
-    bytes: world.bytes(route, rows.partBytes.reduce((a, b) => a + b, 0)),
+    ...world.traffic(route, rows.partBytes.reduce((a, b) => a + b, 0)),
   };
   using naive = new NaiveDispatch(work, rows);
   await naive.once();
-  for (const blocks of [Math.ceil(RESIDENT_BLOCKS_A_SM * numSms / stage.numRanks), BLOCK_A_TOKEN]) {
+  for (const blocks of [Math.ceil(RESIDENT_BLOCKS_A_SM * buffer!.capabilities.numSms / ranksOnDevice), BLOCK_A_TOKEN]) {
     using plain = new PlainScatter(work, rows, blocks);
     await plain.once();
     await plain.compare(`plain scatter of ${dtype}, ${route.layout} layout`, world.context.verifier, naive);
@@ -63,6 +64,12 @@ async function pulls(world: World, work: NaiveWork): Promise<void> {
   using plain = new PlainPull(work, y, weights);
   await plain.once();
   await plain.compare(`plain pull, ${route.layout} layout`, world.context.verifier, naive);
-  const bytes = world.bytes(route, 2 * stage.hidden);
-  await world.time(plain.chain, { op: "plain_pull", numSms: 0, dtype: "bf16", layout: route.layout, bytes });
+  const facts: Facts = { numSms: 0, dtype: "bf16", layout: route.layout, ...world.traffic(route, 2 * stage.hidden) };
+  await world.time(plain.chain, { op: "plain_pull", ...facts });
+  if (facts.linkBytes === undefined) return;
+  // Between devices the rows can be pushed as well, to where their owner sums them.
+  using push = new PlainPush(work, y, weights);
+  await push.once();
+  await push.compare(`plain push, ${route.layout} layout`, world.context.verifier, naive);
+  await world.time(push.chain, { op: "plain_push", ...facts });
 }

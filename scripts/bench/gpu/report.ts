@@ -3,7 +3,9 @@
  *
  * In: figures. Out: text, lines in a file. Called by bench.ts and the phases; goals.ts and tables.ts read the figures at the end. The
  * JSON keys are those of ../report.ts where they mean the same. The bound of a call is its least traffic at the rate of the fastest
- * kernel of the run that moves rows as the call does: the copy kernel or the plain scatter, for combines the plain pull, too.
+ * kernel of the run that moves rows as the call does: the copy kernel or the plain scatter, for combines the plain pull, too. Where
+ * rows go over links, the fastest copy of all pairs of devices takes the place of the copy kernel: memory has to move some more
+ * bytes than a link, at ten times its rate.
  */
 import { appendFileSync } from "node:fs";
 import type { BenchOptions } from "../options.ts";
@@ -30,14 +32,27 @@ export interface GpuFigure {
   readonly unit?: "B";
   /** Least traffic over all ranks: bytes read once and bytes written once. */
   readonly bytes?: number;
+  /** Of a call whose ranks are on several devices: the most bytes that one of them sends to others, or gets from them. */
+  readonly linkBytes?: number;
+  /** Of such a call: bytes of the rows that a rank receives or sums, its own ones included, as published figures count them. */
+  readonly rankBytes?: number;
   readonly measured?: Measured;
   /** What else is worth keeping. */
   readonly more?: Readonly<Record<string, number | string | null>>;
 }
 
-/** A kernel that a call is held against, and how fast it moves bytes, read plus written. */
+/** What a call moves. */
+export type Traffic = Required<Pick<GpuFigure, "bytes">> & Pick<GpuFigure, "linkBytes" | "rankBytes">;
+
+/** GB/s that leave a device over its links, and as many that reach it, while all pairs of devices copy. */
+export interface Links {
+  readonly memcpy: number;
+  readonly kernel: number;
+}
+
+/** What a call is held against, and how fast it moves the call's bytes, read plus written. */
 export interface Rate {
-  readonly name: "copy" | "scatter" | "pull";
+  readonly name: "copy" | "link" | "scatter" | "pull";
   readonly gbs: number;
 }
 
@@ -51,6 +66,16 @@ export interface Shares {
 }
 
 const round = (value: number): number => Number(value.toPrecision(5));
+
+/** How fast a call's bytes move, read plus written, when those over links take their time at `linkGbs`. */
+const overLinks = ({ bytes = 0, linkBytes = 0 }: GpuFigure, linkGbs: number): number => bytes * linkGbs / linkBytes;
+
+/** GB/s over the links of the busiest device, and of the rows of a rank as published figures count them. */
+function linkRates({ linkBytes, rankBytes, us }: GpuFigure): Record<string, number> {
+  if (linkBytes === undefined) return {};
+  const gbs = (bytes: number): number => round(bytes / us.median / 1000);
+  return { linkGBs: gbs(linkBytes), ...(rankBytes === undefined ? {} : { rankGBs: gbs(rankBytes) }) };
+}
 
 /** Three significant digits or whole microseconds. */
 export function us(value: number): string {
@@ -71,6 +96,8 @@ export class Report {
   /** What was skipped or went wrong. */
   readonly troubles: string[] = [];
   #ceilings: readonly Ceiling[] = [];
+  /** Between devices, where there are several. */
+  links: Links | undefined;
 
   constructor(options: BenchOptions, machine: Machine) {
     this.options = options;
@@ -91,14 +118,19 @@ export class Report {
    * The kernels that move bytes as a figure's call does. Scatter and pull are the fastest that were timed at the main size in the
    * same layout and dtype, or in the nearest: low latency sends a row an expert, as the expert layout does.
    */
-  kernels({ op, dtype, layout }: GpuFigure): Rate[] {
-    const rates: Rate[] = this.ceiling ? [{ name: "copy", gbs: this.ceiling.gbs.median }] : [];
+  kernels(figure: GpuFigure): Rate[] {
+    const { op, dtype, layout } = figure, { links, ceiling } = this, rates: Rate[] = [];
+    if (figure.linkBytes === undefined) {
+      if (ceiling) rates.push({ name: "copy", gbs: ceiling.gbs.median });
+    } else if (links) {
+      rates.push({ name: "link", gbs: overLinks(figure, Math.max(links.memcpy, links.kernel)) });
+    }
     const places = layout === "low_latency" ? "expert" : layout;
     const add = (name: "scatter" | "pull"): void => {
-      const all = this.figures.filter((figure) => figure.phase === "ceiling" && figure.op === `plain_${name}`);
+      const all = this.figures.filter((one) => one.phase === "ceiling" && one.op === `plain_${name}`);
       const near = [
-        all.filter((figure) => figure.layout === places && figure.dtype === dtype),
-        all.filter((figure) => figure.dtype === dtype),
+        all.filter((one) => one.layout === places && one.dtype === dtype),
+        all.filter((one) => one.dtype === dtype),
         all,
       ].find(({ length }) => length > 0);
       if (near) rates.push({ name, gbs: Math.max(...near.map(({ bytes, us }) => bytes! / us.median / 1000)) });
@@ -121,12 +153,15 @@ export class Report {
 
   /** Which share of each ceiling a figure reaches; undefined where ceilings or bytes are missing, or are what was timed. */
   shares(figure: GpuFigure): Shares | undefined {
-    const { bytes = 0, us, unit, phase } = figure, kernels = this.kernels(figure), { memcpy } = this;
+    const { bytes = 0, us, unit, phase, linkBytes } = figure, kernels = this.kernels(figure);
+    const memcpy = linkBytes === undefined
+      ? this.memcpy?.gbs.median
+      : this.links && overLinks(figure, this.links.memcpy);
     if (kernels.length === 0 || !memcpy || bytes === 0 || unit || phase === "ceiling") return undefined;
     const percent = (gbs: number): number => 100 * bytes / us.median / 1000 / gbs;
     return {
       bound: percent(Math.max(...kernels.map(({ gbs }) => gbs))),
-      memcpy: percent(memcpy.gbs.median),
+      memcpy: percent(memcpy),
       of: kernels.map(({ name, gbs }) => ({ name, percent: percent(gbs) })),
     };
   }
@@ -135,7 +170,7 @@ export class Report {
   add(figure: GpuFigure): void {
     this.figures.push(figure);
     const shares = this.shares(figure), bound = shares && this.boundUs(figure), { memcpy } = this;
-    const { measured, more, unit = "us" } = figure;
+    const { measured, unit = "us" } = figure, more = { ...figure.more, ...linkRates(figure) };
     const same = bestKernel(this.#ceilings, figure.ranks * figure.numSms);
     const words = [
       `${figure.op} ${figure.form}`.padEnd(30),
@@ -147,7 +182,7 @@ export class Report {
         : "",
       bound && shares ? `bound ${us(bound)} us; ${sharesWords(shares)}` : "",
       measured?.late ? `host late in ${measured.late} of ${measured.repetitions}` : "",
-      ...Object.entries(more ?? {}).map(([key, value]) => `${key} ${typeof value === "number" ? round(value) : value}`),
+      ...Object.entries(more).map(([key, value]) => `${key} ${typeof value === "number" ? round(value) : value}`),
     ];
     this.say("  " + words.filter((word) => word !== "").join("  "));
     this.line({
@@ -164,6 +199,7 @@ export class Report {
       usMin: round(figure.us.min),
       usMax: round(figure.us.max),
       bytes: figure.bytes ?? 0,
+      ...(figure.linkBytes === undefined ? {} : { linkBytes: figure.linkBytes, rankBytes: figure.rankBytes }),
       boundUs: bound ? round(bound) : null,
       ratio: shares ? round(shares.bound / 100) : null,
       memcpyRatio: shares ? round(shares.memcpy / 100) : null,

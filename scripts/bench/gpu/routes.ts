@@ -130,3 +130,18 @@ export function routesOf(
 
 /** The most rows that a rank receives. */
 export const mostRows = (route: Route): number => Math.max(1, ...route.sources.map(({ length }) => length));
+
+/** The most rows that one device sends to others, or gets from them. `deviceOf`: of each rank. */
+export function busiestLink(route: Route, deviceOf: readonly number[]): number {
+  const sent = new Map<number, number>(), got = new Map<number, number>();
+  const add = (to: Map<number, number>, device: number): void => void to.set(device, (to.get(device) ?? 0) + 1);
+  for (const [source, ranks] of route.rankOf.entries()) {
+    const from = deviceOf[source]!;
+    for (const rank of ranks) {
+      if (rank < 0 || deviceOf[rank] === from) continue;
+      add(sent, from);
+      add(got, deviceOf[rank]!);
+    }
+  }
+  return Math.max(0, ...sent.values(), ...got.values());
+}

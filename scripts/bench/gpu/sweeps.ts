@@ -40,7 +40,7 @@ const FORMS_OF_CALLS = ["chain", "launched"] as const;
 
 async function sizeOfDispatch(world: World, numSms: number, compared: boolean): Promise<void> {
   const { stage, routing: { rank: route, tokens } } = world, rows = stage.rows("bf16");
-  const facts: Facts = { numSms, dtype: "bf16", layout: "rank", bytes: world.bytes(route, 2 * stage.hidden) };
+  const facts: Facts = { numSms, dtype: "bf16", layout: "rank", ...world.traffic(route, 2 * stage.hidden) };
   using naive = compared ? await world.naiveDispatch(rows, route) : undefined;
   const what = `dispatch of ${tokens} tokens`;
   const handles = await world.checkedHandles(what, rows, route, naive);
@@ -62,7 +62,7 @@ async function sizeOfDispatch(world: World, numSms: number, compared: boolean): 
 
 async function sizeOfCombine(world: World, numSms: number, compared: boolean): Promise<void> {
   const { stage, routing: { rank: route, tokens } } = world;
-  const facts: Facts = { numSms, dtype: "bf16", layout: "rank", bytes: world.bytes(route, 2 * stage.hidden) };
+  const facts: Facts = { numSms, dtype: "bf16", layout: "rank", ...world.traffic(route, 2 * stage.hidden) };
   const results = await stage.route(world.loaded, stage.rows("bf16"));
   try {
     const y = await world.outputs(results, route, 1);
@@ -124,7 +124,7 @@ export async function shapeSweep(
   numSms: readonly number[],
 ): Promise<void> {
   const world = new World(context, routing, phase), { stage } = world, { rank: route } = routing;
-  const bytes = world.bytes(route, 2 * stage.hidden), facts = { dtype: "bf16", layout: "rank", bytes } as const;
+  const facts = { dtype: "bf16", layout: "rank", ...world.traffic(route, 2 * stage.hidden) } as const;
   const bf16 = stage.rows("bf16"), fp8 = stage.rows("fp8");
   const handles = await world.checkedHandles(`${phase}: dispatch`, bf16, route, undefined);
   for (const sms of numSms) {
@@ -138,7 +138,7 @@ export async function shapeSweep(
       numSms: sms,
       dtype: fp8.dtype,
       layout: "rank",
-      bytes: world.bytes(route, fp8.partBytes.reduce((a, b) => a + b, 0)),
+      ...world.traffic(route, fp8.partBytes.reduce((a, b) => a + b, 0)),
     });
   }
   for (const handle of handles) handle.release();

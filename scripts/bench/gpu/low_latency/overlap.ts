@@ -59,9 +59,9 @@ function standIn({ stage, world }: LowLatencyWorld, { numSms, streams }: Parts):
     };
   }
   const made = new StandIn({ library, stage }), { numSms: all } = buffers[0]!.capabilities;
-  const blocks = Math.max(1, Math.floor(all / buffers.length) - numSms);
+  const blocks = Math.max(1, Math.floor(all / buffers[0]!.ranksOnDevice) - numSms);
   const programs: Program[][] = streams.map((ofRank, r) =>
-    ofRank.map(({ address }) => made.program(r, address, { blocks, steps: STEPS }))
+    ofRank.map((stream) => made.program(r, { buffer: buffers[r]!, stream }, { blocks, steps: STEPS }))
   );
   return { enqueue: (r, batch) => library.run(programs[r]![batch]!), [Symbol.dispose]: () => made[Symbol.dispose]() };
 }

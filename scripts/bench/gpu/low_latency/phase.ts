@@ -38,6 +38,8 @@ export interface Size {
 
 /** Of the device's memory, what slots of all ranks may take. */
 const SLOTS_SHARE = 0.4;
+/** Multiprocessors that the library takes where it shares the device with nobody. */
+const UNSHARED_SMS = 32;
 const MOST_SLOTS = 2; // a buffer's default: calls take turns in them
 
 /** Runs everything. */
@@ -45,7 +47,8 @@ export async function lowLatencyPhase(run: LowLatencyRun): Promise<void> {
   const { options, report } = run, { ranks, gpu, lowLatencyTokens } = options;
   const { features, totalBytes, numSms: all } = await lookUp(options);
   if ((features & constants.FEATURE.LOW_LATENCY[0]) === 0) return report.say("  the backend has no low-latency mode");
-  const [numSms = 16] = gpu.numSms, main = lowLatencyTokens.toSorted((a, b) => b - a), largest = main[0]!;
+  const share = Math.ceil(ranks / report.machine.numDevices) === 1 ? UNSHARED_SMS : gpu.numSms[0] ?? UNSHARED_SMS;
+  const numSms = gpu.lowLatencySms ?? share, main = lowLatencyTokens.toSorted((a, b) => b - a), largest = main[0]!;
   const sizeOf = (numRanks: number, tokens: number, sms = numSms): Size => {
     const room = Math.max(largest, tokens),
       shape = { ranks: numRanks, tokens, topk: options.topk, experts: options.experts };
@@ -138,7 +141,7 @@ async function dispatch(low: LowLatencyWorld, facts: LowLatencyFacts, compare: b
   await low.dispatch(facts, () => ({}));
   const { world, stage } = low, { expert } = world.routing;
   using naive = compare ? await world.naiveDispatch(stage.rows("fp8"), expert) : undefined;
-  if (naive) await low.naive(naive, "naive_ll_dispatch", { dtype: "fp8", bytes: low.bytes("dispatch") });
+  if (naive) await low.naive(naive, "naive_ll_dispatch", { dtype: "fp8", ...low.traffic("dispatch") });
 }
 
 async function combine(low: LowLatencyWorld, facts: LowLatencyFacts, compare: boolean): Promise<void> {
@@ -149,7 +152,7 @@ async function combine(low: LowLatencyWorld, facts: LowLatencyFacts, compare: bo
     using packed = compare ? low.packed() : undefined;
     using naive = packed && await world.naiveCombine(packed.y, world.routing.expert, world.loaded.topkWeights);
     await low.combine(facts, { held, y, naive });
-    if (naive) await low.naive(naive, "naive_ll_combine", { dtype: "bf16", bytes: low.bytes("combine") });
+    if (naive) await low.naive(naive, "naive_ll_combine", { dtype: "bf16", ...low.traffic("combine") });
   } finally {
     await stage.ranks.rest();
     for (const result of held) result.release();

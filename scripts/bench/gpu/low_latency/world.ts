@@ -9,6 +9,7 @@ import type { Fp8Options } from "../../../../lib/dtype.ts";
 import {
   type CombineChoices,
   type DispatchChoices,
+  fp8RowBytes,
   lowLatencyBytes,
   LowLatencyCalls,
   type Operations,
@@ -21,7 +22,7 @@ import { hasGraphsOf } from "../features.ts";
 import { captured } from "../graphs.ts";
 import { type PhaseContext, World } from "../main_phase.ts";
 import type { NaiveCombine, NaiveDispatch } from "../naive.ts";
-import type { GpuFigure } from "../report.ts";
+import type { GpuFigure, Traffic } from "../report.ts";
 import type { Routing } from "../routes.ts";
 import { checkLowLatency, placesOf } from "./checks.ts";
 
@@ -74,11 +75,12 @@ export class LowLatencyWorld {
   }
 
   /** Least traffic of a dispatch with FP8 or bf16 rows, or of a combine. */
-  bytes(op: "dispatch" | "dispatch_bf16" | "combine"): number {
-    const { ranks, tokens, expert: { rows } } = this.world.routing, { hidden } = this.stage;
-    const traffic = { tokens: ranks * tokens, rows, hidden };
-    if (op === "combine") return lowLatencyBytes.combine(traffic);
-    return lowLatencyBytes.dispatch(traffic, op === "dispatch" ? undefined : 2 * hidden);
+  traffic(op: "dispatch" | "dispatch_bf16" | "combine"): Traffic {
+    const { ranks, tokens, expert } = this.world.routing, { hidden } = this.stage;
+    const rowBytes = op === "dispatch" ? fp8RowBytes(hidden) : 2 * hidden;
+    const moved = { tokens: ranks * tokens, rows: expert.rows, hidden };
+    const bytes = op === "combine" ? lowLatencyBytes.combine(moved) : lowLatencyBytes.dispatch(moved, rowBytes);
+    return { ...this.world.traffic(expert, rowBytes), bytes };
   }
 
   /** Rows that a rank sends. */
@@ -101,7 +103,7 @@ export class LowLatencyWorld {
     const { world, stage } = this, { verifier } = world.context, { routing } = world, { numSms } = facts;
     const what = `${facts.op} of ${routing.tokens} tokens`, slots = stage.ranks.buffers[0]!.options.numSlots;
     const recent: LowLatencyResult[][] = stage.ranks.buffers.map(() => []);
-    await this.#time(facts, fp8 ? "fp8" : "bf16", this.bytes(fp8 ? "dispatch" : "dispatch_bf16"), {
+    await this.#time(facts, fp8 ? "fp8" : "bf16", this.traffic(fp8 ? "dispatch" : "dispatch_bf16"), {
       calls: CALLS_A_GRAPH,
       kept: slots,
       record: (operations, r) => {
@@ -178,7 +180,7 @@ export class LowLatencyWorld {
   ): Promise<void> {
     const { world } = this, { verifier } = world.context, { routing, out } = world, { numSms } = facts;
     const what = `${facts.op} of ${routing.tokens} tokens`;
-    await this.#time(facts, "bf16", this.bytes("combine"), {
+    await this.#time(facts, "bf16", this.traffic("combine"), {
       calls: CALLS_A_GRAPH,
       record: (operations, r) =>
         this.calls.combine(operations, r, { ...choices(r), numSms, y: y[r]!, of: held[r]!, out: out[r]! }),
@@ -192,14 +194,14 @@ export class LowLatencyWorld {
 
   /** Times barriers: what a launch and a meeting of all ranks cost when nothing is moved. */
   async barrier(facts: LowLatencyFacts): Promise<void> {
-    await this.#time(facts, "none", 0, { calls: CALLS_A_GRAPH, record: (operations) => operations.barrier() });
+    await this.#time(facts, "none", undefined, { calls: CALLS_A_GRAPH, record: (operations) => operations.barrier() });
   }
 
   /** Times the naive way in the form that the calls are timed in. */
   async naive(
     naive: NaiveDispatch | NaiveCombine,
     op: "naive_ll_dispatch" | "naive_ll_combine",
-    facts: Pick<GpuFigure, "dtype" | "bytes">,
+    facts: Pick<GpuFigure, "dtype"> & Traffic,
   ): Promise<void> {
     const chain = this.hasGraphs ? naive.graph(CALLS_A_GRAPH) : naive.chain; // as many as the call beside it
     const more = { callsAGraph: chain.calls ?? 1 };
@@ -214,7 +216,7 @@ export class LowLatencyWorld {
   async #time<T extends Made>(
     { op, numSms, more = {} }: LowLatencyFacts,
     dtype: GpuFigure["dtype"],
-    bytes: number,
+    traffic: Traffic | undefined,
     { calls, kept = calls, record, check, poison }: {
       calls: number;
       /** Of how many of the last calls the results are held. */
@@ -225,7 +227,7 @@ export class LowLatencyWorld {
     },
   ): Promise<void> {
     const { world, stage: { ranks } } = this, { context } = world;
-    const facts = { op, numSms, dtype, layout: "low_latency", ...(bytes > 0 ? { bytes } : {}) } as const;
+    const facts = { op, numSms, dtype, layout: "low_latency", ...traffic } as const;
     if (!context.left()) {
       return context.report.trouble(`${this.phase}: no time for ${op} of ${world.routing.tokens} tokens`);
     }
