@@ -113,11 +113,12 @@ export class Graph<T = unknown> implements Disposable {
   /** Frees the graph, after the replays that were enqueued. What it used stays with its owners, but for slots that it holds. */
   release(): void {
     if (this.#released) return;
+    this.#core.needsNoCapture("release a graph");
     this.#released = true;
     forgotten.unregister(this);
     this.#core.graphs.delete(this);
     this.#core.device.end("deepep_graph_destroy", this.#native, "graph");
-    this.#core.dropSlots(this.#slots, this.#captured.stream);
+    this.#core.dropSlots(this.#slots, this.#core.commStream); // where replays run
     for (const routing of this.#captured.routings) dropRouting(this.#core, routing);
   }
   /** {@linkcode release}. */

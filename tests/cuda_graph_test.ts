@@ -246,6 +246,15 @@ suite("cuda: graphs", noCudaGraphs, () => {
       using x = b.tensor("bf16", [4, 16], new Uint16Array(64)), topkIdx = b.tensor("i32", [4, 2], new Int32Array(8));
       const eager = await b.dispatch(x, { topkIdx });
       assertThrows(() => b.capture(b.stream, () => eager.release()), EpError, "was not taken in that capture");
+      const other = b.createStream(); // takes no part in the capture
+      assertThrows(
+        () => b.capture(b.stream, ({ dispatch }) => dispatch(x, { topkIdx }).release({ stream: other })),
+        EpError,
+        "name a stream that takes part in it",
+      );
+      const graph = b.capture(b.stream, (operations) => operations.dispatch(x, { topkIdx }).release());
+      assertThrows(() => b.capture(b.stream, () => graph.release()), EpError, "Cannot release a graph in a capture");
+      graph.release();
       assertThrows(
         () =>
           b.capture(b.stream, (operations) => {

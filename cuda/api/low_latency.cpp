@@ -152,7 +152,7 @@ void low_latency_dispatch(Buffer& buffer, deepep_low_latency_dispatch_args& args
   state->wait_stats = args.wait_stats;
   state->received = (args.flags & DEEPEP_FLAG_RECEIVE_HOOK) == 0;
   deepep_low_latency_dispatch_args out = args;  // args stays as it was should enqueue reject
-  out.slot = buffer.slots.take(args.slot, args.stream, buffer.present_capture());
+  out.slot = buffer.slots.take(args.slot, stream_before(args), buffer.present_capture());
   name_outputs(buffer, state->layout, out);
   state->dispatch_epoch = enqueue_dispatch(buffer, out, state);
   buffer.slots[static_cast<size_t>(out.slot)].state = state;

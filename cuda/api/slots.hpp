@@ -29,6 +29,12 @@ struct Slot {
   bool given_back = false;           // in that capture, whose later calls may take it; for others it is held
 };
 
+// The stream whose work an operation waits for: the caller's, unless it is told to begin after an event instead.
+template <class Args>
+uint64_t stream_before(const Args& args) {
+  return args.previous_event == 0 ? args.stream : 0;
+}
+
 class Slots {
  public:
   void resize(size_t count) { slots_.resize(count); }
@@ -39,8 +45,8 @@ class Slots {
   // Bit s is set when slot s is free.
   uint32_t free_bits() const;
 
-  // Takes slot `wanted`, or with -1 any free one, for the operation enqueued next, whose caller's stream is `stream` and which
-  // is part of `capture`; its state is empty then. Rejects with NO_FREE_SLOT, naming the holders, or INVALID_ARGUMENT. Given
+  // Takes slot `wanted`, or with -1 any free one, for the operation enqueued next, which begins after what is enqueued on
+  // `stream` (see stream_before(); 0 = none) and is part of `capture`; its state is empty then. Rejects with NO_FREE_SLOT, naming the holders, or INVALID_ARGUMENT. Given
   // back by itself when the API call is rejected after it.
   int32_t take(int32_t wanted, uint64_t stream, uint64_t capture = 0);
   // A slot that is held; rejects otherwise.

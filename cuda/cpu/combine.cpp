@@ -246,7 +246,7 @@ void combine(Buffer& buffer, const deepep_combine_args& args) {
     check_no_pending_combine(buffer, args.slot);
     check_expert_rows(buffer, static_cast<uint32_t>(args.slot), args.x, args.x_stride, uint64_t{args.hidden} * 2);
   }
-  const int32_t borrowed = job.has_slot ? -1 : buffer.slots.take(-1, args.stream);
+  const int32_t borrowed = job.has_slot ? -1 : buffer.slots.take(-1, stream_before(args));
   job.slot = static_cast<uint32_t>(job.has_slot ? args.slot : borrowed);
   buffer.enqueue(
       DEEPEP_OP_COMBINE, stream_fields(args), true,

@@ -16,7 +16,7 @@ void dispatch(Buffer& buffer, deepep_dispatch_args& args) {
   if (args.handle != 0) job.handle = find_handle(buffer, args.handle);
   job.cached = (args.flags & DEEPEP_FLAG_CACHED) != 0;
   job.plan = check_dispatch(buffer, args, job.handle.get());
-  const int32_t slot = buffer.slots.take(args.slot, args.stream);
+  const int32_t slot = buffer.slots.take(args.slot, stream_before(args));
   deepep_dispatch_args out = args;  // args stays as it was should enqueue reject
   out.slot = slot;
   name_outputs(buffer, job.plan, out);

@@ -22,7 +22,7 @@ void dispatch(Buffer& buffer, deepep_dispatch_args& args) {
   const uint32_t width = routing.width(buffer.options.num_ranks);
   const Plan plan =
       buffer.plan({.op = DEEPEP_OP_DISPATCH, .row_bytes = args.row_bytes, .hops = width, .num_sms = args.num_sms});
-  const int32_t slot = buffer.slots.take(args.slot, args.stream, buffer.present_capture());
+  const int32_t slot = buffer.slots.take(args.slot, stream_before(args), buffer.present_capture());
   deepep_dispatch_args out = args;  // args stays as it was should enqueue reject
   out.slot = slot;
   out.num_topk = static_cast<int32_t>(routing.num_topk);
@@ -60,7 +60,7 @@ void combine(Buffer& buffer, const deepep_combine_args& args) {
                                  .row_bytes = args.hidden * 2,
                                  .hops = routing.width(buffer.options.num_ranks),
                                  .num_sms = args.num_sms});
-  const int32_t borrowed = has_slot ? -1 : buffer.slots.take(-1, args.stream);
+  const int32_t borrowed = has_slot ? -1 : buffer.slots.take(-1, stream_before(args));
   const auto slot = static_cast<uint32_t>(has_slot ? args.slot : borrowed);
   buffer.enqueue(stream_fields(args), {.op = DEEPEP_OP_COMBINE, .collective = true, .borrowed_slot = borrowed, .needs = handle},
                  [&](const CallParams& call, cudaStream_t stream) {

@@ -51,7 +51,12 @@ void expert_output(Buffer& buffer, deepep_expert_output_args& args) {
 void release_slot(Buffer& buffer, const deepep_slot_release_args& args) {
   const Slot& slot = buffer.slots.owned(args.slot);
   const cudaStream_t stream = stream_of(args.stream, "stream");
-  if (const CaptureId capture = stream ? capture_of(stream) : 0; capture != 0) {
+  const CaptureId capture = stream ? capture_of(stream) : 0;
+  if (capture == 0 && slot.capture != 0 && slot.capture == buffer.present_capture()) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT,
+           "the slot was taken in a capture that is open, and is given back there: name a stream that takes part in it");
+  }
+  if (capture != 0) {
     buffer.slots.held(args.slot);
     if (slot.capture != capture) {
       reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the stream is being captured, but the slot was not taken in that capture");

@@ -16,7 +16,7 @@
 namespace deepep {
 namespace {
 
-constexpr uint64_t kMagic = 0x3161647563706564;  // "depcuda1": the page's layout and its version
+constexpr uint64_t kMagic = 0x3261647563706564;  // "depcuda2": the page's layout and its version
 constexpr uint64_t kPageBytes = 4096;
 static_assert(sizeof(cudaIpcMemHandle_t) == sizeof PeerPage::ipc);
 static_assert(sizeof(PeerPage) <= kPageBytes);

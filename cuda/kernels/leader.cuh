@@ -108,11 +108,10 @@ struct Leader : Waits {
   // the same ranks.
   __device__ bool gather(int32_t kind, bool pushes) {
     begin_waits();
-    if (!failed() && p.mask_on_timeout == 0) {
-      const uint64_t others = all_ranks(p) & ~s.masked & ~rank_bit(p.rank);
-      if (come_soon(others, late_message(kind), message_epoch())) return accept(others | rank_bit(p.rank));
-    }
-    return gather_long(*this, kind, pushes);
+    const uint64_t others = all_ranks(p) & ~s.masked & ~rank_bit(p.rank), begin_ns = begin_wait();
+    const uint64_t late = come_soon(others, late_message(kind), message_epoch(), begin_ns);
+    if (late != 0 || failed() || p.mask_on_timeout != 0) return gather_long(*this, kind, pushes, others, late, begin_ns);
+    return accept(others | rank_bit(p.rank));
   }
 
   // The messages of these ranks are there.
@@ -128,7 +127,9 @@ struct Leader : Waits {
     return true;
   }
 
-  DEEPEP_COLD __device__ static bool gather_long(Leader self, int32_t kind, bool pushes) {
+  // Of `others`, all but `late` have come since `begin_ns`.
+  DEEPEP_COLD __device__ static bool gather_long(Leader self, int32_t kind, bool pushes, uint64_t others, uint64_t late,
+                                                 uint64_t begin_ns) {
     const CallParams& p = self.p;
     CallShared& s = self.s;
     const bool refused = self.failed();
@@ -139,7 +140,7 @@ struct Leader : Waits {
     __syncwarp();
     const Awaited awaited = self.late_message(kind);
     const auto word = self.message_epoch();
-    const uint64_t came = self.wait_for(all_ranks(p), awaited, word);
+    const uint64_t came = (others & ~late) | (late != 0 ? wait_long(self, late, awaited, word, begin_ns) : 0);
     const auto seen = [&](uint32_t peer) { return load_acquire_sys(word(peer)); };
     // Who has come and ended since would have rows pushed to memory that may be gone.
     if (pushes && !self.failed() && (came & s.lost) != 0) {

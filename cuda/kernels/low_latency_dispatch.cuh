@@ -128,7 +128,7 @@ DEEPEP_COLD __device__ inline bool wait_for_rows(const CallParams& p, CallShared
   const auto come = [&](uint64_t pending) {
     return leader.ranks_where([&](uint32_t src) { return in_view(pending, src) && seen(src) >= epoch; });
   };
-  leader.wait_until(view, {Reason::late_rows, epoch, -1, false}, come, seen);
+  leader.wait_until(view, {Reason::late_rows, epoch, -1, false}, come, seen, leader.begin_wait());
   return !leader.failed();
 }
 

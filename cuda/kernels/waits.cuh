@@ -148,12 +148,11 @@ struct Waits {
   };
 
   // Waits until all peers of the set have come; come(set) says which of some have, and must not change its mind. Returns those
-  // that came; the others were left out, unless failed(). `seen(peer)` is for the finding.
+  // that came; the others were left out, unless failed(). `seen(peer)` is for the finding. `begin_ns`: see begin_wait().
   template <class Come, class Seen>
-  __device__ uint64_t wait_until(uint64_t peers, const Awaited& awaited, Come come, Seen seen) {
+  __device__ uint64_t wait_until(uint64_t peers, const Awaited& awaited, Come come, Seen seen, uint64_t begin_ns) {
     uint64_t pending = peers & ~s.masked & ~rank_bit(p.rank);
     uint64_t came = 0;
-    const uint64_t begin_ns = __shfl_sync(kAllLanes, global_time_ns(), 0);  // one for all: it steers the loop
     uint64_t looked_ns = (pending & s.lost) != 0 ? 0 : begin_ns;            // For those that are gone nobody waits.
     uint64_t asked_ns = begin_ns;
     for (;;) {
@@ -203,17 +202,20 @@ struct Waits {
   // Waits until word(peer), which only `peer` raises, is at least awaited.at_least for every peer of the set.
   template <class Word>
   __device__ uint64_t wait_for(uint64_t peers, const Awaited& awaited, Word word) {
-    const uint64_t others = peers & ~s.masked & ~rank_bit(p.rank);
-    return come_soon(others, awaited, word) ? others : wait_long(*this, peers, awaited, word);
+    const uint64_t others = peers & ~s.masked & ~rank_bit(p.rank), begin_ns = begin_wait();
+    const uint64_t late = come_soon(others, awaited, word, begin_ns);
+    return late == 0 ? others : (others & ~late) | wait_long(*this, late, awaited, word, begin_ns);
   }
 
-  // Whether all of these peers have come within some microseconds, as they mostly do: then nothing more of a wait is needed, nor
-  // its code fetched, which takes as long. Otherwise wait_long() begins anew.
+  // When a wait begins: the same on every lane, because it steers loops.
+  __device__ uint64_t begin_wait() const { return __shfl_sync(kAllLanes, global_time_ns(), 0); }
+
+  // Waits some microseconds; returns which of the peers have not come. Mostly all have: then nothing more of a wait is needed,
+  // nor its code fetched, which takes as long. The others are for wait_long().
   template <class Word>
-  __device__ bool come_soon(uint64_t peers, const Awaited& awaited, Word word) {
+  __device__ uint64_t come_soon(uint64_t peers, const Awaited& awaited, Word word, uint64_t begin_ns) {
     static_assert(DEEPEP_MAX_RANKS == 2 * kWarpLanes);
-    if ((peers & s.lost) != 0) return false;  // For those that are gone nobody waits.
-    const uint64_t begin_ns = global_time_ns();
+    if ((peers & s.lost) != 0) return peers;  // For those that are gone nobody waits.
     uint64_t pending = peers & (rank_bit(lane) | rank_bit(lane + kWarpLanes));  // this lane's
     for (uint32_t looks = 0; looks < kSoonLooks; ++looks) {
       for (uint64_t rest = pending; rest != 0; rest &= rest - 1) {
@@ -222,22 +224,21 @@ struct Waits {
         pending &= ~rank_bit(peer);
         if (looks != 0) account_for(peer, awaited.kind, global_time_ns() - begin_ns);
       }
-      if (__all_sync(kAllLanes, pending == 0)) {
-        __syncwarp();  // What one lane has acquired, all have.
-        return true;
-      }
+      if (__all_sync(kAllLanes, pending == 0)) break;
     }
-    return false;
+    __syncwarp();  // What one lane has acquired, all have.
+    return __any_sync(kAllLanes, pending != 0) ? warp_or(pending) : 0;
   }
 
   template <class Word>
-  DEEPEP_COLD __device__ static uint64_t wait_long(Waits self, uint64_t peers, const Awaited& awaited, Word word) {
+  DEEPEP_COLD __device__ static uint64_t wait_long(Waits self, uint64_t peers, const Awaited& awaited, Word word,
+                                                     uint64_t begin_ns) {
     // Pairs with the release of the peer that raises the word.
     const auto seen = [&](uint32_t peer) { return load_acquire_sys(word(peer)); };
     const auto come = [&](uint64_t pending) {
       return self.ranks_where([&](uint32_t peer) { return in_view(pending, peer) && seen(peer) >= awaited.at_least; });
     };
-    return self.wait_until(peers, awaited, come, seen);
+    return self.wait_until(peers, awaited, come, seen, begin_ns);
   }
 
   // ---- what a wait does now and then

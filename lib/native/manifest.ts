@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "9548a98d1e3731691634119a74cb6cb8bac80290924d8e8dd3fd67c7e906b270",
-    cuda: "b802402c81a36a68e71c921c557e9d27b43e2a4ea83c73f7e2900f61f02f2f1a",
+    cpu: "820e6ed196baecd81affd441050f73870adff393a14ab87bfa2e482d3cf38448",
+    cuda: "5b9543242d61c76495214e1b9bb619c53321067ef43fa78b1e19dbbd5a8bd58e",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -30,12 +30,12 @@ export const manifest: Manifest = {
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "94e19653386ea170046dab40e4b514255e03141b8320d5d8ab69a6cc85b8645e",
+      sha256: "5c1f4edede5943a4683218b0783c565e136c91c42c162d09654d9d9b36487bad",
       bytes: 510384,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "8ca62f6a10f144f157635495d6e571a997ea3bb062fa3f282fa2e67a03d0a55f",
-      bytes: 2865880,
+      sha256: "dcdc7cd3227c3a78f62606008c10fb53fab4a632c994f23abf910cb444bd566b",
+      bytes: 2886360,
     },
   },
 };

@@ -22,6 +22,9 @@ interface Line {
   readonly ways?: string;
   readonly gpu: string;
   readonly numDevices: number;
+  readonly hidden: number;
+  readonly topk: number;
+  readonly experts: number;
 }
 
 interface Point {
@@ -42,7 +45,20 @@ interface Axis {
 }
 
 const WIDTH = 430, HEIGHT = 300, LEFT = 58, TOP = 40, RIGHT = 16, BOTTOM = 46;
+/** More are not drawn. */
+const MOST_SMS = 24;
 const BLUE = "#1f6feb", GREEN = "#1a7f37", RED = "#cf222e", GREY = "#6e7781";
+
+/** Ticks from 0, a hundred apart. */
+const hundreds = (points: readonly Point[]): number[] =>
+  Array.from({ length: 1 + Math.ceil(Math.max(100, ...points.map(({ y }) => y)) / 100) }, (_, i) => 100 * i);
+/** Ticks that double, from `least` on. */
+function doubles(values: readonly number[], least: number): number[] {
+  const ticks = [least];
+  while (ticks.at(-1)! < Math.max(2 * least, ...values)) ticks.push(2 * ticks.at(-1)!);
+  return ticks;
+}
+const sorted = (values: readonly number[]): number[] => [...new Set(values)].sort((a, b) => a - b);
 
 const escaped = (text: string): string => text.replaceAll("&", "&amp;").replaceAll("<", "&lt;");
 const text = (x: number, y: number, words: string, more = ""): string =>
@@ -96,10 +112,10 @@ function panel(left: number, title: string, [xAxis, yAxis]: readonly [Axis, Axis
 
 /** The drawing. */
 export function plot(lines: readonly Line[]): string {
-  const [{ gpu, numDevices }] = lines as [Line];
-  const here = lines.filter(({ ranks }) => ranks === numDevices);
+  const [{ gpu, numDevices, hidden, topk, experts }] = lines as [Line];
+  const here = lines.filter(({ ranks }) => ranks === numDevices), swept = here.filter(({ phase }) => phase === "sms");
   const bySms = (op: string): Point[] =>
-    here.filter((line) => line.phase === "sms" && line.op === op && line.numSms <= 24).map(({ numSms, linkGBs }) => ({
+    swept.filter((line) => line.op === op && line.numSms <= MOST_SMS).map(({ numSms, linkGBs }) => ({
       x: numSms,
       y: linkGBs!,
     }));
@@ -108,43 +124,43 @@ export function plot(lines: readonly Line[]): string {
     return all.length === 0 ? [] : [{ x: 0, y: Math.max(...all) }];
   };
   const byTokens = (op: string): Point[] => {
-    const lowLatency = here.filter((line) =>
+    const all = here.filter((line) =>
       line.op === op && (line.phase === "low_latency" || line.phase === "low_latency_tokens")
     );
-    return lowLatency.map(({ tokens, marginal, usMedian }) => ({ x: tokens, y: marginal ?? usMedian }))
-      .sort((a, b) => a.x - b.x);
+    return all.map(({ tokens, marginal, usMedian }) => ({ x: tokens, y: marginal ?? usMedian })).sort((a, b) =>
+      a.x - b.x
+    );
   };
-  const links = panel(0, `normal mode, 4096 tokens a rank`, [
-    { label: "multiprocessors a rank", ticks: [4, 8, 12, 16, 20, 24], log: false },
-    { label: "GB/s out of a GPU, as many in", ticks: [0, 100, 200, 300, 400], log: false },
-  ], [
+  const carried: Series[] = [
     { name: "memcpy, all pairs", color: GREY, points: ceiling("link_memcpy"), dashed: true },
     { name: "kernel that stores, all pairs", color: BLUE, points: ceiling("link_push"), dashed: true },
     { name: "kernel that loads, all pairs", color: RED, points: ceiling("link_pull"), dashed: true },
     { name: "dispatch BF16", color: BLUE, points: bySms("dispatch_cached") },
     { name: "dispatch FP8", color: GREEN, points: bySms("dispatch_fp8") },
     { name: "combine BF16", color: RED, points: bySms("combine") },
-  ]);
-  const lowLatency = panel(WIDTH, "low latency, one more call of a graph", [
-    { label: "tokens a rank", ticks: [1, 2, 4, 8, 16, 32, 64, 128, 256, 512], log: true },
-    { label: "µs", ticks: [5, 10, 20, 40, 80, 160], log: true },
-  ], [
+  ];
+  const decode: Series[] = [
     { name: "combine BF16", color: RED, points: byTokens("ll_combine") },
     { name: "dispatch FP8", color: GREEN, points: byTokens("ll_dispatch") },
-  ]);
+  ];
+  const pointsOf = (all: readonly Series[]): Point[] => all.flatMap(({ points }) => points);
+  const links = panel(0, `normal mode, ${sorted(swept.map(({ tokens }) => tokens)).join(", ")} tokens a rank`, [
+    { label: "multiprocessors a rank", ticks: sorted(pointsOf(carried.slice(3)).map(({ x }) => x)), log: false },
+    { label: "GB/s out of a GPU, as many in", ticks: hundreds(pointsOf(carried)), log: false },
+  ], carried);
+  const lowLatency = panel(WIDTH, "low latency, one more call of a graph", [
+    { label: "tokens a rank", ticks: doubles(pointsOf(decode).map(({ x }) => x), 1), log: true },
+    { label: "µs", ticks: doubles(pointsOf(decode).map(({ y }) => y), 5), log: true },
+  ], decode);
   const [width, height] = [2 * WIDTH, HEIGHT + 18];
+  const where = `${numDevices} ${gpu}, a rank each, hidden ${hidden}, top-${topk} of ${experts} experts`;
   return [
     `<svg xmlns="http://www.w3.org/2000/svg" width="${width}" height="${height}" viewBox="0 0 ${width} ${height}" ` +
     `font-family="sans-serif" font-size="11" fill="#24292f">`,
     `<rect width="${width}" height="${height}" fill="#ffffff"/>`,
     links,
     lowLatency,
-    text(
-      width - 8,
-      height - 6,
-      `${numDevices} ${gpu}, a rank each, hidden 7168, top-8 of 256 experts`,
-      'text-anchor="end" fill="#6e7781"',
-    ),
+    text(width - 8, height - 6, where, 'text-anchor="end" fill="#6e7781"'),
     "</svg>\n",
   ].join("\n");
 }

@@ -135,7 +135,9 @@ const LOW_LATENCY = [[128, 32, 51], [8, 11, 10], [1, 8, 7]] as const;
 const LOW_LATENCY_OVER_LINKS = [[128, 35, 45]] as const;
 
 function lowLatencyGoals(report: Report): Goal[] {
-  const phase = "low_latency", { runtime } = report.machine, { ranks } = report.options;
+  const phase = "low_latency", { runtime, numDevices } = report.machine, ranks = 8;
+  // Goals are for eight ranks, on one device or on eight.
+  const limits = numDevices === 1 ? LOW_LATENCY : numDevices === ranks ? LOW_LATENCY_OVER_LINKS : [];
   if (!report.figures.some((figure) => figure.phase === phase)) return [];
   const one = (what: string, op: string, tokens: number, limit: number): Goal => {
     const figure = report.find({ phase, op, tokens, ranks }), marginal = figure?.more?.["marginal"];
@@ -153,7 +155,7 @@ function lowLatencyGoals(report: Report): Goal[] {
   };
   const host = report.figures.filter((figure) => figure.phase === "low_latency_host" && !figure.op.includes("halves"));
   return [
-    ...(report.links ? LOW_LATENCY_OVER_LINKS : LOW_LATENCY).flatMap(([tokens, dispatch, combine]) => [
+    ...limits.flatMap(([tokens, dispatch, combine]) => [
       one("dispatch FP8", "ll_dispatch", tokens, dispatch),
       one("combine BF16", "ll_combine", tokens, combine),
     ]),

@@ -175,8 +175,11 @@ async function layers(world: World, facts: Facts): Promise<void> {
     await once();
     const results = graphs.map((graph) => graph.results.at(-1)!);
     await checkRows(`layer of ${tokens} tokens, graph`, { stage, loaded, verifier, rows, route }, results);
-    const { bytes = 0, linkBytes, ...others } = facts; // rows go and come
-    const both = { bytes: 2 * bytes, ...(linkBytes === undefined ? {} : { linkBytes: 2 * linkBytes }) };
+    const { bytes = 0, linkBytes = 0, rankBytes = 0, ...others } = facts; // rows go and come
+    const both = {
+      bytes: 2 * bytes,
+      ...(linkBytes === 0 ? {} : { linkBytes: 2 * linkBytes, rankBytes: 2 * rankBytes }),
+    };
     await time(world, chain, "dispatch_full_combine", { ...others, ...both });
   } finally {
     release(graphs);

@@ -5,7 +5,6 @@
  * leave a device, and as many that reach it, while all devices send to all others; by the driver's memcpy, by kernels that store to
  * the other side, and by kernels that load from it. Called by bench.ts. With more than two devices the pairs of a device take turns.
  */
-import { type Spread, spreadOf } from "../timing.ts";
 import { DeviceClock } from "./clock.ts";
 import { LinkCopies } from "./naive.ts";
 import type { NaiveLibrary } from "./naive_library.ts";

@@ -403,25 +403,28 @@ export class PlainPush extends Work {
     const { buffers } = stage.ranks, deviceOf = buffers.map(({ deviceIndex }) => deviceIndex);
     this.#bytes = tokens * rowBytes;
     this.#result = this.lanes.map((_, s) => this.bytes(s, this.#bytes));
-    const landing = this.lanes.map((_, s) => this.bytes(s, tokens * width * rowBytes));
-    const pushed = route.sources.map(({ length }) => new BigInt64Array(Math.max(1, length)));
-    const summed = route.rankOf.map((ranks, s) => {
-      const rows = new BigInt64Array(ranks.length);
-      ranks.forEach((rank, hop) => {
-        if (rank < 0) return;
-        const row = route.rowOf[s]![hop]!, at = landing[s]! + BigInt(hop * rowBytes);
-        if (deviceOf[rank] !== deviceOf[s]) pushed[rank]![row] = at;
-        rows[hop] = deviceOf[rank] === deviceOf[s] ? y[rank]! + BigInt(row * rowBytes) : at;
-      });
-      return rows;
-    });
     const table = (words: BigInt64Array<ArrayBuffer>, rank: number): bigint => {
       const tensor = buffers[rank]!.tensor("i64", [words.length], words);
       this.owned.push(tensor);
       return tensor.address;
     };
-    const [to, from] = [pushed, summed].map((tables) => tables.map(table)) as [bigint[], bigint[]];
-    this.use([0, 1].map((turn) => [
+    // Where rows go and what is summed. Two turns: a rank may be a call ahead of one that still sums.
+    const turns = [0, 1].map(() => {
+      const landing = this.lanes.map((_, s) => this.bytes(s, tokens * width * rowBytes));
+      const pushed = route.sources.map(({ length }) => new BigInt64Array(Math.max(1, length)));
+      const summed = route.rankOf.map((ranks, s) => {
+        const rows = new BigInt64Array(ranks.length);
+        ranks.forEach((rank, hop) => {
+          if (rank < 0) return;
+          const row = route.rowOf[s]![hop]!, at = landing[s]! + BigInt(hop * rowBytes);
+          if (deviceOf[rank] !== deviceOf[s]) pushed[rank]![row] = at;
+          rows[hop] = deviceOf[rank] === deviceOf[s] ? y[rank]! + BigInt(row * rowBytes) : at;
+        });
+        return rows;
+      });
+      return { to: pushed.map(table), from: summed.map(table) };
+    });
+    this.use(turns.map(({ to, from }, turn) => [
       ...this.lanes.map((on, d): Command => ({
         op: "scatter",
         on,
