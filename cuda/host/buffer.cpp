@@ -157,6 +157,7 @@ void Buffer::destroy() {
     events.swap(events_);
     if (capturing) abandon_capture(*std::exchange(capturing, nullptr));
   }
+  watchdog_forget(this);
   for (const uint64_t event : events) retire_if_present(Kind::event, event);
   use_device(device->index);
   cudaError_t failure = cudaSuccess;

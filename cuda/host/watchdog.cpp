@@ -5,6 +5,7 @@
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
+#include <cstdlib>
 #include <mutex>
 #include <vector>
 
@@ -16,13 +17,17 @@ namespace {
 
 constexpr std::chrono::milliseconds kRound{10};   // how late the end of a peer is seen
 constexpr std::chrono::milliseconds kRest{1000};  // a safety net only: whoever enqueues wakes it
+constexpr std::chrono::seconds kLastRound{1};     // how long the end of the process waits for a round
 constexpr int kLingering = 50;  // rounds with nothing to do before it sleeps: to be woken costs the caller microseconds
 
 struct Watchdog {
   std::mutex mutex;
   std::condition_variable wake;
   std::atomic<bool> asleep{false};
+  std::condition_variable rested;  // a round has ended
   bool started = false;
+  bool looking = false;  // a round runs: buffers are held
+  bool ended = false;    // the process ends: CUDA must not be called any more
   std::vector<std::weak_ptr<Buffer>> buffers;
 };
 
@@ -36,6 +41,8 @@ bool look(Watchdog& self) {
   std::vector<std::shared_ptr<Buffer>> present;
   {
     const std::lock_guard lock(self.mutex);
+    if (self.ended) return false;
+    self.looking = true;
     std::erase_if(self.buffers, [](const auto& buffer) { return buffer.expired(); });
     for (const auto& weak : self.buffers) {
       if (auto buffer = weak.lock()) present.push_back(std::move(buffer));
@@ -43,7 +50,21 @@ bool look(Watchdog& self) {
   }
   bool again = false;
   for (const auto& buffer : present) again |= buffer->watch();
+  present.clear();
+  {
+    const std::lock_guard lock(self.mutex);
+    self.looking = false;
+  }
+  self.rested.notify_all();
   return again;
+}
+
+// At the process's end, before CUDA's own: what the thread would ask CUDA then, it would ask of what is gone.
+void end() {
+  Watchdog& self = watchdog();
+  std::unique_lock lock(self.mutex);
+  self.ended = true;
+  self.rested.wait_for(lock, kLastRound, [&self] { return !self.looking; });
 }
 
 void run(Watchdog& self) {
@@ -72,8 +93,19 @@ void watchdog_add(std::weak_ptr<Buffer> buffer) {
   const std::lock_guard lock(self.mutex);
   self.buffers.push_back(std::move(buffer));
   if (self.started) return;
+  std::atexit(end);
   start_thread("ep-watchdog", [&self] { run(self); });
   self.started = true;
+}
+
+void watchdog_forget(const Buffer* buffer) {
+  Watchdog& self = watchdog();
+  std::unique_lock lock(self.mutex);
+  std::erase_if(self.buffers, [buffer](const auto& weak) {
+    const auto known = weak.lock();
+    return !known || known.get() == buffer;
+  });
+  self.rested.wait(lock, [&self] { return !self.looking; });  // Pairs with look().
 }
 
 void watchdog_wake() noexcept {

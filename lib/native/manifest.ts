@@ -22,7 +22,7 @@ export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
     cpu: "820e6ed196baecd81affd441050f73870adff393a14ab87bfa2e482d3cf38448",
-    cuda: "5b9543242d61c76495214e1b9bb619c53321067ef43fa78b1e19dbbd5a8bd58e",
+    cuda: "b75421e180d5d4fde437ab4d2aadb7af423e4575296d655f69ed1b3da166124c",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -34,7 +34,7 @@ export const manifest: Manifest = {
       bytes: 510384,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "dcdc7cd3227c3a78f62606008c10fb53fab4a632c994f23abf910cb444bd566b",
+      sha256: "a52c120842a9f850e66a83bac4b731b77f0456fff2f8e97f448932d7f52e29cc",
       bytes: 2886360,
     },
   },
