@@ -113,7 +113,8 @@ function panel(left: number, title: string, [xAxis, yAxis]: readonly [Axis, Axis
 /** The drawing. */
 export function plot(lines: readonly Line[]): string {
   const [{ gpu, numDevices, hidden, topk, experts }] = lines as [Line];
-  const here = lines.filter(({ ranks }) => ranks === numDevices), swept = here.filter(({ phase }) => phase === "sms");
+  const here = lines.filter(({ ranks }) => ranks === numDevices), all = here.filter(({ phase }) => phase === "sms");
+  const tokens = Math.max(0, ...all.map((line) => line.tokens)), swept = all.filter((line) => line.tokens === tokens);
   const bySms = (op: string): Point[] =>
     swept.filter((line) => line.op === op && line.numSms <= MOST_SMS).map(({ numSms, linkGBs }) => ({
       x: numSms,
@@ -144,7 +145,7 @@ export function plot(lines: readonly Line[]): string {
     { name: "dispatch FP8", color: GREEN, points: byTokens("ll_dispatch") },
   ];
   const pointsOf = (all: readonly Series[]): Point[] => all.flatMap(({ points }) => points);
-  const links = panel(0, `normal mode, ${sorted(swept.map(({ tokens }) => tokens)).join(", ")} tokens a rank`, [
+  const links = panel(0, `normal mode, ${tokens} tokens a rank`, [
     { label: "multiprocessors a rank", ticks: sorted(pointsOf(carried.slice(3)).map(({ x }) => x)), log: false },
     { label: "GB/s out of a GPU, as many in", ticks: hundreds(pointsOf(carried)), log: false },
   ], carried);
