@@ -22,7 +22,7 @@ export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
     cpu: "820e6ed196baecd81affd441050f73870adff393a14ab87bfa2e482d3cf38448",
-    cuda: "b75421e180d5d4fde437ab4d2aadb7af423e4575296d655f69ed1b3da166124c",
+    cuda: "e6230307b7287c19c446eb0877e1c7e7f3e5cfb904b0f3bb840ccde1fa7576d5",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",

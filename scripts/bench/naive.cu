@@ -1,6 +1,6 @@
 // The naive way of the bench: permute, a memcpy per peer, unpermute, as a list of commands that one call enqueues.
 //
-// In: commands from scripts/bench/gpu/naive.ts, streams and addresses in them; the streams can be of several devices that reach
+// In: commands from scripts/bench/gpu/work.ts, streams and addresses in them; the streams can be of several devices that reach
 // each other's memory. Out: work on those streams, or a graph of it.
 // The list is run here, so that the naive way pays for its launches but not for JavaScript. Beside it are a scatter and a pull
 // without any synchronisation, which are ceilings of calls that move rows by loads and stores, arithmetic that stands for

@@ -6,8 +6,8 @@
  * the other side, and by kernels that load from it. Called by bench.ts. With more than two devices the pairs of a device take turns.
  */
 import { DeviceClock } from "./clock.ts";
-import { LinkCopies } from "./naive.ts";
 import type { NaiveLibrary } from "./naive_library.ts";
+import { LinkCopies } from "./plain_kernels.ts";
 import type { Links, Report } from "./report.ts";
 import type { Stage } from "./stage.ts";
 

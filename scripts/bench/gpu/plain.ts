@@ -7,7 +7,9 @@
  * could push its rows, too, to where their owner sums them: that is timed beside the pull. The kernels run one a
  * rank, without any word between the ranks: some blocks that stay, and a block a token, of which the faster counts.
  */
-import { NaiveCombine, NaiveDispatch, type NaiveWork, PlainPull, PlainPush, PlainScatter } from "./naive.ts";
+import { NaiveCombine, NaiveDispatch } from "./naive.ts";
+import { PlainPull, PlainPush, PlainScatter } from "./plain_kernels.ts";
+import type { NaiveWork } from "./work.ts";
 import { type NewContext, World } from "./main_phase.ts";
 import type { GpuFigure } from "./report.ts";
 import type { Routing } from "./routes.ts";

@@ -10,7 +10,7 @@ import type { LowLatencyResult, Stream, Tensor } from "../../../../mod.ts";
 import type { Lane } from "../../ranks.ts";
 import { runOnce, type Spread } from "../../timing.ts";
 import { within } from "../clock.ts";
-import { StandIn } from "../naive.ts";
+import { StandIn } from "../work.ts";
 import type { Program } from "../naive_library.ts";
 import type { Size } from "./phase.ts";
 import { LowLatencyWorld } from "./world.ts";

@@ -1,0 +1,187 @@
+// The receive half of a low-latency dispatch: waits until everyone's rows are there.
+//
+// In: how many blocks each peer pushes with, which its counts have said. Out: rows that may be read; of a rank that died between its
+// counts and its rows, zeros without a source. Phase ARRIVE, in the kernel of both halves or in one of its own. Workers look for the
+// flags that the peers' blocks raise; the last warp leads, watches over them, and sees to what does not come soon. Graph-safe.
+// Callers: low_latency_dispatch.cuh, launch_low_latency_receive().
+#pragma once
+
+#include "low_latency_count.cuh"
+#include "pushed.cuh"
+
+namespace deepep {
+
+constexpr uint32_t kReceiveWarps = 9;  // of a receive half, the leader's included
+
+// Where a low-latency slot keeps what it received.
+struct ExpertRegions {
+  const LowLatencyScales& scales;
+  uint32_t row_bytes;
+  uint32_t max_rows;  // of an expert
+
+  struct Row {
+    uint8_t* x;
+    uint8_t* scales;
+    int32_t* src_idx;
+  };
+  __device__ Row row(const Regions& regions, uint8_t* slot, uint32_t local_expert, uint32_t row) const {
+    const uint64_t at = uint64_t{local_expert} * max_rows + row;
+    return {slot + regions.recv_x + at * row_bytes,
+            slot + regions.recv_scales + local_expert * scales.expert_stride + row * scales.to_row_stride,
+            reinterpret_cast<int32_t*>(slot + regions.recv_src_idx) + at};
+  }
+};
+
+// What the workers of the leader's block have found of the peers.
+struct Arrivals {
+  uint32_t blocks[DEEPEP_MAX_RANKS];  // that each pushes with
+  uint64_t waited_ns[DEEPEP_MAX_RANKS];
+  uint32_t num_came;  // ranks whose rows are there
+};
+
+// Workers of the leader's block: each warp looks for the rows of some ranks, all of whose blocks tell. They give up when the
+// leader does. All have passed a meeting since the call began.
+__device__ inline void look_for_rows(const CallParams& p, const CallShared& s, Arrivals& arrivals, uint64_t view) {
+  const uint64_t begin_ns = global_time_ns();
+  for (uint32_t src = threadIdx.x / kWarpLanes; src < p.options.num_ranks; src += num_workers() / kWarpLanes) {
+    if (src == p.rank || !in_view(view, src)) continue;
+    const uint64_t* flags = row_flags_at(own_memory(p), p.regions, src);
+    bool stopped = false, waited = false;
+    for (uint32_t block = lane_id(); block < arrivals.blocks[src] && !stopped; block += kWarpLanes) {
+      // Pairs with announce_block() of that block.
+      for (uint32_t looks = 1; load_acquire_sys(flags + block) < s.epoch && !stopped; ++looks) {
+        waited = true;
+        stopped = looks % kLooksBetween == 0 && is_stopped(p, s);
+      }
+    }
+    if (__any_sync(kAllLanes, stopped)) return;
+    waited = __any_sync(kAllLanes, waited);
+    __syncwarp();  // What one lane has acquired, all have.
+    if (lane_id() != 0) continue;
+    if (waited) arrivals.waited_ns[src] += global_time_ns() - begin_ns;
+    reduce_add_release_block(&arrivals.num_came, 1);  // Pairs with comes_soon() of the leader.
+  }
+}
+
+// ---- the leader's warp
+
+// A rank that died between its counts and its rows: the places of its rows become zeros without a source, the others stay where
+// they are, because every rank has computed with them.
+DEEPEP_COLD __device__ inline void forget_expert_rows_of(const CallParams& p, const ExpertRegions& regions, uint32_t src) {
+  const uint32_t lane = threadIdx.x % kWarpLanes;
+  uint8_t* slot = own_memory(p) + slot_offset(p.regions, p.slot);
+  auto* ranges = reinterpret_cast<int64_t*>(slot + p.regions.layout_range);
+  for (uint32_t local = 0; local < p.num_local_experts; ++local) {
+    int64_t& range = ranges[local * p.options.num_ranks + src];
+    const auto begin = static_cast<uint32_t>(range >> 32), count = static_cast<uint32_t>(range);
+    for (uint32_t i = begin; i < begin + count; ++i) {
+      const ExpertRegions::Row row = regions.row(p.regions, slot, local, i);
+      for (uint32_t at = lane * 16; at < regions.row_bytes; at += kWarpLanes * 16) store_stream(row.x + at, {0, 0, 0, 0});
+      for (uint32_t scale = lane; scale < regions.scales.num; scale += kWarpLanes) {
+        for (uint32_t byte = 0; byte < regions.scales.elem_bytes; ++byte) {
+          row.scales[scale * regions.scales.to_elem_stride + byte] = 0;
+        }
+      }
+      if (lane == 0) *row.src_idx = -1;
+    }
+    __syncwarp();
+    if (lane == 0) range = static_cast<int64_t>(begin) << 32;
+  }
+}
+
+// Waits for everyone's rows, as long as it takes. False when the call has failed.
+DEEPEP_COLD __device__ inline bool wait_for_rows(const CallParams& p, CallShared& s, const LowLatencyRouting& routing,
+                                                 const ExpertRegions& regions, int64_t* wait_stats) {
+  Leader leader(p, s);
+  const uint64_t view = routing.header->view;
+  if (p.mask_on_timeout != 0) {
+    leader.wait_stats = wait_stats;
+    for (uint64_t rest = wait_pushed(leader, view); rest != 0; rest &= rest - 1) {
+      forget_expert_rows_of(p, regions, static_cast<uint32_t>(__ffsll(static_cast<long long>(rest)) - 1));
+    }
+    return !leader.failed();
+  }
+  if (!leader.enter(DEEPEP_PHASE_ARRIVE)) return false;
+  leader.begin_waits();
+  const uint64_t epoch = s.epoch;
+  const uint32_t* blocks = routing.header->peer_blocks;
+  // Pairs with announce_block() of each block of that rank.
+  const auto seen = [&](uint32_t src) {
+    uint64_t least = epoch;
+    for (uint32_t block = 0; block < blocks[src]; ++block) {
+      const uint64_t flag = load_acquire_sys(row_flags_at(own_memory(p), p.regions, src) + block);
+      least = flag < least ? flag : least;
+    }
+    return least;
+  };
+  const auto come = [&](uint64_t pending) {
+    return leader.ranks_where([&](uint32_t src) { return in_view(pending, src) && seen(src) >= epoch; });
+  };
+  leader.wait_until(view, {Reason::late_rows, epoch, -1, false}, come, seen, leader.begin_wait());
+  return !leader.failed();
+}
+
+// Waits for the rows that look_for_rows() looks for. False when the call has failed.
+__device__ inline bool receive_rows(const CallParams& p, CallShared& s, const LowLatencyRouting& routing,
+                                    const ExpertRegions& regions, const Arrivals& arrivals, uint64_t view,
+                                    int64_t* wait_stats) {
+  const bool plain = p.mask_on_timeout == 0 && p.inject[DEEPEP_PHASE_ARRIVE].wanted == 0;
+  const auto others = static_cast<uint32_t>(__popcll(view & ~rank_bit(p.rank)));
+  if (plain && comes_soon(&arrivals.num_came, others)) return true;
+  const bool came = wait_for_rows(p, s, routing, regions, wait_stats);
+  if (!came && lane_id() == 0) release_blocks(p, s, kStepGo, false);  // The workers may still look.
+  __syncwarp();
+  while (came && p.mask_on_timeout == 0 && !comes_soon(&arrivals.num_came, others)) {
+  }
+  return came;
+}
+
+// ---- the kernel of the half alone
+
+// Fails a receive half whose send half did not come to its end, or repeats what that has found.
+DEEPEP_COLD __device__ inline bool check_send_half(const CallParams& p, CallShared& s, const LowLatencyHeader& header) {
+  Leader leader(p, s);
+  if (header.failure.code == 0) {
+    Finding finding;
+    finding.expected = static_cast<int64_t>(header.epoch);
+    leader.refuse(DEEPEP_ERROR_ABORTED, Reason::no_send, finding);
+    return false;
+  }
+  leader.refuse(header.failure.code, header.failure.reason, header.failure);
+  return false;
+}
+
+// The receive half of a low-latency dispatch. Not collective; graph-safe. One block, whose last warp leads.
+__global__ void __launch_bounds__(kReceiveWarps* kWarpLanes, 1)
+    low_latency_receive_kernel(const __grid_constant__ LowLatencyReceiveParams params) {
+  __shared__ CallShared s;
+  __shared__ Arrivals arrivals;
+  fetch_params(params);
+  const CallParams& p = params.call;
+  const LowLatencyHeader& header = *params.routing.header;
+  if (threadIdx.x == num_workers()) {
+    read_call(p, s, false, true);
+    s.epoch = header.epoch;
+    arrivals.num_came = 0;
+  }
+  for (uint32_t src = threadIdx.x; src < p.options.num_ranks; src += blockDim.x) {
+    arrivals.blocks[src] = header.peer_blocks[src];
+    arrivals.waited_ns[src] = 0;
+  }
+  const uint64_t view = header.view;
+  const bool is_valid = header.valid != 0;
+  __syncthreads();
+  if (is_worker()) {
+    if (!s.skipped && is_valid && p.mask_on_timeout == 0) look_for_rows(p, s, arrivals, view);
+    return;
+  }
+  auto* wait_stats = reinterpret_cast<int64_t*>(params.wait_stats);
+  if (!s.skipped && (is_valid || check_send_half(p, s, header))) {
+    receive_rows(p, s, params.routing, {params.scales, params.row_bytes, p.regions.low_latency_rows}, arrivals, view,
+                 wait_stats);
+  }
+  if (s.code == 0 && p.mask_on_timeout == 0) keep_waits(p, 0, arrivals.waited_ns, wait_stats);
+  call_end(p, s, {false, true, true});
+}
+
+}  // namespace deepep
