@@ -102,6 +102,7 @@ have_gpu=''
 if [[ -e /dev/nvidia0 ]] || { command -v nvidia-smi && nvidia-smi -L; } >/dev/null 2>&1; then have_gpu=1; fi
 
 num_gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then num_gpus=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c .); fi
 
 # Text as a JSON string.
 json() {
@@ -315,6 +316,8 @@ if wanted native; then
   # A program that ends as soon as its buffers are gone, many times: what a thread of the library still did would show now and then.
   if file=$(program small_world) && [[ -n $file ]]; then
     step 'native small_world, 20 exits' cuda 180 bash -c 'for i in {1..20}; do "$0" --rounds 1 || exit; done' "$file"
+  else
+    skip 'native small_world, 20 exits' cuda 'there is no small_world: no nvcc, and no compiled program was given'
   fi
 fi
 
@@ -336,8 +339,11 @@ flags=(--backend cuda --json "$out/bench.jsonl")
 if wanted bench; then one=1 gpu_script bench 600 scripts/bench.ts "${flags[@]}"; fi
 # With several GPUs a rank on each, besides.
 if wanted bench && ((num_gpus > 1 && num_gpus < 8)); then
-  one=1 gpu_script bench_links 600 scripts/bench.ts "${flags[@]/%bench.jsonl/bench_links.jsonl}" --ranks "$num_gpus" --sweep-ranks 1 \
-    --sweep-sms 4,8,12,16,20,24,32,48 --ll-tokens 1,8,32,128,512 --sweep-tokens 1,2,4,8,16,32,64,256,1024,4096,8192 --limit 200
+  links=("${flags[@]/%bench.jsonl/bench_links.jsonl}" --ranks "$num_gpus" --sweep-ranks 1)
+  if [[ -z $quick ]]; then
+    links+=(--sweep-sms 4,8,12,16,20,24,32,48 --ll-tokens 1,8,32,128,512 --sweep-tokens 1,2,4,8,16,32,64,256,1024,4096,8192 --limit 200)
+  fi
+  one=1 gpu_script bench_links 600 scripts/bench.ts "${links[@]}"
 fi
 if [[ ,$only, == *,bench_low_latency,* ]]; then one=1 gpu_script bench_low_latency 600 scripts/bench.ts "${flags[@]}" --only low_latency; fi
 

@@ -38,7 +38,7 @@ struct SharedMemory::Header {
 
 namespace {
 
-// "deepepN1": N tells the backends apart, which must not import each other's handles, 1 is the layout's version.
+// "deepepN2": N tells the backends apart, which must not import each other's handles, 2 is the layout's version.
 uint64_t magic() { return 0x3200706565706564 + (static_cast<uint64_t>(backend()) << 48); }
 
 constexpr uint64_t kHeaderBytes = 4096;

@@ -46,8 +46,8 @@ class Slots {
   uint32_t free_bits() const;
 
   // Takes slot `wanted`, or with -1 any free one, for the operation enqueued next, which begins after what is enqueued on
-  // `stream` (see stream_before(); 0 = none) and is part of `capture`; its state is empty then. Rejects with NO_FREE_SLOT, naming the holders, or INVALID_ARGUMENT. Given
-  // back by itself when the API call is rejected after it.
+  // `stream` (see stream_before(); 0 = none) and is part of `capture`; its state is empty then. Rejects with NO_FREE_SLOT,
+  // naming the holders, or INVALID_ARGUMENT. Given back by itself when the API call is rejected after it.
   int32_t take(int32_t wanted, uint64_t stream, uint64_t capture = 0);
   // A slot that is held; rejects otherwise.
   Slot& held(int32_t slot);

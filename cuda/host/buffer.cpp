@@ -52,7 +52,12 @@ std::shared_ptr<Buffer> Buffer::create(uint64_t device, deepep_buffer_create_arg
   buffer->tell_sizes(args);
   buffer->allocate(args);
   watchdog_add(buffer);
-  if (args.queue) queue_add_source(args.queue, buffer);
+  try {
+    if (args.queue) queue_add_source(args.queue, buffer);
+  } catch (...) {
+    watchdog_forget(buffer);
+    throw;
+  }
   return buffer;
 }
 
@@ -157,7 +162,7 @@ void Buffer::destroy() {
     events.swap(events_);
     if (capturing) abandon_capture(*std::exchange(capturing, nullptr));
   }
-  watchdog_forget(this);
+  watchdog_forget(shared_from_this());
   for (const uint64_t event : events) retire_if_present(Kind::event, event);
   use_device(device->index);
   cudaError_t failure = cudaSuccess;

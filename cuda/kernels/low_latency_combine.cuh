@@ -509,7 +509,8 @@ struct LowLatencyCombine {
       return leader.ranks_where([&](uint32_t src) { return in_view(pending, src) && seen(src) >= s.call.epoch; });
     };
     const int32_t kind = is_led() ? 1 : -1;
-    const uint64_t came = leader.wait_until(routed, {Reason::late_output, s.call.epoch, kind, false}, come, seen, leader.begin_wait());
+    const uint64_t came = leader.wait_until(routed, {Reason::late_output, s.call.epoch, kind, false}, come, seen,
+                                            leader.begin_wait());
     if (leader.failed() && !is_refused()) return false;
     view = (came | rank_bit(p().rank)) & routed & ~s.call.masked;
     if (leader.lane == 0) p().state->view = view;

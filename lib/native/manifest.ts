@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "820e6ed196baecd81affd441050f73870adff393a14ab87bfa2e482d3cf38448",
-    cuda: "e6230307b7287c19c446eb0877e1c7e7f3e5cfb904b0f3bb840ccde1fa7576d5",
+    cpu: "abcb6eec16a71097c185b87d5f6cf4a3d544826a9e927161cd856d0c239c8d61",
+    cuda: "3c7f56d59df170aeefac006793c65811a05ffac32a827cf7fb83746b9bb3c49d",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -34,7 +34,7 @@ export const manifest: Manifest = {
       bytes: 510384,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "a52c120842a9f850e66a83bac4b731b77f0456fff2f8e97f448932d7f52e29cc",
+      sha256: "53dbb847c2d2a6ee9e112bbdbeaf68a4d7848193f3df01865f2eed1d2a65531d",
       bytes: 2886360,
     },
   },

@@ -115,6 +115,7 @@ export function plot(lines: readonly Line[]): string {
   const [{ gpu, numDevices, hidden, topk, experts }] = lines as [Line];
   const here = lines.filter(({ ranks }) => ranks === numDevices), all = here.filter(({ phase }) => phase === "sms");
   const tokens = Math.max(0, ...all.map((line) => line.tokens)), swept = all.filter((line) => line.tokens === tokens);
+  if (swept.length === 0) throw new Error(`Cannot plot: no figure of phase sms has ${numDevices} ranks, one a GPU`);
   const bySms = (op: string): Point[] =>
     swept.filter((line) => line.op === op && line.numSms <= MOST_SMS).map(({ numSms, linkGBs }) => ({
       x: numSms,
