@@ -17,7 +17,7 @@ const BYTES = 2 ** 28;
 const SMS = [4, 8, 16, 24] as const;
 
 /** The first rank of each device. */
-export function oneOfEach(stage: Stage): number[] {
+function oneOfEach(stage: Stage): number[] {
   const deviceOf = stage.ranks.buffers.map(({ deviceIndex }) => deviceIndex);
   return [...deviceOf.keys()].filter((rank) => deviceOf.indexOf(deviceOf[rank]!) === rank);
 }

@@ -58,29 +58,36 @@ export class PlainScatter extends Work {
   }
 }
 
-/** A ceiling of combines: one kernel a rank that sums rows where they lie, without a word between the ranks. */
-export class PlainPull extends Work {
-  readonly #result: readonly bigint[];
+/** Sums of a rank's tokens, a row each. */
+abstract class PlainSum extends Work {
+  protected readonly result: readonly bigint[];
   readonly #bytes: number;
 
-  /** `y`, `weights`: as of {@linkcode NaiveCombine}. */
-  constructor(work: NaiveWork, y: readonly bigint[], weights?: readonly Tensor[]) {
+  constructor(work: NaiveWork) {
     super(work);
-    const { stage, loaded: { routing }, route } = work, rowBytes = 2 * stage.hidden;
-    this.#bytes = routing.tokens * rowBytes;
-    this.#result = this.lanes.map((_, s) => this.bytes(s, this.#bytes));
-    this.use([this.lanes.map((on, s): Command => {
-      const table = stage.addresses(route, s, [{ base: (rank) => y[rank]!, rowBytes }]);
-      this.owned.push(table);
-      const [a, b, c] = [this.#result[s]!, table.address, weights?.[s]?.address ?? 0n];
-      return { op: "reduce", on, a, b, c, n: routing.tokens, m: rowBytes, k: route.width };
-    })]);
+    const { stage, loaded: { routing } } = work, bytes = this.#bytes = routing.tokens * 2 * stage.hidden;
+    this.result = this.lanes.map((_, s) => this.bytes(s, bytes));
   }
 
   /** Compares every byte with the naive way's. */
   async compare(what: string, verifier: Verifier, naive: NaiveCombine): Promise<void> {
-    const pairs = this.#result.map((a, rank) => ({ rank, a, b: naive.result[rank]!, bytes: this.#bytes }));
+    const pairs = this.result.map((a, rank) => ({ rank, a, b: naive.result[rank]!, bytes: this.#bytes }));
     await compareAll(this, what, verifier, pairs);
+  }
+}
+
+/** A ceiling of combines: one kernel a rank that sums rows where they lie, without a word between the ranks. */
+export class PlainPull extends PlainSum {
+  /** `y`, `weights`: as of {@linkcode NaiveCombine}. */
+  constructor(work: NaiveWork, y: readonly bigint[], weights?: readonly Tensor[]) {
+    super(work);
+    const { stage, loaded: { routing }, route } = work, rowBytes = 2 * stage.hidden;
+    this.use([this.lanes.map((on, s): Command => {
+      const table = stage.addresses(route, s, [{ base: (rank) => y[rank]!, rowBytes }]);
+      this.owned.push(table);
+      const [a, b, c] = [this.result[s]!, table.address, weights?.[s]?.address ?? 0n];
+      return { op: "reduce", on, a, b, c, n: routing.tokens, m: rowBytes, k: route.width };
+    })]);
   }
 }
 
@@ -88,17 +95,12 @@ export class PlainPull extends Work {
  * The other way of a combine between devices: one kernel a rank that pushes rows to where their owner is, and one that sums them
  * there. Rows of the same device are summed where they lie. The ranks meet once, by events.
  */
-export class PlainPush extends Work {
-  readonly #result: readonly bigint[];
-  readonly #bytes: number;
-
+export class PlainPush extends PlainSum {
   /** `y`, `weights`: as of {@linkcode NaiveCombine}. */
   constructor(work: NaiveWork, y: readonly bigint[], weights?: readonly Tensor[]) {
     super(work);
     const { stage, loaded: { routing: { tokens } }, route } = work, { width } = route, rowBytes = 2 * stage.hidden;
     const { buffers } = stage.ranks, deviceOf = buffers.map(({ deviceIndex }) => deviceIndex);
-    this.#bytes = tokens * rowBytes;
-    this.#result = this.lanes.map((_, s) => this.bytes(s, this.#bytes));
     const table = (words: BigInt64Array<ArrayBuffer>, rank: number): bigint => {
       const tensor = buffers[rank]!.tensor("i64", [words.length], words);
       this.owned.push(tensor);
@@ -134,7 +136,7 @@ export class PlainPush extends Work {
       ...this.lanes.map((on, s): Command => ({
         op: "reduce",
         on,
-        a: this.#result[s]!,
+        a: this.result[s]!,
         b: from[s]!,
         c: weights?.[s]?.address ?? 0n,
         n: tokens,
@@ -142,12 +144,6 @@ export class PlainPush extends Work {
         k: width,
       })),
     ]));
-  }
-
-  /** Compares every byte with the naive way's. */
-  async compare(what: string, verifier: Verifier, naive: NaiveCombine): Promise<void> {
-    const pairs = this.#result.map((a, rank) => ({ rank, a, b: naive.result[rank]!, bytes: this.#bytes }));
-    await compareAll(this, what, verifier, pairs);
   }
 }
 
