@@ -43,7 +43,7 @@ export interface StreamFields {
   stream: bigint;
   previous_event: bigint;
   event: bigint;
-  done_id: bigint;
+  done_id: number;
   flags: number;
   timeout_ms: number;
   num_sms: number;
@@ -85,7 +85,7 @@ export class Core implements EventOwner, TensorOwner {
   readonly capabilities: Capabilities;
   readonly #outputs = new Map<number, bigint>();
   readonly #holders = new Map<number, Holder>();
-  readonly #pending = new Map<bigint, Promise<unknown>>();
+  readonly #pending = new Map<number, Promise<unknown>>();
   readonly #streams = new Set<Stream>();
   #closing: Promise<void> | undefined;
   #numCalls = 0;
@@ -211,7 +211,7 @@ export class Core implements EventOwner, TensorOwner {
   }
 
   #mark(stream: Stream): EpEvent {
-    return new EpEvent(this, this.#recorded(stream), "event", 0n);
+    return new EpEvent(this, this.#recorded(stream), "event", 0);
   }
 
   #recorded(stream: Stream): bigint {
@@ -237,7 +237,7 @@ export class Core implements EventOwner, TensorOwner {
       throw new TypeError(`Cannot ${op}: previousEvent is no event`);
     }
     if (!captured) this.device.sweep();
-    const native = this.#event(), id = captured ? 0n : this.device.nextId();
+    const native = this.#event(), id = captured ? 0 : this.device.nextId();
     this.#numCalls++;
     return {
       op,
@@ -255,14 +255,14 @@ export class Core implements EventOwner, TensorOwner {
   }
 
   /** The status of a completion, once it has come; {@linkcode close} waits for it too. Give it to {@linkcode check}. */
-  status(id: bigint): Promise<number> {
+  status(id: number): Promise<number> {
     const done = this.device.completed(id);
     this.#pending.set(id, done);
     return done;
   }
 
   /** Throws the failure of the operation whose completion came with `status`. */
-  check(status: number, id: bigint, op: string): void {
+  check(status: number, id: number, op: string): void {
     this.#pending.delete(id);
     if (status !== 0) throw this.device.failure(this.native, id, op, status);
   }

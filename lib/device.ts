@@ -132,23 +132,23 @@ export class Device {
   }
 
   /** A fresh completion id. */
-  nextId(): bigint {
+  nextId(): number {
     return this.#completions.nextId();
   }
 
   /** Gives up an id whose call was refused. */
-  forget(id: bigint): void {
+  forget(id: number): void {
     this.#completions.forget(id);
   }
 
   /** The status of the completion `id`, once it is queued. */
-  completed(id: bigint): Promise<number> {
+  completed(id: number): Promise<number> {
     return this.#completions.wait(id);
   }
 
   /** The failure that the completion `id` came with, after reading the queue; 0 for none, or none yet. */
-  statusOf(id: bigint): number {
-    if (id === 0n) return 0;
+  statusOf(id: number): number {
+    if (id === 0) return 0;
     this.#completions.poll();
     return this.#completions.statusOf(id);
   }
@@ -159,13 +159,13 @@ export class Device {
   }
 
   /** The failure of the operation whose completion `id` came with `status`, as an error. */
-  failure(buffer: bigint, id: bigint, op: string, status: number): EpError {
+  failure(buffer: bigint, id: number, op: string, status: number): EpError {
     statusStruct.pack({ id });
     const code = this.#symbols.deepep_get_status(buffer, statusStruct.bytes, errorStruct.reset());
     if (code === status) return fromNative(errorStruct.read(), op);
     // Operations that a graph replays have no ids: their record is the latest.
     if (op === "graph") {
-      statusStruct.pack({ id: 0n });
+      statusStruct.pack({ id: 0 });
       const latest = this.#symbols.deepep_get_status(buffer, statusStruct.bytes, errorStruct.reset());
       if (latest === status) return fromNative(errorStruct.read(), op);
     }

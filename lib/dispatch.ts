@@ -235,7 +235,7 @@ function enqueue(core: Core, x: Payload, o: DispatchOptions) {
       (sync || known && !core.captured ? 0 : FLAG.NO_CPU_SYNC[0]),
   );
   const native = cached ?? createHandle(core, fields.num_tokens, fields.num_topk, operation);
-  const counts_id = sync ? core.device.nextId() : 0n;
+  const counts_id = sync ? core.device.nextId() : 0;
   try {
     const own = {
       layout: constants.LAYOUT[layout === "rank" ? "RANK" : "EXPERT"][0],

@@ -41,7 +41,7 @@ export function allocTensor<D extends DType>(core: Core, dtype: D, shape: readon
 }
 
 /** Enqueues a copy between addresses. `id` completes when it is done. */
-export function copy(core: Core, dst: bigint, src: bigint, bytes: number, stream: Stream, id = 0n): void {
+export function copy(core: Core, dst: bigint, src: bigint, bytes: number, stream: Stream, id = 0): void {
   core.open("copy");
   copyStruct.pack({ dst, src, bytes: BigInt(bytes), stream: streamAddress("copy", stream), done_id: id });
   core.call("deepep_copy", copyStruct, "copy");

@@ -58,14 +58,14 @@ export class EpEvent implements PromiseLike<void> {
   readonly address: bigint;
   readonly #owner: EventOwner;
   readonly #op: string;
-  readonly #id: bigint | "captured";
+  readonly #id: number | "captured";
   #settled: Promise<void> | undefined;
 
   /**
    * @ignore Operations and `buffer.record()` make events. `id` is the operation's completion id, 0 for none; an operation
    * that was captured never completes: the replays of its graph do.
    */
-  constructor(owner: EventOwner, address: bigint, op: string, id: bigint | "captured") {
+  constructor(owner: EventOwner, address: bigint, op: string, id: number | "captured") {
     this.#owner = owner;
     this.address = address;
     this.#op = op;
@@ -133,7 +133,7 @@ export class EpEvent implements PromiseLike<void> {
       );
     }
     const id = this.#id || device.nextId();
-    if (this.#id === 0n) {
+    if (this.#id === 0) {
       try {
         eventStruct.pack({ done_id: id });
         device.call("deepep_event_notify", this.address, eventStruct, "event");

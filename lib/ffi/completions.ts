@@ -61,11 +61,11 @@ export class Completions implements AsyncDisposable {
   readonly #out: Uint8Array<ArrayBuffer> = new Uint8Array(new ArrayBuffer(CAPACITY * ENTRY_BYTES));
   readonly #view: DataView = new DataView(this.#out.buffer);
   /** Ids handed out whose completion has not come. */
-  readonly #inFlight = new Set<bigint>();
-  readonly #waiting = new Map<bigint, PromiseWithResolvers<number>>();
+  readonly #inFlight = new Set<number>();
+  readonly #waiting = new Map<number, PromiseWithResolvers<number>>();
   /** Statuses other than OK, for those who wait later. */
-  readonly #failures = new Map<bigint, number>();
-  #lastId = 0n;
+  readonly #failures = new Map<number, number>();
+  #lastId = 0;
   #scheduled = false;
   #timer: ReturnType<typeof setTimeout> | undefined;
   #closed = false;
@@ -84,8 +84,11 @@ export class Completions implements AsyncDisposable {
     return this.#inFlight.size;
   }
 
-  /** A fresh id for `done_id` or `counts_id`. If the call that was to have it fails, {@linkcode forget} it. */
-  nextId(): bigint {
+  /**
+   * A fresh id for `done_id` or `counts_id`, from 1. If the call that was to have it fails, {@linkcode forget} it. A number,
+   * since sets and maps of bigints are slow; at a million a second they last for 285 years.
+   */
+  nextId(): number {
     this.#inFlight.add(++this.#lastId);
     return this.#lastId;
   }
@@ -96,8 +99,8 @@ export class Completions implements AsyncDisposable {
    *
    * @throws {RangeError} if `id` did not come from `nextId`, since it would never complete
    */
-  wait(id: bigint): Promise<number> {
-    if (id <= 0n || id > this.#lastId) {
+  wait(id: number): Promise<number> {
+    if (!(id > 0 && id <= this.#lastId)) {
       throw new RangeError(`Cannot wait for completion ${id}: it was never handed out`);
     }
     if (!this.#inFlight.has(id)) return Promise.resolve(this.#failures.get(id) ?? OK);
@@ -110,12 +113,12 @@ export class Completions implements AsyncDisposable {
   }
 
   /** The status of an id that has completed, as far as the queue was read; OK when it has not. Does not wait. */
-  statusOf(id: bigint): number {
+  statusOf(id: number): number {
     return this.#failures.get(id) ?? OK;
   }
 
   /** Drops an id whose call failed, and tells who waits for it CLOSED. */
-  forget(id: bigint): void {
+  forget(id: number): void {
     this.#finish(id, CLOSED);
     this.#failures.delete(id);
   }
@@ -128,7 +131,8 @@ export class Completions implements AsyncDisposable {
       taken = this.#source.drain(this.#out, CAPACITY);
       for (let i = 0; i < taken; i++) {
         const at = i * ENTRY_BYTES;
-        this.#finish(this.#view.getBigUint64(at, true), this.#view.getInt32(at + 8, true));
+        const id = this.#view.getUint32(at, true) + this.#view.getUint32(at + 4, true) * 0x1_0000_0000;
+        this.#finish(id, this.#view.getInt32(at + 8, true));
       }
       if (taken > 0) this.#freshAt = performance.now();
     }
@@ -173,7 +177,7 @@ export class Completions implements AsyncDisposable {
     }
   };
 
-  #finish(id: bigint, status: number): void {
+  #finish(id: number, status: number): void {
     this.#inFlight.delete(id);
     if (status !== OK) {
       this.#failures.set(id, status);

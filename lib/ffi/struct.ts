@@ -152,9 +152,10 @@ function codec64(view: DataView, at: number, field: string, type: "i64" | "u64")
   const signed = type === "i64";
   const low = signed ? -(1n << 63n) : 0n;
   const high = signed ? (1n << 63n) - 1n : (1n << 64n) - 1n;
+  const least = Number(low);
   const setNumber = (value: unknown): void => {
     if (typeof value !== "number") throw wrongType(field, value, "a bigint");
-    if (!Number.isSafeInteger(value) || value < Number(low)) throw outOfRange(field, value, low, high);
+    if (!Number.isSafeInteger(value) || value < least) throw outOfRange(field, value, low, high);
     view.setUint32(at, value, true); // modulo 2^32
     view.setInt32(at + 4, Math.floor(value / 0x1_0000_0000), true);
   };
@@ -234,16 +235,22 @@ export function struct<N extends StructName>(name: N): StructCodec<N> {
     if (!found) throw new TypeError(`Cannot pack ${name}: it has no field ${field}`);
     return found;
   };
+  // A struct is mostly packed with the same fields in the same order: to compare names costs less than to look them up.
+  const order: { readonly field: string; readonly set: Setter }[] = [];
   const outputs = layout.fields.filter((f) => f.direction === "out").map((f) => [f.name, codec(f.name).get] as const);
   const self: StructCodec<N> = {
     name,
     bytes,
     pack(...values: readonly StructInput<N>[]) {
       self.reset();
+      let nth = 0;
       for (const part of values as readonly Record<string, unknown>[]) {
         for (const field in part) {
+          let place = order[nth];
+          if (place?.field !== field) place = order[nth] = { field, set: codec(field).set };
+          nth++;
           const value = part[field];
-          if (value !== undefined) codec(field).set(value);
+          if (value !== undefined && value !== 0 && value !== 0n) place.set(value); // 0 is there
         }
       }
       return self;
