@@ -4,8 +4,9 @@
 
 #include "registry.hpp"
 
-#include <unistd.h>
+#include <pthread.h>
 
+#include <atomic>
 #include <mutex>
 #include <utility>
 #include <vector>
@@ -23,7 +24,7 @@ constexpr uint64_t kIndexMask = (uint64_t{1} << kIndexBits) - 1;
 struct Entry {
   uint32_t kind = 0;        // 0 = free
   uint32_t generation = 0;  // of the present or the last object
-  pid_t process = 0;        // that made the object, and has its threads
+  uint32_t process = 0;     // num_forks() of the process that made the object, and has its threads
   std::shared_ptr<void> object;
 };
 
@@ -36,6 +37,15 @@ struct Table {
 Table& table() {
   static Table* const leaked = new Table;
   return *leaked;
+}
+
+// How often this process and its ancestors have forked since the first object was made: what tells a process from its parent
+// without a system call each time.
+std::atomic<uint32_t> forks{0};
+
+uint32_t num_forks() {
+  static const int counts = pthread_atfork(nullptr, nullptr, [] { forks.fetch_add(1, std::memory_order_relaxed); });
+  return counts == 0 ? forks.load(std::memory_order_relaxed) : 0;
 }
 
 uint64_t make_id(Kind kind, uint32_t generation, uint64_t index) {
@@ -57,7 +67,7 @@ Found look_up(Table& all, Kind kind, uint64_t id, Entry** entry) {
   if (generation < (*entry)->generation || (*entry)->kind == 0) return Found::destroyed;
   if ((*entry)->kind != found_kind) return Found::never_existed;
   // A fork copies the table, but no thread: work enqueued there would never run, and a destroy would wait for it.
-  return (*entry)->process == getpid() ? Found::yes : Found::other_process;
+  return (*entry)->process == num_forks() ? Found::yes : Found::other_process;
 }
 
 [[noreturn]] void reject_id(Found found, Kind kind, uint64_t id, const char* name) {
@@ -110,7 +120,7 @@ uint64_t publish(Kind kind, std::shared_ptr<void> object) {
   Entry& entry = all.entries[index];
   entry.kind = static_cast<uint32_t>(kind);
   entry.generation += 1;
-  entry.process = getpid();
+  entry.process = num_forks();
   entry.object = std::move(object);
   return make_id(kind, entry.generation, index);
 }

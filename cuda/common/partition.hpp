@@ -16,19 +16,44 @@ struct ExpertRange {
   uint32_t count = 0;  // 0 when there are fewer experts than ranks
 };
 
-// The experts of a rank.
-DEEPEP_HOST_DEVICE constexpr ExpertRange local_experts(uint32_t num_experts, uint32_t num_ranks, uint32_t rank) {
-  const uint32_t base = num_experts / num_ranks;
-  const uint32_t extra = num_experts % num_ranks;
-  return {rank * base + (rank < extra ? rank : extra), base + (rank < extra ? 1u : 0u)};
-}
+// How experts are dealt out to ranks. To make one takes divisions, to ask it none: on a GPU a division is some twenty
+// instructions, which a kernel of a few microseconds has to fetch.
+struct Partition {
+  uint32_t base = 0;       // experts of a rank, if not one more
+  uint32_t extra = 0;      // ranks that own one more
+  uint32_t in_larger = 0;  // experts of those
+  uint32_t larger_inverse = 0, base_inverse = 0;
 
-// The rank that owns an expert, which must be less than num_experts.
+  DEEPEP_HOST_DEVICE static constexpr Partition of(uint32_t num_experts, uint32_t num_ranks) {
+    const uint32_t base = num_experts / num_ranks, extra = num_experts % num_ranks;
+    return {base, extra, extra * (base + 1), inverse(base + 1), base != 0 ? inverse(base) : 0};
+  }
+
+  // The experts of a rank.
+  DEEPEP_HOST_DEVICE constexpr ExpertRange experts(uint32_t rank) const {
+    return {rank * base + (rank < extra ? rank : extra), base + (rank < extra ? 1u : 0u)};
+  }
+  // The rank that owns an expert, which must be less than num_experts.
+  DEEPEP_HOST_DEVICE constexpr uint32_t rank(uint32_t expert) const {
+    return expert < in_larger ? quotient(expert, larger_inverse) : extra + quotient(expert - in_larger, base_inverse);
+  }
+
+ private:
+  // n / d = n * inverse(d) / 2^24, rounded down, for n and d up to 4096: what the inverse is too large by is less than d / 2^24,
+  // which n times is less than the 1 / d that n / d is short of a whole number at least.
+  static constexpr uint32_t kBits = 24;
+  DEEPEP_HOST_DEVICE static constexpr uint32_t inverse(uint32_t d) { return ((1u << kBits) + d - 1) / d; }
+  DEEPEP_HOST_DEVICE static constexpr uint32_t quotient(uint32_t n, uint32_t inverse) {
+    return static_cast<uint32_t>(uint64_t{n} * inverse >> kBits);
+  }
+};
+
+// The same where nobody has made one.
+DEEPEP_HOST_DEVICE constexpr ExpertRange local_experts(uint32_t num_experts, uint32_t num_ranks, uint32_t rank) {
+  return Partition::of(num_experts, num_ranks).experts(rank);
+}
 DEEPEP_HOST_DEVICE constexpr uint32_t expert_rank(uint32_t expert, uint32_t num_experts, uint32_t num_ranks) {
-  const uint32_t base = num_experts / num_ranks;
-  const uint32_t extra = num_experts % num_ranks;
-  const uint32_t in_larger = extra * (base + 1);  // experts of the ranks that own one more
-  return expert < in_larger ? expert / (base + 1) : extra + (expert - in_larger) / base;
+  return Partition::of(num_experts, num_ranks).rank(expert);
 }
 
 }  // namespace deepep

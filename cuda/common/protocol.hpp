@@ -42,6 +42,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../abi/deepep.h"
 #include "regions.hpp"
 
 namespace deepep {
@@ -88,19 +89,67 @@ constexpr const char* kAgreedNames[kNumAgreed] = {
 };
 constexpr uint32_t kNoOpinion = 2;
 
-// A message: this header, then for a dispatch u32 tokens_per_rank [num_ranks] and u32 entries_per_expert [num_experts].
+
+// A word that names its call: epoch << 32 | value. It needs no other word to be believed, and may be stored in any order.
+DEEPEP_HOST_DEVICE constexpr uint64_t count_word(uint64_t epoch, uint32_t value) { return epoch << 32 | value; }
+DEEPEP_HOST_DEVICE constexpr bool is_count_of(uint64_t word, uint64_t epoch) {
+  return static_cast<uint32_t>(word >> 32) == static_cast<uint32_t>(epoch);
+}
+
+// A message: this header, then for a dispatch u32 tokens_per_rank [num_ranks] and u32 entries_per_expert [num_experts]. The
+// words of the header are count words. The first two are all that a call needs which goes well: whoever has seen them has the
+// counts. The values are for those who find that they differ: on a GPU, where each store counts, ranks send them only then, when
+// all of them have found it.
+enum MessageWord : uint32_t {
+  kMessageHash,    // agreed_hash() of what all ranks must say alike
+  kMessageSender,  // sender_word()
+  kMessageAgreed,  // the first of kNumAgreed
+  kNumMessageWords = (kMessageAgreed + kNumAgreed + 1) / 2 * 2,
+};
 struct MessageHeader {
-  uint64_t epoch;  // stored last, with release: what follows is complete once it is seen
-  alignas(16) uint32_t agreed[kNumAgreed];
-  uint32_t slot;        // of the sender, used in this call
-  uint32_t num_tokens;  // of the sender
-  int32_t code;         // DEEPEP_ERROR_*: the sender cannot make this call; 0 = all is well
+  uint64_t epoch;  // of the CPU backend: stored last, with release
+  alignas(16) uint64_t words[kNumMessageWords];
 };
 static_assert(sizeof(MessageHeader) <= kMessageHeaderBytes);
-// The words after the epoch, for those who write and read them side by side.
-enum MessageWord : uint32_t { kMessageSlot = kNumAgreed, kMessageNumTokens, kMessageCode, kNumMessageWords };
-static_assert(offsetof(MessageHeader, slot) == offsetof(MessageHeader, agreed) + 4 * kMessageSlot &&
-              offsetof(MessageHeader, code) == offsetof(MessageHeader, agreed) + 4 * kMessageCode);
+
+// What a message says that need not be the same on all ranks.
+struct Sender {
+  uint32_t slot;          // of the sender, used in this call
+  int32_t op;             // DEEPEP_OP_*
+  uint32_t topk_weights;  // its value for kAgreedTopkWeights, which no hash can have
+  int32_t code;           // DEEPEP_ERROR_*: the sender cannot make this call; 0 = all is well
+};
+static_assert(DEEPEP_OP_EXPERT_OUTPUT < 16 && kMaxSlots < 256);
+DEEPEP_HOST_DEVICE constexpr uint32_t sender_word(const Sender& sender) {
+  return sender.slot << 24 | static_cast<uint32_t>(sender.op) << 20 | sender.topk_weights << 16 |
+         (static_cast<uint32_t>(sender.code) & 0xffff);
+}
+DEEPEP_HOST_DEVICE constexpr Sender sender_from_word(uint32_t word) {
+  return {word >> 24, static_cast<int32_t>(word >> 20 & 15), word >> 16 & 15, static_cast<int32_t>(word & 0xffff)};
+}
+
+// A sum, so that a value which only the device knows can be added to it; a value of 0 adds nothing.
+DEEPEP_HOST_DEVICE constexpr uint32_t agreed_term(uint32_t nth, uint32_t value) {
+  uint32_t mixed = value * 0x9e3779b1u;
+  mixed = (mixed ^ mixed >> 15) * 0x85ebca77u;
+  return (mixed ^ mixed >> 13) * (2 * nth + 0x27d4eb2fu);
+}
+DEEPEP_HOST_DEVICE constexpr uint32_t agreed_hash(const uint32_t* agreed) {
+  uint32_t hash = 0;
+  for (uint32_t nth = 0; nth < kNumAgreed; ++nth) hash += nth == kAgreedTopkWeights ? 0 : agreed_term(nth, agreed[nth]);
+  return hash;
+}
+// Whether two ranks say alike the nth value that all must say alike.
+DEEPEP_HOST_DEVICE constexpr bool agree_on(uint32_t nth, uint32_t ours, uint32_t theirs) {
+  return ours == theirs || (nth == kAgreedTopkWeights && (ours == kNoOpinion || theirs == kNoOpinion));
+}
+// What a message says of them, and of its sender.
+DEEPEP_HOST_DEVICE inline uint32_t agreed_value(const MessageHeader& message, uint32_t nth) {
+  return static_cast<uint32_t>(message.words[kMessageAgreed + nth]);
+}
+DEEPEP_HOST_DEVICE inline Sender sender_of(const MessageHeader& message) {
+  return sender_from_word(static_cast<uint32_t>(message.words[kMessageSender]));
+}
 
 // The ranks whose messages a rank has, under MASK_ON_TIMEOUT.
 struct View {
@@ -110,8 +159,8 @@ struct View {
 static_assert(sizeof(View) <= kLineBytes);
 
 // Count words: what a low-latency dispatch says beside its message when all blocks of a GPU work out the places of their rows
-// by themselves. u64 [num_experts] entries for each expert, then the infos; each is epoch << 32 | value, so that it needs no
-// other word to be believed, and nobody waits for a leader. They lie in a ring like the messages, and for the same reason.
+// by themselves. u64 [num_experts] entries for each expert, then the infos: nobody waits for a leader. They lie in a ring like
+// the messages, and for the same reason.
 enum CountInfo : uint32_t {
   kInfoAgreed,  // agreed_hash() of what all ranks must say alike: the message says which value differs
   kInfoSender,  // count_sender()
@@ -126,15 +175,6 @@ DEEPEP_HOST_DEVICE constexpr uint32_t count_sender_word(const CountSender& sende
 }
 DEEPEP_HOST_DEVICE constexpr CountSender count_sender_from_word(uint32_t word) {
   return {word >> 24, word >> 8 & 0xffff, (word & 1) != 0};
-}
-DEEPEP_HOST_DEVICE constexpr uint64_t count_word(uint64_t epoch, uint32_t value) { return epoch << 32 | value; }
-DEEPEP_HOST_DEVICE constexpr bool is_count_of(uint64_t word, uint64_t epoch) {
-  return static_cast<uint32_t>(word >> 32) == static_cast<uint32_t>(epoch);
-}
-DEEPEP_HOST_DEVICE constexpr uint32_t agreed_hash(const uint32_t (&agreed)[kNumAgreed]) {
-  uint32_t hash = 2166136261u;
-  for (uint32_t i = 0; i < kNumAgreed; ++i) hash = (hash ^ agreed[i]) * 16777619u;
-  return hash;
 }
 
 // Announcement of a low-latency combine, for one slot of the reader. What it says names its epoch as well, a count word: then

@@ -147,7 +147,6 @@ Draft CombineRun::draft() const {
   draft.agreed[kAgreedTopkWeights] = expert_weights_ != nullptr ? 1 : has_rows ? 0 : kNoOpinion;
   draft.agreed[kAgreedRouting] = static_cast<uint32_t>(routing_.epoch);
   draft.slot = job_.slot;
-  draft.num_tokens = job_.plan.num_tokens;
   return draft;
 }
 
@@ -170,7 +169,7 @@ void CombineRun::find_sources() {
   sources_.resize(options_.num_ranks);
   for (uint32_t rank = 0; rank < options_.num_ranks; ++rank) {
     if (!in_view(exchange_.view, rank) || !in_view(routing_.view, rank)) continue;
-    const uint8_t* slot = buffer_.symmetric(rank) + slot_offset(regions, exchange_.from[rank]->slot);
+    const uint8_t* slot = buffer_.symmetric(rank) + slot_offset(regions, exchange_.sender(rank).slot);
     sources_[rank] = {slot + regions.expert_output, row_bytes_, reinterpret_cast<const float*>(slot + regions.expert_weights)};
   }
   Source& own = sources_[buffer_.rank];
@@ -228,7 +227,7 @@ void CombineRun::reduce() {
   for (uint32_t token = 0; token < job_.plan.num_tokens; ++token) reduce_token(token, owners, bases);
   if (is_overtaken(op_)) return;
   for (uint32_t rank = 0; rank < options_.num_ranks; ++rank) {
-    if (in_view(exchange_.view, rank)) end_reading(op_, rank, exchange_.from[rank]->slot);
+    if (in_view(exchange_.view, rank)) end_reading(op_, rank, exchange_.sender(rank).slot);
   }
   buffer_.counters.rows_pulled += rows_pulled_;
 }

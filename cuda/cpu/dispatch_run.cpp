@@ -140,7 +140,6 @@ Draft DispatchRun::draft(const Counts& counts) const {
   draft.agreed[kAgreedRouting] = job_.cached ? static_cast<uint32_t>(routing_.epoch) : 0;
   draft.slot = job_.slot;
   draft.pushes = true;
-  draft.num_tokens = plan_.num_tokens;
   if (!job_.cached && op_.failure.code == 0) {
     draft.tokens_per_rank = counts.tokens.data();
     draft.entries_per_expert = counts.entries.data();

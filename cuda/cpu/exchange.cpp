@@ -9,40 +9,39 @@ namespace deepep {
 namespace {
 
 // The first value in which a peer differs, kNumAgreed when there is none.
-uint32_t first_difference(const uint32_t* ours, const uint32_t* theirs) {
+uint32_t first_difference(const MessageHeader& ours, const MessageHeader& theirs) {
   for (uint32_t i = 0; i < kNumAgreed; ++i) {
-    if (ours[i] == theirs[i]) continue;
-    if (i == kAgreedTopkWeights && (ours[i] == kNoOpinion || theirs[i] == kNoOpinion)) continue;
-    return i;
+    if (!agree_on(i, agreed_value(ours, i), agreed_value(theirs, i))) return i;
   }
   return kNumAgreed;
 }
 
 // What every rank finds alike in the messages: a refusal, or a disagreement.
 bool check_messages(Operation& op, const Exchange& exchanged) {
-  const uint32_t* ours = exchanged.from[op.buffer.rank]->agreed;  // as this rank published them
+  const MessageHeader& ours = *exchanged.from[op.buffer.rank];  // as this rank has published it
   const uint32_t num_ranks = op.buffer.options.num_ranks;
   for (uint32_t peer = 0; peer < num_ranks; ++peer) {
-    if (peer == op.buffer.rank || exchanged.from[peer] == nullptr || exchanged.from[peer]->code == 0) continue;
-    fail_refused(op, peer, exchanged.from[peer]->code);
+    if (peer == op.buffer.rank || exchanged.from[peer] == nullptr || exchanged.sender(peer).code == 0) continue;
+    fail_refused(op, peer, exchanged.sender(peer).code);
     return false;
   }
   for (uint32_t peer = 0; peer < num_ranks; ++peer) {
     if (peer == op.buffer.rank || exchanged.from[peer] == nullptr) continue;
     const MessageHeader& message = *exchanged.from[peer];
     const uint64_t epoch = load_acquire(&message.epoch);
-    const uint32_t i = first_difference(ours, message.agreed);
+    const uint32_t i = first_difference(ours, message);
     if (epoch == op.epoch && i == kNumAgreed) continue;
+    const uint32_t theirs = agreed_value(message, i);
     if (epoch == op.epoch && i == kAgreedOp) {
-      fail_elsewhere(op, peer, static_cast<int32_t>(message.agreed[i]));
+      fail_elsewhere(op, peer, static_cast<int32_t>(theirs));
     } else if (epoch == op.epoch) {
       op.fail({.code = DEEPEP_ERROR_MISMATCH,
                .peer = static_cast<int32_t>(peer),
                .reason = Reason::disagreement,
                .agreed = 1,
                .a = static_cast<int32_t>(i),
-               .expected = ours[i],
-               .seen = message.agreed[i]});
+               .expected = agreed_value(ours, i),
+               .seen = theirs});
     } else {
       op.fail({.code = DEEPEP_ERROR_MISMATCH,
                .peer = static_cast<int32_t>(peer),
@@ -100,11 +99,12 @@ bool agree_on_view(Operation& op, PeerWait wait, Exchange& exchanged) {
 void publish(Operation& op, const Draft& draft, uint32_t to) {
   Buffer& buffer = op.buffer;
   MessageHeader* message = message_at(buffer.symmetric(to), buffer.regions, buffer.rank, op.epoch);
-  std::memcpy(message->agreed, draft.agreed.data(), sizeof message->agreed);
-  message->agreed[kAgreedMaskOnTimeout] = buffer.mask_on_timeout ? 1 : 0;
-  message->slot = draft.slot;
-  message->num_tokens = draft.num_tokens;
-  message->code = op.failure.code;
+  std::array<uint32_t, kNumAgreed> agreed = draft.agreed;
+  agreed[kAgreedMaskOnTimeout] = buffer.mask_on_timeout ? 1 : 0;
+  const auto say = [&](uint32_t word, uint32_t value) { message->words[word] = count_word(op.epoch, value); };
+  say(kMessageHash, agreed_hash(agreed.data()));
+  say(kMessageSender, sender_word({draft.slot, op.op, agreed[kAgreedTopkWeights], op.failure.code}));
+  for (uint32_t i = 0; i < kNumAgreed; ++i) say(kMessageAgreed + i, agreed[i]);
   if (draft.tokens_per_rank != nullptr) {
     uint32_t* counts = message_counts(message);
     std::memcpy(counts, draft.tokens_per_rank, buffer.options.num_ranks * sizeof(uint32_t));

@@ -18,7 +18,6 @@ namespace deepep {
 struct Draft {
   std::array<uint32_t, kNumAgreed> agreed{};
   uint32_t slot = 0;
-  uint32_t num_tokens = 0;
   const uint32_t* tokens_per_rank = nullptr;      // [num_ranks], nullptr = a call without counts
   const uint32_t* entries_per_expert = nullptr;   // [num_experts]
   bool pushes = false;                            // rows will be pushed: all must count in the same ranks
@@ -28,6 +27,8 @@ struct Draft {
 struct Exchange {
   uint64_t view = 0;                                   // ranks that take part, this one included
   std::array<MessageHeader*, DEEPEP_MAX_RANKS> from{};  // by rank, nullptr outside the view; valid during the call
+
+  Sender sender(uint32_t rank) const { return sender_of(*from[rank]); }
 };
 
 // Publishes the draft to one rank, with op.failure's code. Does not ring.

@@ -86,7 +86,6 @@ Draft LowLatencySend::draft(const Counts& counts) const {
   draft.agreed[kAgreedFlags] = args_.flags & kAgreedFlagBits;
   draft.slot = job_.slot;
   draft.pushes = true;
-  draft.num_tokens = state_.plan.num_tokens;
   if (op_.failure.code == 0) {
     draft.tokens_per_rank = counts.tokens.data();
     draft.entries_per_expert = counts.entries.data();

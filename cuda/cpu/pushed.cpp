@@ -11,7 +11,7 @@ namespace deepep {
 PeerSlots slots_of(const Exchange& exchanged) {
   PeerSlots slots{};
   for (uint32_t rank = 0; rank < slots.size(); ++rank) {
-    if (exchanged.from[rank] != nullptr) slots[rank] = exchanged.from[rank]->slot;
+    if (exchanged.from[rank] != nullptr) slots[rank] = exchanged.sender(rank).slot;
   }
   return slots;
 }

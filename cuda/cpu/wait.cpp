@@ -203,10 +203,10 @@ Arrival PeerWait::sleep_until(uint32_t peer, const uint64_t* word, uint64_t at_l
 bool PeerWait::is_elsewhere(uint32_t peer, const MessageHeader* message) {
   // Pairs with the release in publish() of the peer.
   if (message == nullptr || load_acquire(&message->epoch) != op_.epoch) return false;
-  const auto theirs = static_cast<int32_t>(message->agreed[kAgreedOp]);
-  if (theirs == op_.op && message->code == 0) return false;
-  if (message->code != 0) fail_refused(op_, peer, message->code);
-  else fail_elsewhere(op_, peer, theirs);
+  const Sender theirs = sender_of(*message);
+  if (theirs.op == op_.op && theirs.code == 0) return false;
+  if (theirs.code != 0) fail_refused(op_, peer, theirs.code);
+  else fail_elsewhere(op_, peer, theirs.op);
   return true;
 }
 

@@ -144,6 +144,7 @@ void Buffer::fill_call() {
   for (uint32_t r = 0; r < options.num_ranks; ++r) call_.symmetric[r] = peers_->symmetric(r);
   call_.regions = regions;
   call_.options = options;
+  call_.partition = Partition::of(options.num_experts, options.num_ranks);
   call_.rank = rank;
   call_.first_expert = first_expert;
   call_.num_local_experts = num_local_experts;

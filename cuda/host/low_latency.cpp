@@ -109,8 +109,6 @@ uint64_t enqueue_dispatch(Buffer& buffer, const deepep_low_latency_dispatch_args
                                                           .row_bytes = slot->layout.row_bytes,
                                                           .receives = slot->received ? 1u : 0u,
                                                           .plan = plan,
-                                                          .agreed = {},
-                                                          .agreed_hash = 0,
                                                           .blocks_a_token = 0,
                                                           .piece_units = 0,
                                                           .row_pieces = 0};

@@ -9,6 +9,7 @@
 
 #include "../abi/deepep.h"
 #include "../common/finding.hpp"
+#include "../common/partition.hpp"
 #include "../common/plan.hpp"
 #include "../common/protocol.hpp"
 #include "../common/regions.hpp"
@@ -86,6 +87,7 @@ struct CallParams {
   uint8_t* symmetric[DEEPEP_MAX_RANKS];  // by rank
   Regions regions;
   Options options;
+  Partition partition;
   uint32_t rank;
   uint32_t first_expert;
   uint32_t num_local_experts;
@@ -96,6 +98,9 @@ struct CallParams {
   uint64_t timeout_ns;  // of each wait
   uint64_t lost;        // HostState::lost when the call was enqueued
   Injection inject[kNumPhases];
+  // What all ranks must say alike, as far as the host knows it, with agreed_hash() of that.
+  uint32_t agreed[kNumAgreed];
+  uint32_t agreed_hash;
 };
 
 // A row that a token becomes: the index-th of this rank's rows for the key (handle.hpp of the CPU backend has the same).
@@ -170,8 +175,6 @@ struct LowLatencyDispatchParams {
   uint32_t receives;   // 1 = both halves
   Plan plan;
   // Filled in by launch_low_latency_dispatch().
-  uint32_t agreed[kNumAgreed];  // what this rank says
-  uint32_t agreed_hash;
   uint32_t blocks_a_token;  // that share the tokens which they have in common
   uint32_t piece_units;     // of a row that a warp moves at once
   uint32_t row_pieces;      // a row

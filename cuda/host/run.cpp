@@ -98,6 +98,10 @@ CallParams Buffer::call_params(const StreamFields& fields, const Enqueued& what,
   call.op = what.op;
   call.seq = capture == 0 ? seq_ + 1 : 0;
   call.lost = std::atomic_ref<uint64_t>(host_->lost).load(std::memory_order_relaxed);
+  // A launch that has more to agree on says more.
+  call.agreed[kAgreedOp] = static_cast<uint32_t>(what.op);
+  call.agreed[kAgreedMaskOnTimeout] = call.mask_on_timeout;
+  call.agreed_hash = agreed_hash(call.agreed);
   call.timeout_ns = fields.timeout_ms ? uint64_t{fields.timeout_ms} * 1'000'000 : timeout_ns;
   for (int32_t phase = DEEPEP_PHASE_NOTIFY; phase <= DEEPEP_PHASE_REDUCE; ++phase) {
     deepep_inject_args injection;

@@ -43,7 +43,10 @@ struct CallShared {
   uint32_t skipped;      // the buffer needs a recovery
   uint32_t extended;     // leader: the deadline was drawn out
   uint32_t go;
-  alignas(16) uint32_t said[kNumMessageWords];  // leader: this rank's message
+  // Leader: what this rank says of what all must say alike, where the host does not know it, with agreed_hash() of all.
+  uint32_t said_topk_weights;
+  uint32_t said_routing;
+  uint32_t said_hash;
 };
 
 __device__ inline bool is_leader() { return blockIdx.x == 0; }
@@ -76,6 +79,15 @@ __device__ inline void read_call(const CallParams& p, CallShared& s, bool collec
   s.skipped = needs_peers && state.failed != 0;
   s.extended = 0;
   s.go = 0;
+  s.said_topk_weights = p.agreed[kAgreedTopkWeights];
+  s.said_routing = 0;
+  s.said_hash = p.agreed_hash;
+}
+
+// One thread of the leader's block, before the message is published: the epoch of the dispatch that made the handle.
+__device__ inline void say_routing(CallShared& s, uint64_t epoch) {
+  s.said_routing = static_cast<uint32_t>(epoch);
+  s.said_hash += agreed_term(kAgreedRouting, s.said_routing);
 }
 
 // The first thing in a kernel, by all threads.

@@ -20,18 +20,26 @@ struct Source {
 
 struct CombineShared {
   CallShared call;
+  RoutingHeader known;     // the handle's
+  uint64_t combine_epoch;  // leader: as the call began, of the last combine that used the slot's region
+  uint64_t pulled;         // leader: rows that this rank has pulled
   Source sources[DEEPEP_MAX_RANKS];
 };
 
-// Leader's first warp: waits until no rank reads the expert-output region of this rank's slot any more.
-__device__ inline void wait_for_readers(Leader& leader, uint32_t slot, int32_t kind) {
-  // One look for all lanes: the leader writes it soon after this, and a lane that looked late would wait alone.
-  const uint64_t epoch = __shfl_sync(kAllLanes, leader.p.state->combine_epoch[slot], 0);
+// Leader's first warp: waits until no rank reads the expert-output region of this rank's slot any more. `epoch` is that of the
+// last combine which used it.
+__device__ inline void wait_for_readers(Leader& leader, uint32_t slot, uint64_t epoch, int32_t kind) {
   // Readers of a combine before the last recovery have gone with it.
   if (epoch <= leader.s.base_epoch) return;
   // Pairs with end_reading() of the peers, or with the announcement of one that gave up and reads no more.
   leader.wait_for(all_ranks(leader.p), {Reason::late_reader, epoch, kind, true},
                   [&](uint32_t peer) { return slot_word_at(own_memory(leader.p), leader.p.regions.pulled, peer, slot); });
+}
+
+// The same where nobody knows the epoch yet. One look for all lanes: the leader writes it soon after this, and a lane that looked
+// late would wait alone.
+__device__ inline void wait_for_readers(Leader& leader, uint32_t slot, int32_t kind) {
+  wait_for_readers(leader, slot, __shfl_sync(kAllLanes, leader.p.state->combine_epoch[slot], 0), kind);
 }
 
 // This rank has read all it wants of a combine: tells `rank`.
@@ -70,25 +78,32 @@ struct Combine {
 
   // ---- PUBLISH
 
-  // One thread: what all ranks must say alike. After state->num_rows, where that matters.
+  // A thread of each block, before call_begin(): its loads are under way together with those there.
+  __device__ void read_known() const {
+    s.known = *params.routing.header;
+    if (is_leader()) s.combine_epoch = p().state->combine_epoch[p().slot];
+  }
+  __device__ bool is_valid() const { return s.known.valid == params.routing.name; }
+
+  // Whether the number of this rank's rows must be known before anything is said; mostly it has time.
+  __device__ bool needs_rows_first() const {
+    return copies() || params.routing.num_tokens == 0 || (params.args.x == 0 && params.has_slot == 0);
+  }
+  __device__ void find_rows() const {
+    if (is_valid()) find_row_bases(p(), params.routing, s.known.view, row_tables(p(), shared));
+    __syncthreads();
+  }
+
+  // One thread: what this rank says of what all must say alike.
   __device__ void agree() const {
-    uint32_t* agreed = s.call.said;
-    for (uint32_t word = 0; word < kNumAgreed; ++word) agreed[word] = 0;
-    agreed[kAgreedOp] = DEEPEP_OP_COMBINE;
-    agreed[kAgreedLayout] = params.routing.layout;
-    agreed[kAgreedExpertAlignment] = params.routing.expert_alignment;
-    agreed[kAgreedRowBytes] = static_cast<uint32_t>(row_bytes());
-    agreed[kAgreedNumTopk] = params.routing.num_topk;
-    const bool valid = params.routing.header->valid == params.routing.name;
-    const bool has_rows = params.routing.num_tokens > 0 || (valid && p().state->num_rows > 0);
-    agreed[kAgreedTopkWeights] = params.args.topk_weights != 0 ? 1 : has_rows ? 0 : kNoOpinion;
-    agreed[kAgreedMaskOnTimeout] = p().mask_on_timeout;
-    agreed[kAgreedRouting] = static_cast<uint32_t>(params.routing.header->epoch);
+    say_routing(s.call, s.known.epoch);
+    const bool has_rows = params.routing.num_tokens > 0 || (is_valid() && p().state->num_rows > 0);
+    if (params.args.topk_weights == 0 && !has_rows) s.call.said_topk_weights = kNoOpinion;
   }
 
   // What can only be checked once the handle is filled.
   __device__ void check_content(Leader& leader) const {
-    if (params.routing.header->valid != params.routing.name) {
+    if (!is_valid()) {
       leader.refuse(DEEPEP_ERROR_INVALID_ARGUMENT, Reason::no_routing);
     } else if (params.args.x == 0 && params.has_slot == 0 && p().state->num_rows > 0) {
       Finding finding;
@@ -97,22 +112,23 @@ struct Combine {
     }
   }
 
-  // The leader's block until it goes or stops.
+  // The leader's block until it goes, or stops with s.call.code. The second warp publishes, and waits for its fence beside what the first does.
   __device__ void lead() {
-    const bool leads = threadIdx.x < kWarpLanes;
+    const bool leads = threadIdx.x < kWarpLanes, publishes = threadIdx.x / kWarpLanes == 1;
     Leader leader(p(), s.call);
-    const uint64_t routed = params.routing.header->view;
-    const bool valid = params.routing.header->valid == params.routing.name;
-    if (valid) find_row_bases(p(), params.routing, routed, row_tables(p(), shared));
-    __syncthreads();
-    if (threadIdx.x == kWarpLanes) agree();  // beside what the leader does
+    if (needs_rows_first()) find_rows();
+    if (publishes) {
+      if (threadIdx.x == kWarpLanes) agree();
+      __syncwarp();
+      if (!copies()) fence_acq_rel_sys();  // The outputs, which are there.
+    }
     bool ready = true;
     if (leads) {
       ready = leader.enter(DEEPEP_PHASE_PUBLISH);
       if (ready) check_content(leader);
       if (!leader.failed()) {
         leader.begin_waits();
-        wait_for_readers(leader, p().slot, 1);
+        wait_for_readers(leader, p().slot, s.combine_epoch, 1);
         ready = !leader.failed();
         if (ready && leader.lane == 0) p().state->combine_epoch[p().slot] = s.call.epoch;
       }
@@ -127,15 +143,21 @@ struct Combine {
         wait_for_blocks(p(), s.call, kMeetCopied, false);
       }
     }
-    if (leads && ready) {
-      leader.publish_all(params.routing.num_tokens);
+    if (publishes && ready) {
+      copies() ? leader.publish_all() : leader.publish_all<true>();
+    }
+    if (needs_rows_first())
+      __syncthreads();
+    else
+      find_rows();  // while the messages come
+    if (!leads) return;
+    if (ready) {
       if (leader.gather(1, false)) leader.enter(DEEPEP_PHASE_REDUCE);
       // All ranks found it alike before any has read: the region has no readers after all.
       else if (leader.lane == 0 && p().state->finding.agreed != 0)
         p().state->combine_epoch[p().slot] = 0;
     }
-    __syncthreads();
-    if (threadIdx.x == 0) release_blocks(p(), s.call, kStepGo, s.call.code == 0);
+    if (leader.lane == 0) release_blocks(p(), s.call, kStepGo, s.call.code == 0);
   }
 
   // Copies what the peers will pull; this rank's own rows are read where they are. All blocks share the rows.
@@ -153,7 +175,7 @@ struct Combine {
     __syncthreads();
     uint64_t own_begin = 0, own_end = 0;
     if (!by_expert()) {
-      const CountMatrix matrix = matrix_of(p(), params.routing, params.routing.header->view);
+      const CountMatrix matrix = matrix_of(p(), params.routing, s.known.view);
       own_begin = tokens_before(matrix, p().rank, p().rank);
       own_end = tokens_before(matrix, p().rank + 1, p().rank);
     }
@@ -183,7 +205,10 @@ struct Combine {
     if (s.call.skipped) return false;
     if (is_leader()) {
       lead();
-    } else if (copies()) {
+      __syncthreads();
+      return s.call.code == 0;
+    }
+    if (copies()) {
       // A stop is for good: whoever asked again would change the answer that others of the block are reading.
       if (!await_leader(p(), s.call, kStepCounted)) return false;
       copy_in();
@@ -200,7 +225,7 @@ struct Combine {
     if (threadIdx.x == 0) s.call.view = view;
     for (uint32_t rank = threadIdx.x; rank < p().options.num_ranks; rank += blockDim.x) {
       Source source = {};
-      if (in_view(view, rank) && in_view(params.routing.header->view, rank)) {
+      if (in_view(view, rank) && in_view(s.known.view, rank)) {
         const uint8_t* from = slot(rank, __ldcg(&state.peer_slots[rank]));
         source = {from + p().regions.expert_output, row_bytes(),
                   reinterpret_cast<const float*>(from + p().regions.expert_weights)};
@@ -219,7 +244,7 @@ struct Combine {
     const DeviceHop from = params.routing.hops[uint64_t{token} * params.routing.width + hop];
     if (from.key < 0) return nullptr;
     const auto key = static_cast<uint32_t>(from.key);
-    const uint32_t rank = by_expert() ? expert_rank(key, p().options.num_experts, p().options.num_ranks) : key;
+    const uint32_t rank = by_expert() ? p().partition.rank(key) : key;
     row = uint64_t{__ldcg(row_bases(p()) + key)} + from.index;
     return s.sources[rank].rows != nullptr ? &s.sources[rank] : nullptr;
   }
@@ -276,20 +301,23 @@ struct Combine {
     const uint32_t* counts = by_expert() ? params.routing.entries : params.routing.tokens;
     uint64_t sum = 0;
     for (uint32_t i = lane; i < columns; i += kWarpLanes) {
-      if (s.sources[by_expert() ? expert_rank(i, experts, ranks) : i].rows != nullptr) sum += counts[p().rank * columns + i];
+      if (s.sources[by_expert() ? p().partition.rank(i) : i].rows != nullptr) sum += counts[p().rank * columns + i];
     }
     for (uint32_t step = kWarpLanes / 2; step != 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
     return sum;
   }
 
   __device__ void finish(bool went) {
+    if (went && threadIdx.x / kWarpLanes == 1) {  // beside the leader, which waits for the blocks
+      const uint64_t pulled = rows_pulled();
+      if (threadIdx.x == kWarpLanes) s.pulled = pulled;
+    }
     wait_for_blocks(p(), s.call, kMeetEnd, false);
     if (threadIdx.x >= kWarpLanes) return;
     Leader leader(p(), s.call);
     if (went && !leader.is_overtaken()) {
       end_reading(p(), s.call.view & ~s.call.lost, p().state->peer_slots, s.call.epoch);
-      const uint64_t pulled = rows_pulled();
-      if (leader.lane == 0) p().state->rows_pulled += pulled;
+      if (leader.lane == 0) reduce_add_relaxed_gpu(&p().state->rows_pulled, s.pulled);
     }
     call_end(p(), s.call, {true, true, true});
   }
@@ -303,6 +331,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, 1) combine_kernel(const __gr
   __shared__ uint64_t barriers[kMaxBarriers];
   fetch_params(params);
   Combine combine{params, s, dynamic_shared, barriers};
+  if (threadIdx.x == kWarpLanes) combine.read_known();
   call_begin(params.call, s.call, true, true);
   const bool goes = combine.publish();
   if (goes) {

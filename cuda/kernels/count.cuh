@@ -69,6 +69,11 @@ __device__ inline uint32_t* counts_of_block(const CallParams& p, uint32_t block)
   return scratch_row(p, kScratchRows + block);
 }
 
+// Entries of an expert's group, padding included. Mostly there is none.
+__device__ inline uint32_t aligned(uint32_t entries, uint32_t alignment) {
+  return alignment == 1 ? entries : (entries + alignment - 1) / alignment * alignment;
+}
+
 // Entry i as an expert; -1 for none, and for a wrong one, which has been noted.
 __device__ inline int32_t expert_of_entry(const CallParams& p, const RoutingInput& input, uint64_t i) {
   const int64_t value = input.raw(i);
@@ -86,7 +91,7 @@ __device__ inline uint64_t ranks_of_token(const CallParams& p, const RoutingInpu
   }
   for (uint32_t k = 0; k < input.num_topk; ++k) {
     const int32_t expert = expert_of_entry(p, input, uint64_t{token} * input.num_topk + k);
-    if (expert >= 0) ranks |= rank_bit(expert_rank(static_cast<uint32_t>(expert), p.options.num_experts, p.options.num_ranks));
+    if (expert >= 0) ranks |= rank_bit(p.partition.rank(static_cast<uint32_t>(expert)));
   }
   return ranks;
 }

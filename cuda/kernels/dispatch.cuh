@@ -34,7 +34,8 @@ constexpr uint32_t kClerks = 1;
 // The slots of all ranks, as a block pushes to them.
 struct DispatchShared {
   CallShared call;
-  uint64_t left_out;  // leader: ranks whose rows will not come
+  RoutingHeader known;  // leader, of a cached dispatch: the handle's, as the call began
+  uint64_t left_out;    // leader: ranks whose rows will not come
   uint8_t* slots[DEEPEP_MAX_RANKS];
   int32_t first_experts[DEEPEP_MAX_RANKS];
   uint32_t row_bases[DEEPEP_MAX_RANKS];  // rank layout
@@ -61,24 +62,9 @@ struct Dispatch {
 
   // ---- NOTIFY
 
-  // One thread: what all ranks must say alike.
-  __device__ void agree() const {
-    uint32_t* agreed = s.call.said;
-    const deepep_dispatch_args& args = params.args;
-    const RoutingParams& routing = params.routing;
-    agreed[kAgreedOp] = DEEPEP_OP_DISPATCH;
-    agreed[kAgreedLayout] = routing.layout;
-    agreed[kAgreedExpertAlignment] = routing.expert_alignment;
-    agreed[kAgreedRowBytes] = args.row_bytes;
-    agreed[kAgreedNumScales] = args.num_scales;
-    agreed[kAgreedScaleElemBytes] = args.num_scales != 0 ? args.scale_elem_bytes : 0;
-    agreed[kAgreedNumTopk] = routing.num_topk;
-    agreed[kAgreedTopkIdxBytes] = routing.num_topk > 0 ? routing.topk_idx_bytes : 0;
-    agreed[kAgreedTopkWeights] = args.topk_weights != 0 ? 1 : routing.num_tokens == 0 ? kNoOpinion : 0;
-    agreed[kAgreedCached] = cached() ? 1 : 0;
-    agreed[kAgreedFlags] = args.flags & DEEPEP_FLAG_SCALES_COLUMN_MAJOR;
-    agreed[kAgreedMaskOnTimeout] = p().mask_on_timeout;
-    agreed[kAgreedRouting] = cached() ? static_cast<uint32_t>(routing.header->epoch) : 0;
+  // A thread of the leader's block, before call_begin(): its loads are under way together with those there.
+  __device__ void read_known() const {
+    if (is_leader() && cached()) s.known = *params.routing.header;
   }
 
   // Leader's block: what this rank finds wrong in its own routing, before it says anything.
@@ -86,7 +72,7 @@ struct Dispatch {
     if (threadIdx.x >= kWarpLanes) return;
     Leader leader(p(), s.call);
     if (cached()) {
-      if (params.routing.header->valid != params.routing.name) leader.refuse(DEEPEP_ERROR_INVALID_ARGUMENT, Reason::no_routing);
+      if (s.known.valid != params.routing.name) leader.refuse(DEEPEP_ERROR_INVALID_ARGUMENT, Reason::no_routing);
       return;
     }
     const uint64_t bad = load_relaxed_gpu(&p().state->bad_entry);
@@ -142,25 +128,47 @@ struct Dispatch {
     }
   }
 
-  // Leader's block. Every rank has the whole matrix, so every rank fails alike, before a row has moved.
-  __device__ void check_capacity(const RowTables& tables) {
-    if (threadIdx.x >= kWarpLanes) return;
-    for (uint32_t dst = 0; dst < p().options.num_ranks; ++dst) {
-      if (!in_view(s.call.view, dst) || tables.rows[dst] <= p().options.max_recv_tokens) continue;
+  // Leader's warp, when the rows of all ranks are known. Every rank has the whole matrix, so every rank fails alike, before a row
+  // has moved.
+  __device__ void check_capacity(Leader& leader, const RowTables& tables) {
+    for (uint32_t first = 0; first < p().options.num_ranks; first += kWarpLanes) {
+      const uint32_t mine = first + leader.lane;
+      const bool counts = mine < p().options.num_ranks && in_view(s.call.view, mine);
+      const uint32_t over = __ballot_sync(kAllLanes, counts && tables.rows[mine] > p().options.max_recv_tokens);
+      if (over == 0) continue;
+      const uint32_t dst = first + static_cast<uint32_t>(__ffs(static_cast<int>(over))) - 1;
       Finding finding;
       finding.peer = static_cast<int32_t>(dst);
       finding.expected = p().options.max_recv_tokens;
       finding.seen = static_cast<int64_t>(tables.rows[dst]);
-      Leader(p(), s.call).refuse(DEEPEP_ERROR_CAPACITY, Reason::capacity, finding);
+      leader.refuse(DEEPEP_ERROR_CAPACITY, Reason::capacity, finding);
       return;
     }
   }
 
-  // The leader's block until it goes or stops.
+  // The same: releases the blocks to push, or stops them.
+  __device__ void go(Leader& leader, const RowTables& tables) {
+    check_capacity(leader, tables);
+    if (!leader.failed()) {
+      if (leader.lane == 0) {
+        params.routing.header->view = s.call.view;
+        if (!cached()) params.routing.header->epoch = s.call.epoch;
+      }
+      leader.enter(DEEPEP_PHASE_SEND);
+    }
+    if (leader.lane == 0) release_blocks(p(), s.call, kStepGo, s.call.code == 0);
+  }
+
+  // The leader's block until it goes, or stops with s.call.code. The second warp publishes, and waits for its fence beside what
+  // the first does.
   __device__ void lead(const CountTables& tables) {
-    const bool leads = threadIdx.x < kWarpLanes;
+    const bool leads = threadIdx.x < kWarpLanes, publishes = threadIdx.x / kWarpLanes == 1;
     Leader leader(p(), s.call);
-    if (threadIdx.x == kWarpLanes) agree();  // beside what the leader does
+    if (publishes && cached()) {
+      if (threadIdx.x == kWarpLanes) say_routing(s.call, s.known.epoch);
+      __syncwarp();
+      fence_acq_rel_sys();  // What has read the slot comes before what says that it can be written.
+    }
     bool entered = true;
     if (leads) entered = leader.enter(DEEPEP_PHASE_NOTIFY);
     const auto* per_expert = reinterpret_cast<const int32_t*>(params.args.num_tokens_per_expert);
@@ -177,8 +185,7 @@ struct Dispatch {
     __syncthreads();
     if (!cached() && s.call.code == 0) store_counts(per_expert);
     __syncthreads();
-    if (leads) leader.publish_all(params.routing.num_tokens);
-    __syncthreads();
+    if (publishes) cached() ? leader.publish_all<true>() : leader.publish_all();
     // While the messages come: the places, or of a routing that is known already the rows, should all ranks take part.
     const bool goes = s.call.code == 0, places = !cached() && goes;
     const uint64_t expected = all_ranks(p()) & ~(s.call.masked | s.call.lost);
@@ -190,26 +197,22 @@ struct Dispatch {
       find_row_bases(p(), params.routing, expected, rows);
     }
     __syncthreads();
-    bool came = true;
-    if (leads) came = leader.gather(0, true);
-    if (!__syncthreads_or(leads && !came)) {
-      if (!cached()) keep_counts();
-      __syncthreads();
-      if (!cached() || s.call.view != expected) find_row_bases(p(), params.routing, s.call.view, rows);
-      check_capacity(rows);
-      __syncthreads();
-      if (leads && s.call.code == 0) {
-        if (threadIdx.x == 0) {
-          params.routing.header->view = s.call.view;
-          if (!cached()) params.routing.header->epoch = s.call.epoch;
-        }
-        leader.enter(DEEPEP_PHASE_SEND);
-      }
+    bool gone = false;
+    if (leads) {
+      gone = leader.gather(0, true) && cached() && s.call.view == expected;
+      if (gone) go(leader, rows);  // It needs nobody for that.
     }
+    if (!__syncthreads_or(leads && !gone)) return;
+    if (s.call.code != 0) {
+      if (threadIdx.x == 0) release_blocks(p(), s.call, kStepGo, false);
+      return;
+    }
+    if (!cached()) keep_counts();
     __syncthreads();
+    find_row_bases(p(), params.routing, s.call.view, rows);
     // Any block may push any token: all must have their places.
-    if (places && s.call.code == 0) wait_for_blocks(p(), s.call, kMeetPlaced, false);
-    if (threadIdx.x == 0) release_blocks(p(), s.call, kStepGo, s.call.code == 0);
+    if (places) wait_for_blocks(p(), s.call, kMeetPlaced, false);
+    if (leads) go(leader, rows);
   }
 
   // True when rows may be pushed. By all threads.
@@ -226,7 +229,10 @@ struct Dispatch {
     if (s.call.skipped) return false;
     if (is_leader()) {
       lead(tables);
-    } else if (!cached()) {
+      __syncthreads();
+      return s.call.code == 0;
+    }
+    if (!cached()) {
       // A stop is for good: whoever asked again would change the answer that others of the block are reading.
       if (!await_leader(p(), s.call, kStepCounted)) return false;
       place_block(p(), input(), tables, by_expert(), params.routing);
@@ -253,7 +259,7 @@ struct Dispatch {
     auto* stats = reinterpret_cast<int32_t*>(params.args.expert_stats);
     for (uint32_t e = lane; e < p().num_local_experts; e += kWarpLanes) {
       const uint32_t entries = entries_before(matrix, ranks, p().first_expert + e);
-      store_count(2 + e, static_cast<int32_t>(align_up(entries, params.routing.expert_alignment)));
+      store_count(2 + e, static_cast<int32_t>(aligned(entries, params.routing.expert_alignment)));
       if (stats != nullptr) stats[e] += static_cast<int32_t>(entries);
     }
     for (uint32_t src = lane; src < ranks; src += kWarpLanes) {
@@ -353,7 +359,7 @@ struct Dispatch {
     const DeviceHop to = params.routing.hops[uint64_t{token} * params.routing.width + hop];
     if (to.key < 0) return {};
     const auto key = static_cast<uint32_t>(to.key);
-    const uint32_t rank = by_expert() ? expert_rank(key, p().options.num_experts, p().options.num_ranks) : key;
+    const uint32_t rank = by_expert() ? p().partition.rank(key) : key;
     if (!in_view(s.call.view, rank)) return {};
     return {s.slots[rank], rank, uint64_t{by_expert() ? row_bases(p())[key] : s.row_bases[rank]} + to.index};
   }
@@ -367,8 +373,7 @@ struct Dispatch {
     const float weight = has_entry && weights() != nullptr ? weights()[entry] : 0.0f;
     const int32_t expert = has_entry ? params.routing.experts[entry] : -1;
     const int32_t source = static_cast<int32_t>(p().rank * p().options.max_tokens_per_rank + token);
-    const uint32_t owner =
-        expert >= 0 ? expert_rank(static_cast<uint32_t>(expert), p().options.num_experts, p().options.num_ranks) : ~0u;
+    const uint32_t owner = expert >= 0 ? p().partition.rank(static_cast<uint32_t>(expert)) : ~0u;
     const auto* scales = reinterpret_cast<const uint8_t*>(params.args.scales) + token * params.args.scales_row_stride;
     const bool puts_topk = !by_expert() && num_topk > 0;
     const uint32_t rounds = (units.count + kWarpLanes - 1) / kWarpLanes;
@@ -440,7 +445,7 @@ struct Dispatch {
     for (uint32_t rank = threadIdx.x; rank < p().options.num_ranks; rank += blockDim.x) {
       s.slots[rank] = p().symmetric[rank] + slot_offset(p().regions, __ldcg(&state.peer_slots[rank]));
       if (!by_expert()) s.row_bases[rank] = __ldcg(row_bases(p()) + rank);
-      s.first_experts[rank] = static_cast<int32_t>(local_experts(p().options.num_experts, p().options.num_ranks, rank).first);
+      s.first_experts[rank] = static_cast<int32_t>(p().partition.experts(rank).first);
     }
     // The counting has used the shared memory that bulk copies will write; rows were last touched by plain accesses.
     if constexpr (kHasTma) fence_proxy_async();
@@ -480,7 +485,7 @@ struct Dispatch {
       }
     } else {
       for (uint32_t e = lane; e < experts; e += kWarpLanes) {
-        if (in_view(s.call.view, expert_rank(e, experts, ranks))) sum += params.routing.entries[p().rank * experts + e];
+        if (in_view(s.call.view, p().partition.rank(e))) sum += params.routing.entries[p().rank * experts + e];
       }
     }
     for (uint32_t step = kWarpLanes / 2; step != 0; step /= 2) sum += __shfl_xor_sync(kAllLanes, sum, step);
@@ -525,6 +530,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads + kClerks * kWarpLanes, 1)
   __shared__ uint64_t barriers[kMaxBarriers];
   fetch_params(params);
   Dispatch dispatch{params, s, dynamic_shared};
+  if (threadIdx.x == kWarpLanes) dispatch.read_known();
   call_begin(params.call, s.call, true, true);
   const bool goes = dispatch.notify();
   if (goes) {

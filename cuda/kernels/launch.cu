@@ -44,6 +44,40 @@ cudaError_t launch(void (*kernel)(Params), const Params& params, uint32_t blocks
   return cudaLaunchKernel(kernel, dim3(blocks), dim3(threads), args, shared, stream);
 }
 
+// What all ranks must say alike of a call, the epoch of a known routing left out. `call` has what goes for every call.
+void agree(CallParams& call, const DispatchParams& params) {
+  const deepep_dispatch_args& args = params.args;
+  const RoutingParams& routing = params.routing;
+  call.agreed[kAgreedLayout] = routing.layout;
+  call.agreed[kAgreedExpertAlignment] = routing.expert_alignment;
+  call.agreed[kAgreedRowBytes] = args.row_bytes;
+  call.agreed[kAgreedNumScales] = args.num_scales;
+  call.agreed[kAgreedScaleElemBytes] = args.num_scales != 0 ? args.scale_elem_bytes : 0;
+  call.agreed[kAgreedNumTopk] = routing.num_topk;
+  call.agreed[kAgreedTopkIdxBytes] = routing.num_topk > 0 ? routing.topk_idx_bytes : 0;
+  call.agreed[kAgreedTopkWeights] = args.topk_weights != 0 ? 1 : routing.num_tokens == 0 ? kNoOpinion : 0;
+  call.agreed[kAgreedCached] = (args.flags & DEEPEP_FLAG_CACHED) != 0 ? 1 : 0;
+  call.agreed[kAgreedFlags] = args.flags & DEEPEP_FLAG_SCALES_COLUMN_MAJOR;
+  call.agreed_hash = agreed_hash(call.agreed);
+}
+void agree(CallParams& call, const CombineParams& params) {
+  call.agreed[kAgreedLayout] = params.routing.layout;
+  call.agreed[kAgreedExpertAlignment] = params.routing.expert_alignment;
+  call.agreed[kAgreedRowBytes] = params.args.hidden * 2;
+  call.agreed[kAgreedNumTopk] = params.routing.num_topk;
+  call.agreed[kAgreedTopkWeights] = params.args.topk_weights != 0 ? 1 : 0;
+  call.agreed_hash = agreed_hash(call.agreed);
+}
+void agree(CallParams& call, const LowLatencyDispatchParams& params) {
+  constexpr uint32_t kFlags = DEEPEP_FLAG_SCALES_COLUMN_MAJOR | DEEPEP_FLAG_FP8 | DEEPEP_FLAG_ROUND_SCALE | DEEPEP_FLAG_UE8M0;
+  const deepep_low_latency_dispatch_args& args = params.args;
+  call.agreed[kAgreedRowBytes] = args.row_bytes;
+  call.agreed[kAgreedNumScales] = args.num_scales;
+  call.agreed[kAgreedScaleElemBytes] = args.num_scales != 0 ? args.scale_elem_bytes : 0;
+  call.agreed[kAgreedFlags] = args.flags & kFlags;
+  call.agreed_hash = agreed_hash(call.agreed);
+}
+
 // A block of an operation needs room to count in, too.
 Plan with_room(Plan plan) {
   plan.block_bytes = std::max(plan.block_bytes, static_cast<uint32_t>(kCountBytes));
@@ -71,6 +105,7 @@ cudaError_t load_kernels() {
 cudaError_t launch_dispatch(const DispatchParams& given, cudaStream_t stream) {
   DispatchParams params = given;
   params.plan = with_room(params.plan);
+  agree(params.call, params);
   const auto kernel = params.plan.tma != 0 ? dispatch_kernel<true> : dispatch_kernel<false>;
   return launch(kernel, params, static_cast<uint32_t>(params.plan.sms), (params.plan.warps + kClerks) * kWarpLanes,
                 params.plan.block_bytes, stream);
@@ -79,6 +114,7 @@ cudaError_t launch_dispatch(const DispatchParams& given, cudaStream_t stream) {
 cudaError_t launch_combine(const CombineParams& given, cudaStream_t stream) {
   CombineParams params = given;
   params.plan = with_room(params.plan);
+  agree(params.call, params);
   params.copy = copy_plan(params.plan, params.args.hidden * 2);
   const bool weighted = params.args.weights != 0;
   const auto kernel = params.plan.tma != 0 ? (weighted ? combine_kernel<true, true> : combine_kernel<true, false>)
@@ -90,14 +126,7 @@ cudaError_t launch_combine(const CombineParams& given, cudaStream_t stream) {
 cudaError_t launch_low_latency_dispatch(const LowLatencyDispatchParams& given, cudaStream_t stream) {
   LowLatencyDispatchParams params = given;
   const deepep_low_latency_dispatch_args& args = params.args;
-  constexpr uint32_t kFlags = DEEPEP_FLAG_SCALES_COLUMN_MAJOR | DEEPEP_FLAG_FP8 | DEEPEP_FLAG_ROUND_SCALE | DEEPEP_FLAG_UE8M0;
-  params.agreed[kAgreedOp] = DEEPEP_OP_LOW_LATENCY_DISPATCH;
-  params.agreed[kAgreedRowBytes] = args.row_bytes;
-  params.agreed[kAgreedNumScales] = args.num_scales;
-  params.agreed[kAgreedScaleElemBytes] = args.num_scales != 0 ? args.scale_elem_bytes : 0;
-  params.agreed[kAgreedFlags] = args.flags & kFlags;
-  params.agreed[kAgreedMaskOnTimeout] = params.call.mask_on_timeout;
-  params.agreed_hash = agreed_hash(params.agreed);
+  agree(params.call, params);
   // Few tokens are spread over all warps; many are cut into pieces that a warp can hold.
   const auto blocks = static_cast<uint32_t>(params.plan.sms), tokens = params.routing.num_tokens;
   const auto units = static_cast<uint32_t>(ceil_div(args.row_bytes, kUnitBytes));

@@ -58,49 +58,62 @@ struct Leader : Waits {
 
   // ---- synchronisation one: messages
 
-  // What all ranks must say alike of a call that has no more to it.
-  __device__ void say_only_op() {
-    for (uint32_t word = lane; word < kNumAgreed; word += kWarpLanes) {
-      s.said[word] = word == kAgreedOp ? static_cast<uint32_t>(p.op) : word == kAgreedMaskOnTimeout ? p.mask_on_timeout : 0;
-    }
-    __syncwarp();
-  }
+  __device__ MessageHeader* message_of(uint32_t rank) const { return message_at(own_memory(p), p.regions, rank, s.epoch); }
 
-  // Publishes this rank's message to every unmasked rank, a refusal of this rank too. What all ranks must say alike stands in
-  // s.said. Counts in the messages must have been stored by this block before a __syncthreads().
-  __device__ void publish_all(uint32_t num_tokens) {
-    if (lane == 0) {
-      s.said[kMessageSlot] = p.slot;
-      s.said[kMessageNumTokens] = num_tokens;
-      s.said[kMessageCode] = static_cast<uint32_t>(s.code);
-    }
-    __syncwarp();
+  // By one warp, which need not be the leader's: publishes this rank's message to every unmasked rank, a refusal of this rank
+  // too. What this warp knows of is published with it, and has been read before others write; `kFenced`: what came before its
+  // latest fence.
+  template <bool kFenced = false>
+  __device__ void publish_all() {
     const uint64_t to = all_ranks(p) & ~(s.masked | s.lost);
-    const uint4 said = *part_of(s.said);
-    for (uint32_t first = 0; first < p.options.num_ranks; first += kWarpLanes) {
-      // Each lane looks one peer up: lanes that ask the parameters for different ones are answered one after another.
-      const bool is_told = first + lane < p.options.num_ranks && in_view(to, first + lane);
-      MessageHeader* own = is_told ? message_at(p.symmetric[first + lane], p.regions, p.rank, s.epoch) : nullptr;
-      for (uint32_t turn = 0; turn < min(kWarpLanes, p.options.num_ranks - first); turn += kWarpLanes / kParts) {
-        const uint64_t of_peer = __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(own), turn + lane / kParts);
-        if (of_peer != 0) *part_of(reinterpret_cast<MessageHeader*>(of_peer)->agreed) = said;
-      }
-      __syncwarp();
-      if (is_told) store_release_sys(&own->epoch, s.epoch);  // Pairs with the wait of that peer in gather().
+    const uint64_t hash = count_word(s.epoch, s.said_hash);
+    const uint64_t sender = count_word(s.epoch, sender_word({p.slot, p.op, s.said_topk_weights, s.code}));
+    for (uint32_t peer = lane; peer < p.options.num_ranks; peer += kWarpLanes) {
+      if (!in_view(to, peer)) continue;
+      uint64_t* words = message_at(p.symmetric[peer], p.regions, p.rank, s.epoch)->words;
+      // Pairs with hear() of that peer. A fence costs the other warps of the multiprocessor what they have in L1, a release not.
+      kFenced ? store_relaxed_sys(words, hash, sender) : store_release_sys(words, hash, sender);
     }
     __syncwarp();
   }
 
-  // A message is written and read in parts, a lane each, for all of few peers at once: a lane that did a whole one would have as
-  // many instructions to fetch, a lane a word as many turns to take.
-  static constexpr uint32_t kPartWords = 4, kParts = kNumMessageWords / kPartWords;
-  static_assert(kNumMessageWords % kPartWords == 0 && offsetof(MessageHeader, agreed) % sizeof(uint4) == 0);
-  __device__ uint32_t first_word() const { return lane % kParts * kPartWords; }
-  __device__ uint4* part_of(uint32_t* words) const { return reinterpret_cast<uint4*>(words + first_word()); }
+  // The nth value that all ranks must say alike, as this rank says it; and all of them, to those who want to know the difference.
+  __device__ uint32_t own_value(uint32_t nth) const {
+    return nth == kAgreedTopkWeights ? s.said_topk_weights : nth == kAgreedRouting ? s.said_routing : p.agreed[nth];
+  }
+  __device__ void publish_values() const {
+    for (uint32_t peer = 0; peer < p.options.num_ranks; ++peer) {
+      if (in_view(s.masked | s.lost, peer) || lane >= kNumAgreed) continue;
+      MessageHeader* message = message_at(p.symmetric[peer], p.regions, p.rank, s.epoch);
+      store_relaxed_sys(message->words + kMessageAgreed + lane, count_word(s.epoch, own_value(lane)));
+    }
+    __syncwarp();
+  }
 
-  __device__ Awaited late_message(int32_t kind) const { return {Reason::late_message, s.epoch, kind, false}; }
-  __device__ auto message_epoch() const {
-    return [*this](uint32_t peer) { return &message_of(peer)->epoch; };
+  // What a peer says in this call.
+  struct Heard {
+    uint64_t hash;
+    uint64_t sender;
+  };
+  // False when it has not said it yet. Pairs with publish_all() of the peer.
+  __device__ bool hear(uint32_t peer, Heard& heard) const {
+    load_acquire_sys(message_of(peer)->words, heard.hash, heard.sender);
+    return is_count_of(heard.hash, s.epoch) && is_count_of(heard.sender, s.epoch);
+  }
+
+  // Peers that say something else than they should, of those that this lane has heard.
+  struct Odd {
+    uint64_t refusing = 0;
+    uint64_t differing = 0;
+  };
+  // Keeps a peer's slot.
+  __device__ void take(uint32_t peer, const Heard& heard, Odd& odd) const {
+    const Sender sender = sender_from_word(static_cast<uint32_t>(heard.sender));
+    p.state->peer_slots[peer] = sender.slot;
+    if (sender.code != 0) odd.refusing |= rank_bit(peer);
+    const bool same = static_cast<uint32_t>(heard.hash) == s.said_hash &&
+                      agree_on(kAgreedTopkWeights, s.said_topk_weights, sender.topk_weights);
+    if (!same) odd.differing |= rank_bit(peer);
   }
 
   // Gathers the messages of all unmasked ranks. Afterwards s.view and state->peer_slots say who takes part; false when the call
@@ -109,22 +122,33 @@ struct Leader : Waits {
   __device__ bool gather(int32_t kind, bool pushes) {
     begin_waits();
     const uint64_t others = all_ranks(p) & ~s.masked & ~rank_bit(p.rank), begin_ns = begin_wait();
-    const uint64_t late = come_soon(others, late_message(kind), message_epoch(), begin_ns);
+    Odd odd;
+    const uint64_t late = come_soon(others, kind, begin_ns, [&](uint32_t peer) {
+      Heard heard;
+      if (!hear(peer, heard)) return false;
+      take(peer, heard, odd);
+      return true;
+    });
     if (late != 0 || failed() || p.mask_on_timeout != 0) return gather_long(*this, kind, pushes, others, late, begin_ns);
-    return accept(others | rank_bit(p.rank));
+    return accept(others | rank_bit(p.rank), odd);
   }
 
-  // The messages of these ranks are there.
-  __device__ bool accept(uint64_t view) {
-    return check_messages(view) && keep_view(view);
+  // The messages of these ranks are there: every rank finds alike whether one refuses the call, or makes another one.
+  __device__ bool accept(uint64_t view, const Odd& odd) {
+    if (__any_sync(kAllLanes, (odd.refusing | odd.differing) != 0)) {
+      blame(*this, warp_or(odd.refusing), warp_or(odd.differing));
+      return false;
+    }
+    keep_view(view);
+    return true;
   }
-  __device__ bool keep_view(uint64_t view) {
+  __device__ void keep_view(uint64_t view) {
     if (lane == 0) {
       s.view = view;
       p.state->view = view;
+      p.state->peer_slots[p.rank] = p.slot;
     }
     __syncwarp();
-    return true;
   }
 
   // Of `others`, all but `late` have come since `begin_ns`.
@@ -138,10 +162,13 @@ struct Leader : Waits {
     __syncwarp();
     if (self.lane == 0) s.code = 0;
     __syncwarp();
-    const Awaited awaited = self.late_message(kind);
-    const auto word = self.message_epoch();
-    const uint64_t came = (others & ~late) | (late != 0 ? wait_long(self, late, awaited, word, begin_ns) : 0);
-    const auto seen = [&](uint32_t peer) { return load_acquire_sys(word(peer)); };
+    const Awaited awaited = {Reason::late_message, s.epoch, kind, false};
+    Heard heard;
+    const auto come = [&](uint64_t pending) {
+      return self.ranks_where([&](uint32_t peer) { return in_view(pending, peer) && self.hear(peer, heard); });
+    };
+    const auto seen = [&](uint32_t peer) { return load_relaxed_sys(self.message_of(peer)->words) >> 32; };
+    const uint64_t came = (others & ~late) | (late != 0 ? self.wait_until(late, awaited, come, seen, begin_ns) : 0);
     // Who has come and ended since would have rows pushed to memory that may be gone.
     if (pushes && !self.failed() && (came & s.lost) != 0) {
       self.give_up(came & s.lost, DEEPEP_ERROR_PEER_LOST, awaited, 0, seen);
@@ -152,39 +179,16 @@ struct Leader : Waits {
       self.fail(own);
       return false;
     }
-    if (!pushes || p.mask_on_timeout == 0) return self.accept(view);
-    return self.check_messages(view) && self.agree_on_view(view) && self.keep_view(view);
-  }
-
-  __device__ MessageHeader* message_of(uint32_t rank) const { return message_at(own_memory(p), p.regions, rank, s.epoch); }
-
-  // Whether a peer says otherwise than this rank what all must say alike. `word` is one of these.
-  __device__ bool differs(uint32_t word, uint32_t theirs) const {
-    if (theirs == s.said[word]) return false;
-    return word != kAgreedTopkWeights || (theirs != kNoOpinion && s.said[word] != kNoOpinion);
-  }
-
-  // What every rank finds alike in the messages: a refusal, or a disagreement. Keeps the slots of the ranks in the view.
-  __device__ bool check_messages(uint64_t view) {
-    uint64_t refusing = 0, differing = 0;
-    for (uint32_t rank = lane / kParts; rank < p.options.num_ranks; rank += kWarpLanes / kParts) {
-      const bool counts = in_view(view, rank), is_other = counts && rank != p.rank;
-      MessageHeader* message = message_of(rank);
-      const uint4 part = *part_of(message->agreed);
-      const uint32_t said[kPartWords] = {part.x, part.y, part.z, part.w};
-      bool differs_here = message->epoch != s.epoch;
-#pragma unroll
-      for (uint32_t i = 0; i < kPartWords; ++i) {
-        const uint32_t word = first_word() + i, theirs = said[i];
-        if (word < kNumAgreed) differs_here = differs_here || differs(word, theirs);
-        if (word == kMessageSlot) p.state->peer_slots[rank] = counts ? theirs : 0;
-        if (word == kMessageCode && theirs != 0 && is_other) refusing |= rank_bit(rank);
-      }
-      if (differs_here && is_other) differing |= rank_bit(rank);
+    Odd odd;
+    for (uint32_t peer = self.lane; peer < p.options.num_ranks; peer += kWarpLanes) {
+      if (peer != p.rank && in_view(view, peer) && self.hear(peer, heard)) self.take(peer, heard, odd);
     }
-    if (__all_sync(kAllLanes, (refusing | differing) == 0)) return true;
-    blame(*this, warp_or(refusing), warp_or(differing));
-    return false;
+    __syncwarp();
+    if (!self.accept(view, odd)) return false;
+    if (!pushes || p.mask_on_timeout == 0) return true;
+    if (!self.agree_on_view(view)) return false;
+    self.keep_view(view);
+    return true;
   }
 
   DEEPEP_COLD __device__ static void blame(Leader leader, uint64_t refusing, uint64_t differing) {
@@ -193,23 +197,39 @@ struct Leader : Waits {
     const auto peer = static_cast<uint32_t>(__ffsll(static_cast<long long>(refusing != 0 ? refusing : differing)) - 1);
     const MessageHeader& message = *leader.message_of(peer);
     finding.peer = static_cast<int32_t>(peer);
+    const Sender sender = sender_of(message);
     if (refusing != 0) {
-      finding.a = message.code;
+      finding.a = sender.code;
       leader.refuse(DEEPEP_ERROR_ABORTED, Reason::refused, finding);
       return;
     }
-    if (message.epoch != s.epoch) {
-      finding.expected = static_cast<int64_t>(s.epoch);
-      finding.seen = static_cast<int64_t>(message.epoch);
-      leader.refuse(DEEPEP_ERROR_MISMATCH, Reason::other_call, finding);
+    if (sender.op != leader.p.op) {
+      finding.a = kAgreedOp;
+      finding.expected = leader.p.op;
+      finding.seen = sender.op;
+      leader.refuse(DEEPEP_ERROR_MISMATCH, Reason::elsewhere, finding);
       return;
     }
+    // The peer has found the same difference, and says what it has said.
+    static_assert(kNumAgreed <= kWarpLanes);
+    leader.publish_values();
+    const auto value_word = [&](uint32_t nth) { return load_relaxed_sys(message.words + kMessageAgreed + nth); };
+    const auto come = [&](uint64_t) {
+      bool all = true;
+      for (uint32_t nth = leader.lane; nth < kNumAgreed; nth += kWarpLanes) all = all && is_count_of(value_word(nth), s.epoch);
+      return __all_sync(kAllLanes, all) ? rank_bit(peer) : 0;
+    };
+    leader.begin_waits();
+    leader.wait_until(rank_bit(peer), {Reason::late_message, s.epoch, -1, false}, come,
+                      [&](uint32_t) { return value_word(0) >> 32; }, leader.begin_wait());
+    if (leader.failed()) return;
+    const auto theirs = [&](uint32_t nth) { return static_cast<uint32_t>(value_word(nth)); };
     uint32_t first = 0;
-    while (first + 1 < kNumAgreed && !leader.differs(first, message.agreed[first])) ++first;
+    while (first + 1 < kNumAgreed && agree_on(first, leader.own_value(first), theirs(first))) ++first;
     finding.a = static_cast<int32_t>(first);
-    finding.expected = s.said[first];
-    finding.seen = message.agreed[first];
-    leader.refuse(DEEPEP_ERROR_MISMATCH, first == kAgreedOp ? Reason::elsewhere : Reason::disagreement, finding);
+    finding.expected = leader.own_value(first);
+    finding.seen = theirs(first);
+    leader.refuse(DEEPEP_ERROR_MISMATCH, Reason::disagreement, finding);
   }
 
   // MASK_ON_TIMEOUT: those take part whose messages everyone has.

@@ -391,9 +391,7 @@ struct LowLatencyCombine {
   }
   // A message in the ring as well, so that a rank which is in another call notices.
   __device__ void publish_message() const {
-    Leader leader(p(), s.call);
-    leader.say_only_op();
-    leader.publish_all(params.routing.num_tokens);
+    Leader(p(), s.call).publish_all();
   }
 
   // What the receive half, and later calls, need to know of the send half.

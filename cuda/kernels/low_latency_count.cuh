@@ -73,8 +73,8 @@ struct ExpertOwner {
   uint32_t rank, local;
 
   __device__ static ExpertOwner of(const CallParams& p, uint32_t expert) {
-    const uint32_t rank = expert_rank(expert, p.options.num_experts, p.options.num_ranks);
-    return {rank, expert - local_experts(p.options.num_experts, p.options.num_ranks, rank).first};
+    const uint32_t rank = p.partition.rank(expert);
+    return {rank, expert - p.partition.experts(rank).first};
   }
   __device__ static ExpertOwner from_word(uint32_t word) { return {word >> 16, word & 0xffff}; }
   __device__ uint32_t word() const { return rank << 16 | local; }

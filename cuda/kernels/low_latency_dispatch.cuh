@@ -113,7 +113,7 @@ struct LowLatencyDispatch {
       params.routing.header->peer_slots[rank] = sender.slot;
       params.routing.header->peer_blocks[rank] = sender.blocks;
     };
-    if (!counting().take(s.call, view, params.agreed_hash, heard)) atomicOr(&s.found.stop, 1u);
+    if (!counting().take(s.call, view, p().agreed_hash, heard)) atomicOr(&s.found.stop, 1u);
     // Pairs with the release in lead(): the last warp has found the places of the first round.
     while (threadIdx.x == 0 && load_acquire_block(&s.placed) == 0) {
     }
@@ -359,12 +359,11 @@ struct LowLatencyDispatch {
   }
 
   __device__ void say_counts() {
-    counting().publish_sender(s.call.epoch, s.to, params.agreed_hash, {p().slot, gridDim.x, s.found.bad != 0});
+    counting().publish_sender(s.call.epoch, s.to, p().agreed_hash, {p().slot, gridDim.x, s.found.bad != 0});
   }
 
   __device__ void publish_message() const {
-    for (uint32_t word = lane_id(); word < kNumAgreed; word += kWarpLanes) s.call.said[word] = params.agreed[word];
-    Leader(p(), s.call).publish_all(params.routing.num_tokens);
+    Leader(p(), s.call).publish_all();
   }
 
   // Tells the peers what this rank calls, and waits until the workers have all counts. False when the call fails.
@@ -476,7 +475,7 @@ struct LowLatencyDispatch {
     if (s.found.overfull == 0) return true;
     const uint32_t expert = ~s.found.overfull;
     Finding finding;
-    finding.peer = static_cast<int32_t>(expert_rank(expert, p().options.num_experts, p().options.num_ranks));
+    finding.peer = static_cast<int32_t>(p().partition.rank(expert));
     finding.a = static_cast<int32_t>(expert);
     finding.expected = p().regions.low_latency_rows;
     finding.seen = tables.sum[expert];

@@ -32,8 +32,8 @@ struct PieceCursor {
   uint32_t per_row;   // pieces a row
   uint32_t bytes;     // a piece; the last of a row may be shorter
 
-  __device__ PieceCursor(const TokenShare& share, const Plan& plan, uint32_t row_bytes, uint32_t piece_bytes)
-      : per_row(static_cast<uint32_t>(ceil_div(row_bytes, piece_bytes))),
+  __device__ __forceinline__ PieceCursor(const TokenShare& share, const Plan& plan, uint32_t row_bytes, uint32_t piece_bytes)
+      : per_row((row_bytes + piece_bytes - 1) / piece_bytes),
         bytes(piece_bytes),
         begin_(share.begin),
         workers_(share.workers(plan)),

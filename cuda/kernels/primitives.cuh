@@ -84,6 +84,17 @@ DEEPEP_STORE(reduce_add_relaxed_gpu, "red.relaxed.gpu.global.add")
 #undef DEEPEP_STORE
 #undef DEEPEP_ATOMIC
 
+// Two words side by side, 16-byte aligned, in one instruction. Each is whole; which of them is seen first is not said.
+__device__ __forceinline__ void load_acquire_sys(const uint64_t* address, uint64_t& first, uint64_t& second) {
+  asm volatile("ld.acquire.sys.global.v2.u64 {%0, %1}, [%2];" : "=l"(first), "=l"(second) : "l"(address) : "memory");
+}
+__device__ __forceinline__ void store_relaxed_sys(uint64_t* address, uint64_t first, uint64_t second) {
+  asm volatile("st.relaxed.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(address), "l"(first), "l"(second) : "memory");
+}
+__device__ __forceinline__ void store_release_sys(uint64_t* address, uint64_t first, uint64_t second) {
+  asm volatile("st.release.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(address), "l"(first), "l"(second) : "memory");
+}
+
 __device__ __forceinline__ void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // ---- 16 bytes at once ----------------------------------------------------------------------------------------------------

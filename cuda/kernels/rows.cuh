@@ -27,12 +27,12 @@ __device__ inline RowTables row_tables(const CallParams& p, uint8_t* shared) {
 // experts has how many entries lower ranks have, and gets this rank's first row. Returns the rows of all groups.
 __device__ inline uint64_t place_groups(const CallParams& p, uint32_t dst, uint32_t alignment, const uint32_t* entries) {
   const uint32_t lane = threadIdx.x % kWarpLanes;
-  const ExpertRange experts = local_experts(p.options.num_experts, p.options.num_ranks, dst);
+  const ExpertRange experts = p.partition.experts(dst);
   uint64_t group = 0;
   for (uint32_t first = 0; first < experts.count; first += kWarpLanes) {
     const bool is_mine = first + lane < experts.count;
     const uint32_t expert = experts.first + first + lane;
-    const uint64_t rows = is_mine ? align_up(entries[expert], alignment) : 0;
+    const uint64_t rows = is_mine ? aligned(entries[expert], alignment) : 0;
     uint64_t before = rows;  // inclusive sum over the lanes
     for (uint32_t step = 1; step < kWarpLanes; step *= 2) {
       const uint64_t other = __shfl_up_sync(kAllLanes, before, step);

@@ -48,7 +48,7 @@ __device__ __forceinline__ void bulk_wait_read_but(uint32_t lag) {
 
 template <class Dst, class Meta>
 __device__ void push_rows_bulk(const PushRows& p, uint8_t* shared, uint64_t* barriers, Dst& dst, Meta& meta) {
-  PieceCursor cursor(p.share(), p.plan, p.row_bytes, piece_bytes(p.row_bytes, p.plan.chunk_bytes));
+  PieceCursor cursor(p.share(), p.plan, p.row_bytes, p.plan.chunk_bytes);
   if (cursor.left == 0) return;
   const uint32_t warp = threadIdx.x / kWarpLanes;
   const bool leader = lane_id() == 0;
@@ -139,7 +139,7 @@ __device__ void push_rows_plain(const PushRows& p, Dst& dst, Meta& meta) {
   constexpr uint32_t kVectors = 4;
   constexpr uint32_t kStep = kVectors * kWarpLanes * 16;
   const uint32_t lane = lane_id();
-  PieceCursor cursor(p.share(), p.plan, p.row_bytes, piece_bytes(p.row_bytes, kStep));
+  PieceCursor cursor(p.share(), p.plan, p.row_bytes, kStep);
   LaneHops<uint8_t> destinations;
   uint32_t known = cursor.token - 1;
   while (cursor.left != 0) {

@@ -34,8 +34,8 @@ __device__ inline ScaleUnits scale_units(const ScaleRows& rows) {
   const uint32_t element_bytes = dense ? rows.elem_bytes * rows.num : rows.elem_bytes;
   const uint32_t elements = dense ? 1 : rows.num;
   const uint64_t all = element_bytes | rows.alignment | (dense ? 0 : rows.from_elem_stride | rows.to_elem_stride);
-  uint32_t bytes = 16;
-  while (all % bytes != 0) bytes /= 2;
+  const uint64_t most = all | 16;
+  const auto bytes = static_cast<uint32_t>(most & (0 - most));  // the lowest bit
   return {bytes, elements * (element_bytes / bytes), element_bytes / bytes, rows.from_elem_stride, rows.to_elem_stride};
 }
 

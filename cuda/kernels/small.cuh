@@ -24,8 +24,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1) message_kernel(const __grid_
         finding.a = params.refusal;
         leader.refuse(params.refusal, Reason::own_refusal, finding);
       }
-      leader.say_only_op();
-      leader.publish_all(0);
+      leader.publish_all();
       leader.gather(-1, false);
     }
   }

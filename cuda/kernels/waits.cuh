@@ -203,7 +203,9 @@ struct Waits {
   template <class Word>
   __device__ uint64_t wait_for(uint64_t peers, const Awaited& awaited, Word word) {
     const uint64_t others = peers & ~s.masked & ~rank_bit(p.rank), begin_ns = begin_wait();
-    const uint64_t late = come_soon(others, awaited, word, begin_ns);
+    // Pairs with the release of `peer`.
+    const uint64_t late = come_soon(others, awaited.kind, begin_ns,
+                                    [&](uint32_t peer) { return load_acquire_sys(word(peer)) >= awaited.at_least; });
     return late == 0 ? others : (others & ~late) | wait_long(*this, late, awaited, word, begin_ns);
   }
 
@@ -211,18 +213,19 @@ struct Waits {
   __device__ uint64_t begin_wait() const { return __shfl_sync(kAllLanes, global_time_ns(), 0); }
 
   // Waits some microseconds; returns which of the peers have not come. Mostly all have: then nothing more of a wait is needed,
-  // nor its code fetched, which takes as long. The others are for wait_long().
-  template <class Word>
-  __device__ uint64_t come_soon(uint64_t peers, const Awaited& awaited, Word word, uint64_t begin_ns) {
+  // nor its code fetched, which takes as long. The others are for wait_until(). `has_come(peer)` is asked of each by one lane,
+  // with acquire, until it is true.
+  template <class HasCome>
+  __device__ uint64_t come_soon(uint64_t peers, int32_t kind, uint64_t begin_ns, HasCome has_come) {
     static_assert(DEEPEP_MAX_RANKS == 2 * kWarpLanes);
     if ((peers & s.lost) != 0) return peers;  // For those that are gone nobody waits.
     uint64_t pending = peers & (rank_bit(lane) | rank_bit(lane + kWarpLanes));  // this lane's
     for (uint32_t looks = 0; looks < kSoonLooks; ++looks) {
       for (uint64_t rest = pending; rest != 0; rest &= rest - 1) {
         const auto peer = static_cast<uint32_t>(__ffsll(static_cast<long long>(rest)) - 1);
-        if (load_acquire_sys(word(peer)) < awaited.at_least) continue;  // Pairs with the release of `peer`.
+        if (!has_come(peer)) continue;
         pending &= ~rank_bit(peer);
-        if (looks != 0) account_for(peer, awaited.kind, global_time_ns() - begin_ns);
+        if (looks != 0) account_for(peer, kind, global_time_ns() - begin_ns);
       }
       if (__all_sync(kAllLanes, pending == 0)) break;
     }
@@ -257,8 +260,9 @@ struct Waits {
   // By the lane that the peer is one of.
   __device__ void account_for(uint32_t peer, int32_t kind, uint64_t waited_ns) {
     if (kind < 0) return;
-    p.state->wait_ns[kind][peer] += static_cast<int64_t>(waited_ns);
-    if (wait_stats != nullptr) wait_stats[peer] += static_cast<int64_t>(waited_ns);
+    // Nothing comes back, so that the wait ends without a trip to memory.
+    reduce_add_relaxed_gpu(&p.state->wait_ns[kind][peer], static_cast<int64_t>(waited_ns));
+    if (wait_stats != nullptr) reduce_add_relaxed_gpu(wait_stats + peer, static_cast<int64_t>(waited_ns));
   }
 
   // Looks at the abort words: leaves ranks out as others have done, or ends the call.
@@ -295,22 +299,24 @@ struct Waits {
   __device__ void find_elsewhere(uint64_t pending) {
     const auto message = [&](uint32_t peer) { return message_at(own_memory(p), p.regions, peer, s.epoch); };
     const uint64_t elsewhere = ranks_where([&](uint32_t peer) {
-      // Pairs with publish() of the peer.
-      if (!in_view(pending, peer) || load_acquire_sys(&message(peer)->epoch) != s.epoch) return false;
-      return message(peer)->code != 0 || message(peer)->agreed[kAgreedOp] != static_cast<uint32_t>(p.op);
+      // Pairs with publish_all() of the peer.
+      const uint64_t word = in_view(pending, peer) ? load_acquire_sys(message(peer)->words + kMessageSender) : 0;
+      const Sender sender = sender_from_word(static_cast<uint32_t>(word));
+      return is_count_of(word, s.epoch) && (sender.code != 0 || sender.op != p.op);
     });
     if (elsewhere == 0) return;
     const auto peer = static_cast<uint32_t>(__ffsll(static_cast<long long>(elsewhere)) - 1);
     Finding finding;
     finding.peer = static_cast<int32_t>(peer);
-    if (message(peer)->code != 0) {
-      finding.a = message(peer)->code;
+    const Sender sender = sender_of(*message(peer));
+    if (sender.code != 0) {
+      finding.a = sender.code;
       refuse(DEEPEP_ERROR_ABORTED, Reason::refused, finding);
       return;
     }
     finding.a = kAgreedOp;
     finding.expected = p.op;
-    finding.seen = message(peer)->agreed[kAgreedOp];
+    finding.seen = sender.op;
     refuse(DEEPEP_ERROR_MISMATCH, Reason::elsewhere, finding);
   }
 

@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "abcb6eec16a71097c185b87d5f6cf4a3d544826a9e927161cd856d0c239c8d61",
-    cuda: "3c7f56d59df170aeefac006793c65811a05ffac32a827cf7fb83746b9bb3c49d",
+    cpu: "6324812d3f82c02500fccc42d862b48e08f5205d70ae0b3ebd5050e78a57a3ba",
+    cuda: "b55602949e1ac90f87825e7e48b12ffa3e1c395a1512f63e5fcf60ff91086b94",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -30,12 +30,12 @@ export const manifest: Manifest = {
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "5c1f4edede5943a4683218b0783c565e136c91c42c162d09654d9d9b36487bad",
-      bytes: 510384,
+      sha256: "f06907f72dfb28e43c6b86195886b6866dcf6b8e6b651f8599cd62a9d07373c6",
+      bytes: 514480,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "53dbb847c2d2a6ee9e112bbdbeaf68a4d7848193f3df01865f2eed1d2a65531d",
-      bytes: 2886360,
+      sha256: "22f26be99a9b9e5994b5c1d417ff2955a0553aee257344d2d804eb1cf60dc05b",
+      bytes: 2943704,
     },
   },
 };

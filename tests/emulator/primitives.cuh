@@ -78,6 +78,28 @@ void store_release_gpu(T* address, std::type_identity_t<T> value) {
   stored<__ATOMIC_RELEASE>(address, value);
 }
 
+// A GPU would fault here, too. The second word comes first: no order is promised.
+inline void check_pair(const uint64_t* address) {
+  if (reinterpret_cast<uintptr_t>(address) % 16 != 0) {
+    emulator::this_block().fail("a pair of words at %p", static_cast<const void*>(address));
+  }
+}
+inline void load_acquire_sys(const uint64_t* address, uint64_t& first, uint64_t& second) {
+  check_pair(address);
+  first = load_acquire_sys(address);
+  second = load_acquire_sys(address + 1);
+}
+inline void store_relaxed_sys(uint64_t* address, uint64_t first, uint64_t second) {
+  check_pair(address);
+  store_relaxed_sys(address + 1, second);
+  store_relaxed_sys(address, first);
+}
+inline void store_release_sys(uint64_t* address, uint64_t first, uint64_t second) {
+  check_pair(address);
+  store_release_sys(address + 1, second);
+  store_release_sys(address, first);
+}
+
 // All of these return the word as it was before.
 template <class T>
 T add_relaxed_gpu(T* address, std::type_identity_t<T> value) {
