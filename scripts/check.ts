@@ -4,11 +4,13 @@
  * In: the working tree, on a machine with Node and npm; what needs g++ or nvcc is skipped without it. Out: a line for
  * each step with its time, for each step that fails what failed and why, in few lines, the same again at the end, and last
  * the one line `N passed, N failed, N skipped`, which counts the tests of all runners and the other steps. The exit status
- * is 1 if anything failed. `npm test` runs this with Bun.
+ * is 1 if anything failed. Steps go one after another, but for compilers: these go beside the others, one after another too
+ * and with low priority, since tests measure time. `npm test` runs this with Bun.
  */
 
 import { spawn, spawnSync } from "node:child_process";
 import { existsSync, mkdirSync, rmSync, writeFileSync } from "node:fs";
+import { setPriority } from "node:os";
 import { join } from "node:path";
 import process from "node:process";
 import { fileURLToPath } from "node:url";
@@ -30,6 +32,8 @@ const emulated = "^cuda: (low latency" +
   "|peers that are late, silent or gone, low latency (silent )?in )";
 /** The longest run of a step: only what hangs takes so long, even on a busy machine. */
 const PATIENCE_S = 600;
+/** Of compilers: what is not run by tests. */
+const LOW_PRIORITY = 15;
 /** Where the whole output of steps that fail is kept. */
 const kept = join("build", "check");
 
@@ -41,6 +45,10 @@ interface Step {
   readonly env?: Readonly<Record<string, string>>;
   /** Why the step cannot be taken here. */
   readonly skip?: string | false;
+  /** Whether it goes beside those that are no compilers. */
+  readonly compiles?: true;
+  /** The name of the compiler's step that must have ended before. */
+  readonly after?: string;
 }
 
 const folders = ["mod.ts", "lib", "scripts", "tests", "examples"].filter((path) => existsSync(join(root, path)));
@@ -68,11 +76,13 @@ const steps: readonly Step[] = [
   {
     name: "rebuild cpu",
     command: [bun, "scripts/build.ts", "--backend", "cpu", "--out", rebuilt, ...strict],
+    compiles: true,
     skip: noCompiler,
   },
   {
     name: "compile cuda", // for one architecture: all of them take long
     command: [bun, "scripts/build.ts", "--backend", "cuda", "--arch", "sm_90", "--out", rebuilt, ...strict],
+    compiles: true,
     skip: noCuda(),
   },
   { name: "tests (bun)", command: [bun, "test", ...patience], tests: "bun" },
@@ -81,15 +91,22 @@ const steps: readonly Step[] = [
     name: "tests (bun, rebuilt cpu)",
     command: [bun, "test", ...patience, "cpu_test", "process_test", "failure_test"],
     tests: "bun",
+    after: "rebuild cpu",
     skip: noCompiler,
     env: { DEEPEP_LIBRARY_CPU: join(root, rebuilt, "libdeepep_cpu.so") },
   },
-  { name: "compile emulated cuda", command: [bun, "tests/emulator/build.ts", "--races"], skip: noCompiler },
+  {
+    name: "compile emulated cuda",
+    command: [bun, "tests/emulator/build.ts", "--races"],
+    compiles: true,
+    skip: noCompiler,
+  },
   {
     // The kernels themselves, on threads whose order is drawn; two that race end the run. A part of it, for the time it takes.
     name: "tests (emulated cuda)",
     command: [bun, "test", ...patience, "cuda_test", "cuda_failure_test", "-t", emulated],
     tests: "bun",
+    after: "compile emulated cuda",
     skip: noCompiler,
     env: {
       DEEPEP_LIBRARY_CUDA: join(root, "build/emulated/libdeepep_cuda_races.so"),
@@ -104,15 +121,15 @@ const steps: readonly Step[] = [
   { name: "publish (dry run)", command: [deno, "publish", "--dry-run", "--allow-dirty"] },
 ];
 
-/** The process group of the step that runs. */
-let running: number | undefined;
+/** The process groups of the steps that run. */
+const running = new Set<number>();
 
-function endRunning(): void {
-  if (running !== undefined) process.kill(-running, "SIGKILL");
+function endRunning(groups: Iterable<number> = running): void {
+  for (const group of groups) process.kill(-group, "SIGKILL");
 }
 
 /** Runs a step; answers its exit status and output. Ends it, and what it started, when it takes too long. */
-function run({ command, env }: Step): Promise<{ status: number; output: string }> {
+function run({ command, env, compiles }: Step): Promise<{ status: number; output: string }> {
   return new Promise((resolve) => {
     const [program, ...args] = command as [string, ...string[]];
     const child = spawn(program, args, {
@@ -125,14 +142,18 @@ function run({ command, env }: Step): Promise<{ status: number; output: string }
     const take = (data: Uint8Array): void => void (output += data);
     child.stdout.on("data", take);
     child.stderr.on("data", take);
-    running = child.pid;
+    const { pid } = child; // none when it could not be started
+    if (pid !== undefined) {
+      running.add(pid);
+      if (compiles) setPriority(pid, LOW_PRIORITY);
+    }
     const timer = setTimeout(() => {
       output += `\nended after ${PATIENCE_S} s\n`;
-      endRunning();
+      if (pid !== undefined) endRunning([pid]);
     }, PATIENCE_S * 1000);
     const end = (status: number, words = ""): void => {
       clearTimeout(timer);
-      running = undefined;
+      if (pid !== undefined) running.delete(pid);
       resolve({ status, output: output + words });
     };
     child.on("error", (error) => end(1, error.message));
@@ -152,11 +173,11 @@ async function main(): Promise<number> {
   const total: Counts = { passed: 0, failed: 0, skipped: 0 };
   const failures: string[] = [];
   rmSync(join(root, kept), { recursive: true, force: true });
-  for (const step of steps) {
+  const take = async (step: Step): Promise<void> => {
     if (step.skip) {
       total.skipped++;
       console.log(`skip             ${step.name}: ${step.skip}`);
-      continue;
+      return;
     }
     const begin = performance.now();
     const { status, output } = await run(step);
@@ -170,7 +191,18 @@ async function main(): Promise<number> {
       console.log(failure);
       failures.push(`FAILED ${step.name}\n${failure}`);
     }
+  };
+  const compiled = new Map<string, Promise<void>>();
+  let compiling = Promise.resolve();
+  for (const step of steps) {
+    if (step.compiles) compiled.set(step.name, compiling = compiling.then(() => take(step)));
   }
+  for (const step of steps) {
+    if (step.compiles) continue;
+    if (step.after !== undefined) await compiled.get(step.after);
+    await take(step);
+  }
+  await compiling;
   for (const failure of failures) console.log(failure);
   console.log(`${total.passed} passed, ${total.failed} failed, ${total.skipped} skipped`);
   return total.failed === 0 ? 0 : 1;

@@ -12,11 +12,12 @@ usage() {
 Usage: [BUN=/path/bun] [DENO=/path/deno] scripts/gpu_check.sh [options]
 
   --quick           fewer random worlds, a shorter bench, one round under the sanitizer
-  --only A,B,...    of: doctor local load_store size order graph shape decode failure worker process kill native soak serve bench sanitizer;
-                    and bench_low_latency, the part of the bench that is in its name; with 2 to 7 GPUs bench is also made with
-                    as many ranks, a GPU each (bench_links.jsonl)
+  --only A,B,...    of: doctor local load_store size order graph shape decode failure worker process kill kill_mps native soak serve
+                    bench sanitizer; and bench_low_latency, the part of the bench that is in its name; with 2 to 7 GPUs bench is
+                    also made with as many ranks, a GPU each (bench_links.jsonl). kill is without MPS, where processes take turns
+                    on a GPU, and takes minutes; kill_mps needs --mps
   --soak N          decode steps of the step "soak", default 200000, each runtime for a minute at most; more without that limit
-  --mps             start CUDA MPS privately for the steps "process" and "kill", and stop it after
+  --mps             start CUDA MPS privately for the steps "process" and "kill_mps", and stop it after
   --programs DIR    compiled programs of tests/cuda (small_world, overlap, ...), and scripts/decode/decode.cu as libdecode.so,
                     for a machine without nvcc
   --out DIR         where the results go; default build/gpu_check
@@ -303,12 +304,10 @@ if wanted process; then
   suite process tests/cuda_process_test.ts
   stop_mps
 fi
-if wanted kill; then
-  suite kill tests/cuda_kill_test.ts DEEPEP_ALLOW_TIME_SLICING=1
-  if [[ -n $with_mps ]] && start_mps; then
-    suite kill tests/cuda_kill_test.ts
-    stop_mps
-  fi
+suite kill tests/cuda_kill_test.ts DEEPEP_ALLOW_TIME_SLICING=1
+if wanted kill_mps && [[ -n $with_mps ]] && start_mps; then
+  suite kill_mps tests/cuda_kill_test.ts
+  stop_mps
 fi
 
 if wanted native; then
