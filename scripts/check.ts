@@ -30,8 +30,8 @@ const rebuilt = join("build", "native");
 const emulated = "^cuda: (low latency" +
   "|(dispatch|combine) (tiny|skewed|eight|wide|fp8|random|experts|more|many)" +
   "|peers that are late, silent or gone, low latency (silent )?in )";
-/** The longest run of a step: only what hangs takes so long, even on a busy machine. */
-const PATIENCE_S = 600;
+/** The longest run of a step: only what hangs takes so long, even on a busy machine. Compilers get what the others leave. */
+const PATIENCE_S = 600, COMPILER_PATIENCE_S = 1800;
 /** Of compilers: what is not run by tests. */
 const LOW_PRIORITY = 15;
 /** Where the whole output of steps that fail is kept. */
@@ -125,7 +125,13 @@ const steps: readonly Step[] = [
 const running = new Set<number>();
 
 function endRunning(groups: Iterable<number> = running): void {
-  for (const group of groups) process.kill(-group, "SIGKILL");
+  for (const group of groups) {
+    try {
+      process.kill(-group, "SIGKILL");
+    } catch {
+      // It has just ended by itself.
+    }
+  }
 }
 
 /** Runs a step; answers its exit status and output. Ends it, and what it started, when it takes too long. */
@@ -147,10 +153,11 @@ function run({ command, env, compiles }: Step): Promise<{ status: number; output
       running.add(pid);
       if (compiles) setPriority(pid, LOW_PRIORITY);
     }
+    const seconds = compiles ? COMPILER_PATIENCE_S : PATIENCE_S;
     const timer = setTimeout(() => {
-      output += `\nended after ${PATIENCE_S} s\n`;
+      output += `\nended after ${seconds} s\n`;
       if (pid !== undefined) endRunning([pid]);
-    }, PATIENCE_S * 1000);
+    }, seconds * 1000);
     const end = (status: number, words = ""): void => {
       clearTimeout(timer);
       if (pid !== undefined) running.delete(pid);

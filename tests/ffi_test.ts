@@ -79,11 +79,20 @@ test("a value that does not fit is refused by name", () => {
     const error = assertThrows(pack({ [field]: value }), RangeError, `deepep_dispatch_args.${field}`);
     assertStringIncludes(error.message, String(value));
   }
-  for (const [field, value] of [["num_tokens", "7"], ["num_tokens", 7n], ["x", "7"], ["x", null], ["flags", true]]) {
-    assertThrows(pack({ [field as string]: value }), TypeError, `deepep_dispatch_args.${field}`);
+  const wrong: [string, unknown][] = [
+    ["num_tokens", "7"],
+    ["num_tokens", 7n],
+    ["num_tokens", 0n],
+    ["x", "7"],
+    ["x", null],
+    ["flags", true],
+  ];
+  for (const [field, value] of wrong) {
+    assertThrows(pack({ [field]: value }), TypeError, `deepep_dispatch_args.${field}`);
   }
   assertThrows(pack({ constructor: 1 }), TypeError, "has no field constructor");
   const error = struct("deepep_error");
+  assertThrows(() => error.pack({ message: 0 as never }), TypeError, "deepep_error.message");
   assertThrows(() => error.pack({ message: "x".repeat(448) }), RangeError, "deepep_error.message: 448 bytes");
   assertEquals(error.pack({ message: "x".repeat(447) }).get("message").length, 447);
 });

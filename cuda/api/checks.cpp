@@ -189,6 +189,10 @@ void check_recovery(const Buffer& buffer, const deepep_buffer_recover_args& args
   if (args.epoch > kMaxBaseEpoch) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "epoch is %llu, at most %llu", shown(args.epoch), shown(kMaxBaseEpoch));
   }
+  if (args.epoch - epoch >= kMaxEpochStep) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "epoch is %llu, too far above the %llu of this rank: it is the largest of all ranks",
+           shown(args.epoch), shown(epoch));
+  }
   if (num_pending != 0) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%llu operations have not ended yet", shown(num_pending));
   }

@@ -39,8 +39,8 @@ Table& table() {
   return *leaked;
 }
 
-// How often this process and its ancestors have forked since the first object was made: what tells a process from its parent
-// without a system call each time.
+// How many forks lie between the process that made the first object and this one: what tells a process from its parent without
+// a system call each time. A child by a bare clone() is not told from it.
 std::atomic<uint32_t> forks{0};
 
 uint32_t num_forks() {

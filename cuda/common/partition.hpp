@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "../abi/deepep.h"
 #include "regions.hpp"
 
 namespace deepep {
@@ -39,8 +40,9 @@ struct Partition {
   }
 
  private:
-  // n / d = n * inverse(d) / 2^24, rounded down, for n and d up to 4096: what the inverse is too large by is less than d / 2^24,
-  // which n times is less than the 1 / d that n / d is short of a whole number at least.
+  // n / d = n * inverse(d) / 2^24, rounded down, for n and d up to 4096: inverse(d) / 2^24 is larger than 1 / d by less than
+  // 1 / 2^24, which n times is at most 1 / 4096, and n / d is short of the next whole number by 1 / d at least.
+  static_assert(DEEPEP_MAX_EXPERTS <= 4096);
   static constexpr uint32_t kBits = 24;
   DEEPEP_HOST_DEVICE static constexpr uint32_t inverse(uint32_t d) { return ((1u << kBits) + d - 1) / d; }
   DEEPEP_HOST_DEVICE static constexpr uint32_t quotient(uint32_t n, uint32_t inverse) {

@@ -5,8 +5,10 @@
 //
 // Epochs. A rank numbers the collective calls of a buffer from 1. All ranks make the same calls in the same order, so equal
 // numbers mean the same call. Every flag is an epoch, is only ever raised, and is compared with "at least": nothing is
-// cleaned, a stale flag cannot match, and after a recovery everything up to the base epoch means nothing. All operations
-// of a rank run on one serial communication stream; "rank s is past e" means its stream has ended call e.
+// cleaned, a stale flag cannot match, and after a recovery everything up to the base epoch means nothing. A word that holds a
+// value as well has the low half of the epoch, which is compared for equality: what the ring or a slot held before is never
+// 2^32 calls old. All operations of a rank run on one serial communication stream; "rank s is past e" means its stream has
+// ended call e.
 //
 // Synchronisation one, the message: `messages[s][e % ring]` in rank A's control area says that s has reached call e, which
 // slot s uses in it, and for a dispatch how many rows s sends to every rank. Before that, s's earlier holder of the slot was
@@ -89,7 +91,6 @@ constexpr const char* kAgreedNames[kNumAgreed] = {
 };
 constexpr uint32_t kNoOpinion = 2;
 
-
 // A word that names its call: epoch << 32 | value. It needs no other word to be believed, and may be stored in any order.
 DEEPEP_HOST_DEVICE constexpr uint64_t count_word(uint64_t epoch, uint32_t value) { return epoch << 32 | value; }
 DEEPEP_HOST_DEVICE constexpr bool is_count_of(uint64_t word, uint64_t epoch) {
@@ -97,14 +98,14 @@ DEEPEP_HOST_DEVICE constexpr bool is_count_of(uint64_t word, uint64_t epoch) {
 }
 
 // A message: this header, then for a dispatch u32 tokens_per_rank [num_ranks] and u32 entries_per_expert [num_experts]. The
-// words of the header are count words. The first two are all that a call needs which goes well: whoever has seen them has the
-// counts. The values are for those who find that they differ: on a GPU, where each store counts, ranks send them only then, when
-// all of them have found it.
+// words of the header are count words. A call that goes well needs the first two, and whoever has seen them has the counts. The
+// values say what differs. On a GPU each store takes time: there a rank sends them when it has found a difference, which its
+// peer has then found as well.
 enum MessageWord : uint32_t {
-  kMessageHash,    // agreed_hash() of what all ranks must say alike
+  kMessageHash,    // agreed_hash() of what all ranks must say alike; the CPU backend compares the values
   kMessageSender,  // sender_word()
   kMessageAgreed,  // the first of kNumAgreed
-  kNumMessageWords = (kMessageAgreed + kNumAgreed + 1) / 2 * 2,
+  kNumMessageWords = kMessageAgreed + kNumAgreed,
 };
 struct MessageHeader {
   uint64_t epoch;  // of the CPU backend: stored last, with release
@@ -119,7 +120,7 @@ struct Sender {
   uint32_t topk_weights;  // its value for kAgreedTopkWeights, which no hash can have
   int32_t code;           // DEEPEP_ERROR_*: the sender cannot make this call; 0 = all is well
 };
-static_assert(DEEPEP_OP_EXPERT_OUTPUT < 16 && kMaxSlots < 256);
+static_assert(DEEPEP_OP_EXPERT_OUTPUT < 16 && kMaxSlots < 256);  // the last op
 DEEPEP_HOST_DEVICE constexpr uint32_t sender_word(const Sender& sender) {
   return sender.slot << 24 | static_cast<uint32_t>(sender.op) << 20 | sender.topk_weights << 16 |
          (static_cast<uint32_t>(sender.code) & 0xffff);
@@ -162,7 +163,7 @@ static_assert(sizeof(View) <= kLineBytes);
 // by themselves. u64 [num_experts] entries for each expert, then the infos: nobody waits for a leader. They lie in a ring like
 // the messages, and for the same reason.
 enum CountInfo : uint32_t {
-  kInfoAgreed,  // agreed_hash() of what all ranks must say alike: the message says which value differs
+  kInfoAgreed,  // agreed_hash() of what all ranks must say alike: the messages find out which value differs
   kInfoSender,  // count_sender()
 };
 struct CountSender {
@@ -200,6 +201,8 @@ struct Abort {
 constexpr uint64_t kAbortGoesOn = 0x80;
 // The highest epoch that a recovery may continue at: the word has 48 bits for epochs, and calls come on top.
 constexpr uint64_t kMaxBaseEpoch = uint64_t{1} << 47;
+// And how far it may be above a rank's own: words that name their call by the low half of its epoch are never older.
+constexpr uint64_t kMaxEpochStep = uint64_t{1} << 31;
 
 DEEPEP_HOST_DEVICE constexpr uint64_t abort_word(const Abort& abort) {
   const uint64_t code = static_cast<uint64_t>(abort.code) | (abort.goes_on ? kAbortGoesOn : 0);

@@ -16,6 +16,27 @@ uint32_t first_difference(const MessageHeader& ours, const MessageHeader& theirs
   return kNumAgreed;
 }
 
+// Whether those who have rows say alike whether weights travel with them. A rank without rows goes with the first that has
+// some, so that it finds a disagreement of the others, too.
+bool check_opinions(Operation& op, const Exchange& exchanged) {
+  uint32_t opinion = exchanged.sender(op.buffer.rank).topk_weights;
+  for (uint32_t peer = 0; peer < op.buffer.options.num_ranks; ++peer) {
+    if (exchanged.from[peer] == nullptr) continue;
+    const uint32_t theirs = exchanged.sender(peer).topk_weights;
+    if (opinion == kNoOpinion) opinion = theirs;
+    if (agree_on(kAgreedTopkWeights, opinion, theirs)) continue;
+    op.fail({.code = DEEPEP_ERROR_MISMATCH,
+             .peer = static_cast<int32_t>(peer),
+             .reason = Reason::disagreement,
+             .agreed = 1,
+             .a = kAgreedTopkWeights,
+             .expected = opinion,
+             .seen = theirs});
+    return false;
+  }
+  return true;
+}
+
 // What every rank finds alike in the messages: a refusal, or a disagreement.
 bool check_messages(Operation& op, const Exchange& exchanged) {
   const MessageHeader& ours = *exchanged.from[op.buffer.rank];  // as this rank has published it
@@ -52,7 +73,7 @@ bool check_messages(Operation& op, const Exchange& exchanged) {
     }
     return false;
   }
-  return true;
+  return check_opinions(op, exchanged);
 }
 
 // A peer that came may have been left out since: another rank has given it up.
@@ -102,7 +123,6 @@ void publish(Operation& op, const Draft& draft, uint32_t to) {
   std::array<uint32_t, kNumAgreed> agreed = draft.agreed;
   agreed[kAgreedMaskOnTimeout] = buffer.mask_on_timeout ? 1 : 0;
   const auto say = [&](uint32_t word, uint32_t value) { message->words[word] = count_word(op.epoch, value); };
-  say(kMessageHash, agreed_hash(agreed.data()));
   say(kMessageSender, sender_word({draft.slot, op.op, agreed[kAgreedTopkWeights], op.failure.code}));
   for (uint32_t i = 0; i < kNumAgreed; ++i) say(kMessageAgreed + i, agreed[i]);
   if (draft.tokens_per_rank != nullptr) {

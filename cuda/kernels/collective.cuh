@@ -118,7 +118,7 @@ __device__ inline bool hear_leader(const CallParams& p, const CallShared& s, Ste
   }
 }
 
-// The same by all threads of any block, the leader's too, which must have released it before.
+// The same by all threads of a block that is not the leader's.
 __device__ inline bool await_leader(const CallParams& p, CallShared& s, Step step) {
   if (threadIdx.x == 0) s.go = hear_leader(p, s, step);
   __syncthreads();

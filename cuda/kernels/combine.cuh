@@ -36,8 +36,8 @@ __device__ inline void wait_for_readers(Leader& leader, uint32_t slot, uint64_t 
                   [&](uint32_t peer) { return slot_word_at(own_memory(leader.p), leader.p.regions.pulled, peer, slot); });
 }
 
-// The same where nobody knows the epoch yet. One look for all lanes: the leader writes it soon after this, and a lane that looked
-// late would wait alone.
+// The same where nobody knows the epoch yet. One look for all lanes: the leader writes it soon after this, and a lane that
+// looked late would wait alone.
 __device__ inline void wait_for_readers(Leader& leader, uint32_t slot, int32_t kind) {
   wait_for_readers(leader, slot, __shfl_sync(kAllLanes, leader.p.state->combine_epoch[slot], 0), kind);
 }
@@ -112,7 +112,8 @@ struct Combine {
     }
   }
 
-  // The leader's block until it goes, or stops with s.call.code. The second warp publishes, and waits for its fence beside what the first does.
+  // The leader's block until it goes, or stops with s.call.code. The second warp publishes; where nothing is copied it waits
+  // for its fence beside what the first does.
   __device__ void lead() {
     const bool leads = threadIdx.x < kWarpLanes, publishes = threadIdx.x / kWarpLanes == 1;
     Leader leader(p(), s.call);

@@ -28,7 +28,7 @@ __device__ inline SlotView slot_view(const CallParams& p, uint8_t* slot) {
           reinterpret_cast<int32_t*>(slot + r.recv_src_idx)};
 }
 
-// Warps of a dispatch's block beside those that push: the leader's block gives the counts to the host while rows move.
+// Warps of a block beside those that push: they give the counts to the user while rows move.
 constexpr uint32_t kClerks = 1;
 
 // The slots of all ranks, as a block pushes to them.
@@ -128,8 +128,8 @@ struct Dispatch {
     }
   }
 
-  // Leader's warp, when the rows of all ranks are known. Every rank has the whole matrix, so every rank fails alike, before a row
-  // has moved.
+  // Leader's warp, when the rows of all ranks are known. Every rank has the whole matrix, so all fail alike, before a row has
+  // moved.
   __device__ void check_capacity(Leader& leader, const RowTables& tables) {
     for (uint32_t first = 0; first < p().options.num_ranks; first += kWarpLanes) {
       const uint32_t mine = first + leader.lane;
@@ -159,8 +159,8 @@ struct Dispatch {
     if (leader.lane == 0) release_blocks(p(), s.call, kStepGo, s.call.code == 0);
   }
 
-  // The leader's block until it goes, or stops with s.call.code. The second warp publishes, and waits for its fence beside what
-  // the first does.
+  // The leader's block until it goes, or stops with s.call.code. The second warp publishes; where there are no counts it waits
+  // for its fence beside what the first does.
   __device__ void lead(const CountTables& tables) {
     const bool leads = threadIdx.x < kWarpLanes, publishes = threadIdx.x / kWarpLanes == 1;
     Leader leader(p(), s.call);
@@ -250,30 +250,35 @@ struct Dispatch {
     if (p().seq != 0) store_relaxed_sys(reinterpret_cast<uint64_t*>(params.args.host_counts) + i, host_count(p().seq, value));
   }
 
-  // The clerk, a warp of the leader's block that pushes no rows: the counts, on the device and on the host. Each word tells the
-  // host by itself that it is there: a fence would wait for more than them.
+  // The clerks, a warp of each block that pushes no rows: the counts, on the device and on the host. Each word tells the host
+  // by itself that it is there: a fence would wait for more than them. The blocks share them, because one after another they
+  // would take longer than the rows of few tokens.
   __device__ void fill_counts() {
     const CountMatrix matrix = matrix_of(p(), params.routing, s.call.view);
     const uint32_t lane = threadIdx.x % kWarpLanes;
     const uint32_t ranks = p().options.num_ranks;
     auto* stats = reinterpret_cast<int32_t*>(params.args.expert_stats);
-    for (uint32_t e = lane; e < p().num_local_experts; e += kWarpLanes) {
+    for (uint32_t e = blockIdx.x * kWarpLanes + lane; e < p().num_local_experts; e += gridDim.x * kWarpLanes) {
       const uint32_t entries = entries_before(matrix, ranks, p().first_expert + e);
       store_count(2 + e, static_cast<int32_t>(aligned(entries, params.routing.expert_alignment)));
       if (stats != nullptr) stats[e] += static_cast<int32_t>(entries);
     }
-    for (uint32_t src = lane; src < ranks; src += kWarpLanes) {
-      const uint32_t tokens = in_view(s.call.view, src) ? matrix.tokens[src * ranks + p().rank] : 0;
-      store_count(2 + p().num_local_experts + src, static_cast<int32_t>(tokens));
+    if (blockIdx.x == gridDim.x - 1) {
+      for (uint32_t src = lane; src < ranks; src += kWarpLanes) {
+        const uint32_t tokens = in_view(s.call.view, src) ? matrix.tokens[src * ranks + p().rank] : 0;
+        store_count(2 + p().num_local_experts + src, static_cast<int32_t>(tokens));
+      }
+      if (lane == 0) {
+        store_count(0, static_cast<int32_t>(tokens_before(matrix, ranks, p().rank)));
+        store_count(1, static_cast<int32_t>(__ldcg(&p().state->num_rows)));
+      }
     }
-    if (lane == 0) {
-      store_count(0, static_cast<int32_t>(tokens_before(matrix, ranks, p().rank)));
-      store_count(1, static_cast<int32_t>(p().state->num_rows));
-    }
+    if (!is_leader()) return;
     const uint64_t sent = rows_sent();
     if (lane != 0) return;
-    p().state->rows_sent += sent;
-    p().state->bytes_sent += sent * (params.args.row_bytes + uint64_t{params.args.num_scales} * params.args.scale_elem_bytes);
+    const uint64_t row_bytes = params.args.row_bytes + uint64_t{params.args.num_scales} * params.args.scale_elem_bytes;
+    reduce_add_relaxed_gpu(&p().state->rows_sent, sent);
+    reduce_add_relaxed_gpu(&p().state->bytes_sent, sent * row_bytes);
   }
 
   // Nothing came: whoever works by the counts, without asking how the call ended, finds no rows of an earlier one. The host
@@ -409,7 +414,7 @@ struct Dispatch {
   __device__ void send(uint64_t* barriers) {
     if (threadIdx.x / kWarpLanes < params.plan.warps)
       push<kTma>(barriers);
-    else if (is_leader())
+    else
       fill_counts();
     clear_experts();  // Last: a warp that has few rows to push, or none, does it while others push theirs.
   }

@@ -60,9 +60,8 @@ struct Leader : Waits {
 
   __device__ MessageHeader* message_of(uint32_t rank) const { return message_at(own_memory(p), p.regions, rank, s.epoch); }
 
-  // By one warp, which need not be the leader's: publishes this rank's message to every unmasked rank, a refusal of this rank
-  // too. What this warp knows of is published with it, and has been read before others write; `kFenced`: what came before its
-  // latest fence.
+  // By one warp, which need not be the leader's: publishes this rank's message to every unmasked rank, also when it refuses the
+  // call. With it the peers see what this warp knows of, and may overwrite what it has read. `kFenced`: as of its latest fence.
   template <bool kFenced = false>
   __device__ void publish_all() {
     const uint64_t to = all_ranks(p) & ~(s.masked | s.lost);
@@ -71,13 +70,13 @@ struct Leader : Waits {
     for (uint32_t peer = lane; peer < p.options.num_ranks; peer += kWarpLanes) {
       if (!in_view(to, peer)) continue;
       uint64_t* words = message_at(p.symmetric[peer], p.regions, p.rank, s.epoch)->words;
-      // Pairs with hear() of that peer. A fence costs the other warps of the multiprocessor what they have in L1, a release not.
+      // Pairs with hear() of that peer. A fence costs the multiprocessor's other warps what they have in L1, a release not.
       kFenced ? store_relaxed_sys(words, hash, sender) : store_release_sys(words, hash, sender);
     }
     __syncwarp();
   }
 
-  // The nth value that all ranks must say alike, as this rank says it; and all of them, to those who want to know the difference.
+  // The nth value that all ranks must say alike, as this rank says it; and all of them, for those who find a difference.
   __device__ uint32_t own_value(uint32_t nth) const {
     return nth == kAgreedTopkWeights ? s.said_topk_weights : nth == kAgreedRouting ? s.said_routing : p.agreed[nth];
   }
@@ -101,19 +100,20 @@ struct Leader : Waits {
     return is_count_of(heard.hash, s.epoch) && is_count_of(heard.sender, s.epoch);
   }
 
-  // Peers that say something else than they should, of those that this lane has heard.
+  // Peers that say something else than they should, of those that this lane has heard, and what opinions of topk_weights there
+  // are: bit v is set for value v.
   struct Odd {
     uint64_t refusing = 0;
     uint64_t differing = 0;
+    uint32_t opinions = 0;
   };
   // Keeps a peer's slot.
   __device__ void take(uint32_t peer, const Heard& heard, Odd& odd) const {
     const Sender sender = sender_from_word(static_cast<uint32_t>(heard.sender));
     p.state->peer_slots[peer] = sender.slot;
     if (sender.code != 0) odd.refusing |= rank_bit(peer);
-    const bool same = static_cast<uint32_t>(heard.hash) == s.said_hash &&
-                      agree_on(kAgreedTopkWeights, s.said_topk_weights, sender.topk_weights);
-    if (!same) odd.differing |= rank_bit(peer);
+    odd.opinions |= 1u << sender.topk_weights;
+    if (static_cast<uint32_t>(heard.hash) != s.said_hash || sender.op != p.op) odd.differing |= rank_bit(peer);
   }
 
   // Gathers the messages of all unmasked ranks. Afterwards s.view and state->peer_slots say who takes part; false when the call
@@ -135,8 +135,10 @@ struct Leader : Waits {
 
   // The messages of these ranks are there: every rank finds alike whether one refuses the call, or makes another one.
   __device__ bool accept(uint64_t view, const Odd& odd) {
-    if (__any_sync(kAllLanes, (odd.refusing | odd.differing) != 0)) {
-      blame(*this, warp_or(odd.refusing), warp_or(odd.differing));
+    constexpr uint32_t kBoth = 3;  // opinions that exclude each other
+    const uint32_t opinions = __reduce_or_sync(kAllLanes, odd.opinions | 1u << s.said_topk_weights);
+    if (__any_sync(kAllLanes, (odd.refusing | odd.differing) != 0) || (opinions & kBoth) == kBoth) {
+      blame(*this, view, warp_or(odd.refusing), warp_or(odd.differing));
       return false;
     }
     keep_view(view);
@@ -164,8 +166,12 @@ struct Leader : Waits {
     __syncwarp();
     const Awaited awaited = {Reason::late_message, s.epoch, kind, false};
     Heard heard;
+    // Who is at a later call will not say any more what it says in this one.
+    const auto is_later = [&](uint32_t peer) { return self.calls_later(self.message_of(peer)) > 0; };
     const auto come = [&](uint64_t pending) {
-      return self.ranks_where([&](uint32_t peer) { return in_view(pending, peer) && self.hear(peer, heard); });
+      return self.ranks_where([&](uint32_t peer) {
+        return in_view(pending, peer) && (self.hear(peer, heard) || is_later(peer));
+      });
     };
     const auto seen = [&](uint32_t peer) { return load_relaxed_sys(self.message_of(peer)->words) >> 32; };
     const uint64_t came = (others & ~late) | (late != 0 ? self.wait_until(late, awaited, come, seen, begin_ns) : 0);
@@ -180,10 +186,25 @@ struct Leader : Waits {
       return false;
     }
     Odd odd;
+    uint64_t later = 0;
     for (uint32_t peer = self.lane; peer < p.options.num_ranks; peer += kWarpLanes) {
-      if (peer != p.rank && in_view(view, peer) && self.hear(peer, heard)) self.take(peer, heard, odd);
+      if (peer == p.rank || !in_view(view, peer)) continue;
+      if (self.hear(peer, heard))
+        self.take(peer, heard, odd);
+      else
+        later |= rank_bit(peer);
     }
     __syncwarp();
+    later = warp_or(later);
+    if (later != 0) {
+      Finding finding;
+      const auto peer = static_cast<uint32_t>(__ffsll(static_cast<long long>(later)) - 1);
+      finding.peer = static_cast<int32_t>(peer);
+      finding.expected = static_cast<int64_t>(s.epoch);
+      finding.seen = static_cast<int64_t>(s.epoch) + self.calls_later(self.message_of(peer));
+      self.refuse(DEEPEP_ERROR_MISMATCH, Reason::other_call, finding);
+      return false;
+    }
     if (!self.accept(view, odd)) return false;
     if (!pushes || p.mask_on_timeout == 0) return true;
     if (!self.agree_on_view(view)) return false;
@@ -191,45 +212,79 @@ struct Leader : Waits {
     return true;
   }
 
-  DEEPEP_COLD __device__ static void blame(Leader leader, uint64_t refusing, uint64_t differing) {
-    const CallShared& s = leader.s;
+  // How many calls a peer is ahead of this rank, as its message tells; negative when it is behind.
+  __device__ int64_t calls_later(const MessageHeader* message) const {
+    const auto theirs = static_cast<uint32_t>(load_relaxed_sys(message->words + kMessageHash) >> 32);
+    return static_cast<int32_t>(theirs - static_cast<uint32_t>(s.epoch));
+  }
+
+  // Ends the call: of the ranks in the view these refuse it, or differ in what all must say alike; if none does, those who have
+  // rows differ in whether weights travel with them.
+  DEEPEP_COLD __device__ static void blame(Leader self, uint64_t view, uint64_t refusing, uint64_t differing) {
+    // Each blames the first that it finds, but is itself what others have found.
+    static_assert(kNumAgreed <= kWarpLanes);
+    if (differing != 0) self.publish_values();
+    const uint64_t blamed = refusing != 0 ? refusing : differing;
+    if (blamed == 0) return self.blame_opinions(view);
     Finding finding;
-    const auto peer = static_cast<uint32_t>(__ffsll(static_cast<long long>(refusing != 0 ? refusing : differing)) - 1);
-    const MessageHeader& message = *leader.message_of(peer);
-    finding.peer = static_cast<int32_t>(peer);
+    const auto peer = static_cast<uint32_t>(__ffsll(static_cast<long long>(blamed)) - 1);
+    const MessageHeader& message = *self.message_of(peer);
     const Sender sender = sender_of(message);
+    finding.peer = static_cast<int32_t>(peer);
     if (refusing != 0) {
       finding.a = sender.code;
-      leader.refuse(DEEPEP_ERROR_ABORTED, Reason::refused, finding);
-      return;
-    }
-    if (sender.op != leader.p.op) {
+      self.refuse(DEEPEP_ERROR_ABORTED, Reason::refused, finding);
+    } else if (sender.op != self.p.op) {
       finding.a = kAgreedOp;
-      finding.expected = leader.p.op;
+      finding.expected = self.p.op;
       finding.seen = sender.op;
-      leader.refuse(DEEPEP_ERROR_MISMATCH, Reason::elsewhere, finding);
-      return;
+      self.refuse(DEEPEP_ERROR_MISMATCH, Reason::elsewhere, finding);
+    } else if (self.await_values(message, finding)) {
+      uint32_t first = 0;
+      while (first + 1 < kNumAgreed && agree_on(first, self.own_value(first), agreed_value(message, first))) ++first;
+      finding.a = static_cast<int32_t>(first);
+      finding.expected = self.own_value(first);
+      finding.seen = agreed_value(message, first);
+      self.refuse(DEEPEP_ERROR_MISMATCH, Reason::disagreement, finding);
     }
-    // The peer has found the same difference, and says what it has said.
-    static_assert(kNumAgreed <= kWarpLanes);
-    leader.publish_values();
-    const auto value_word = [&](uint32_t nth) { return load_relaxed_sys(message.words + kMessageAgreed + nth); };
-    const auto come = [&](uint64_t) {
-      bool all = true;
-      for (uint32_t nth = leader.lane; nth < kNumAgreed; nth += kWarpLanes) all = all && is_count_of(value_word(nth), s.epoch);
-      return __all_sync(kAllLanes, all) ? rank_bit(peer) : 0;
-    };
-    leader.begin_waits();
-    leader.wait_until(rank_bit(peer), {Reason::late_message, s.epoch, -1, false}, come,
-                      [&](uint32_t) { return value_word(0) >> 32; }, leader.begin_wait());
-    if (leader.failed()) return;
-    const auto theirs = [&](uint32_t nth) { return static_cast<uint32_t>(value_word(nth)); };
-    uint32_t first = 0;
-    while (first + 1 < kNumAgreed && agree_on(first, leader.own_value(first), theirs(first))) ++first;
-    finding.a = static_cast<int32_t>(first);
-    finding.expected = leader.own_value(first);
-    finding.seen = theirs(first);
-    leader.refuse(DEEPEP_ERROR_MISMATCH, Reason::disagreement, finding);
+  }
+
+  // Waits for the values of a peer that differs: it has found that, too, and sends them. When they do not come the call ends
+  // half-way, with `finding`.
+  __device__ bool await_values(const MessageHeader& message, Finding finding) {
+    const uint64_t begin_ns = begin_wait();
+    for (;;) {
+      const uint64_t word = lane < kNumAgreed ? load_acquire_sys(message.words + kMessageAgreed + lane) : 0;
+      if (__all_sync(kAllLanes, lane >= kNumAgreed || is_count_of(word, s.epoch))) break;
+      const uint64_t waited_ns = __shfl_sync(kAllLanes, global_time_ns(), 0) - begin_ns;
+      if (waited_ns < p.timeout_ns) continue;
+      finding.code = DEEPEP_ERROR_TIMEOUT;
+      finding.reason = Reason::late_message;
+      finding.expected = static_cast<int64_t>(s.epoch);
+      finding.waited_ns = static_cast<int64_t>(waited_ns);
+      fail(finding);
+      announce_failure();
+      return false;
+    }
+    __syncwarp();
+    return true;
+  }
+
+  // A rank without rows goes with the first that has some, so that it finds a disagreement of the others, too.
+  __device__ void blame_opinions(uint64_t view) {
+    uint32_t opinion = s.said_topk_weights;
+    for (uint32_t peer = 0; peer < p.options.num_ranks; ++peer) {
+      if (peer == p.rank || !in_view(view, peer)) continue;
+      const uint32_t theirs = sender_of(*message_of(peer)).topk_weights;
+      if (opinion == kNoOpinion) opinion = theirs;
+      if (agree_on(kAgreedTopkWeights, opinion, theirs)) continue;
+      Finding finding;
+      finding.peer = static_cast<int32_t>(peer);
+      finding.a = kAgreedTopkWeights;
+      finding.expected = opinion;
+      finding.seen = theirs;
+      return refuse(DEEPEP_ERROR_MISMATCH, Reason::disagreement, finding);
+    }
   }
 
   // MASK_ON_TIMEOUT: those take part whose messages everyone has.

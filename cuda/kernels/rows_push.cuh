@@ -143,22 +143,27 @@ __device__ void push_rows_plain(const PushRows& p, Dst& dst, Meta& meta) {
   LaneHops<uint8_t> destinations;
   uint32_t known = cursor.token - 1;
   while (cursor.left != 0) {
-    if (known != cursor.token) {
-      known = cursor.token;
-      destinations.look_up(p.hops, [&](uint32_t hop, float&) { return dst(known, hop); });
-    }
-    if (destinations.count() == 0) {
-      cursor.skip();
-      continue;
-    }
-    const uint32_t offset = cursor.piece * cursor.bytes;
+    const uint32_t token = cursor.token, offset = cursor.piece * cursor.bytes;
     const uint32_t bytes = min(cursor.bytes, p.row_bytes - offset);
-    const uint8_t* from = p.x + known * p.x_stride + offset;
+    const uint8_t* from = p.x + token * p.x_stride + offset;
     uint4 values[kVectors];
 #pragma unroll
     for (uint32_t v = 0; v < kVectors; ++v) {
       const uint32_t at = (v * kWarpLanes + lane) * 16;
       if (at < bytes) values[v] = load_stream(from + at);
+    }
+    // What travels beside the row, and where it goes, is looked up while the row comes: one trip to memory for all.
+    if (offset == 0) {
+      meta(token);
+      __syncwarp();
+    }
+    if (known != token) {
+      known = token;
+      destinations.look_up(p.hops, [&](uint32_t hop, float&) { return dst(known, hop); });
+    }
+    if (destinations.count() == 0) {
+      cursor.skip();
+      continue;
     }
 #pragma unroll
     for (uint32_t pass = 0; pass < LaneHops<uint8_t>::kPasses; ++pass) {
@@ -172,18 +177,14 @@ __device__ void push_rows_plain(const PushRows& p, Dst& dst, Meta& meta) {
         }
       }
     }
-    if (offset == 0) {
-      meta(known);
-      __syncwarp();
-    }
     cursor.advance();
   }
 }
 
 // Pushes rows; all threads of all blocks that share them call. `dst(token, hop)` is called by whole converged warps: the
 // address of the row that this lane's hop becomes, nullptr = none; hops past p.hops may be asked for and are ignored. It must
-// be pure, several warps can share a token, and with shared claims any block can get any token. Tokens without a destination
-// are not read. `meta(token)` is called by one whole converged warp for every other token, to write by plain stores what
+// be pure, several warps can share a token, and with shared claims any block can get any token. `meta(token)` is called by one
+// whole converged warp for every token that has a destination, and for some that have none, to write by plain stores what
 // travels beside the row.
 //
 // `shared` is the block's dynamic shared memory, aligned to 128 bytes, `barriers` u64 [warps * stages] of its static one; both

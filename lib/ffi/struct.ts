@@ -107,6 +107,8 @@ export interface StructCodec<N extends StructName = StructName> {
 type Setter = (value: unknown) => void;
 type Getter = () => number | bigint | string;
 interface Codec {
+  /** What need not be written over zeros: 1 = the number 0, 2 = the bigint too, 0 = neither. */
+  readonly zeros: 0 | 1 | 2;
   readonly set: Setter;
   readonly get: Getter;
 }
@@ -137,11 +139,13 @@ function codec32(view: DataView, at: number, field: string, type: "i32" | "u32")
   };
   return signed
     ? {
+      zeros: 1,
       set: (value) =>
         typeof value === "number" && (value | 0) === value ? view.setInt32(at, value, true) : check(value),
       get: () => view.getInt32(at, true),
     }
     : {
+      zeros: 1,
       set: (value) =>
         typeof value === "number" && (value >>> 0) === value ? view.setUint32(at, value, true) : check(value),
       get: () => view.getUint32(at, true),
@@ -170,8 +174,8 @@ function codec64(view: DataView, at: number, field: string, type: "i64" | "u64")
     view.setBigUint64(at, value, true);
   };
   return signed
-    ? { set: setI64, get: () => view.getBigInt64(at, true) }
-    : { set: setU64, get: () => view.getBigUint64(at, true) };
+    ? { zeros: 2, set: setI64, get: () => view.getBigInt64(at, true) }
+    : { zeros: 2, set: setU64, get: () => view.getBigUint64(at, true) };
 }
 
 function codecFloat(view: DataView, at: number, field: string, type: "f32" | "f64"): Codec {
@@ -180,8 +184,8 @@ function codecFloat(view: DataView, at: number, field: string, type: "f32" | "f6
     return value;
   };
   return type === "f32"
-    ? { set: (value) => view.setFloat32(at, check(value), true), get: () => view.getFloat32(at, true) }
-    : { set: (value) => view.setFloat64(at, check(value), true), get: () => view.getFloat64(at, true) };
+    ? { zeros: 0, set: (value) => view.setFloat32(at, check(value), true), get: () => view.getFloat32(at, true) }
+    : { zeros: 0, set: (value) => view.setFloat64(at, check(value), true), get: () => view.getFloat64(at, true) };
 }
 
 function codecText(bytes: Uint8Array, at: number, length: number, field: string): Codec {
@@ -199,7 +203,7 @@ function codecText(bytes: Uint8Array, at: number, length: number, field: string)
     const end = place.indexOf(0);
     return decoder.decode(place.subarray(0, end < 0 ? length : end));
   };
-  return { set, get };
+  return { zeros: 0, set, get };
 }
 
 function codecOf(bytes: Uint8Array, view: DataView, struct: string, f: PlacedField): Codec {
@@ -236,7 +240,7 @@ export function struct<N extends StructName>(name: N): StructCodec<N> {
     return found;
   };
   // A struct is mostly packed with the same fields in the same order: to compare names costs less than to look them up.
-  const order: { readonly field: string; readonly set: Setter }[] = [];
+  const order: { readonly field: string; readonly codec: Codec }[] = [];
   const outputs = layout.fields.filter((f) => f.direction === "out").map((f) => [f.name, codec(f.name).get] as const);
   const self: StructCodec<N> = {
     name,
@@ -247,10 +251,11 @@ export function struct<N extends StructName>(name: N): StructCodec<N> {
       for (const part of values as readonly Record<string, unknown>[]) {
         for (const field in part) {
           let place = order[nth];
-          if (place?.field !== field) place = order[nth] = { field, set: codec(field).set };
+          if (place?.field !== field) place = order[nth] = { field, codec: codec(field) };
           nth++;
-          const value = part[field];
-          if (value !== undefined && value !== 0 && value !== 0n) place.set(value); // 0 is there
+          const value = part[field], { zeros, set } = place.codec;
+          if (value === undefined || value === 0 && zeros > 0 || value === 0n && zeros > 1) continue; // it is there
+          set(value);
         }
       }
       return self;

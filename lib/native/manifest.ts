@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "6324812d3f82c02500fccc42d862b48e08f5205d70ae0b3ebd5050e78a57a3ba",
-    cuda: "b55602949e1ac90f87825e7e48b12ffa3e1c395a1512f63e5fcf60ff91086b94",
+    cpu: "0e1172ba422e927b73815aa246a30a837147a9be0d9e764cfb034e22c8e70a61",
+    cuda: "a5fe23db6d0d8486bd9e9647c23bd480bccc5b010529999b52a6433eef8bf56b",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -30,12 +30,12 @@ export const manifest: Manifest = {
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "f06907f72dfb28e43c6b86195886b6866dcf6b8e6b651f8599cd62a9d07373c6",
-      bytes: 514480,
+      sha256: "0ae411c1fc25ffa064e4403b0607c50019e86b1a644a7a4b47e5f48ba5f265b5",
+      bytes: 510384,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "22f26be99a9b9e5994b5c1d417ff2955a0553aee257344d2d804eb1cf60dc05b",
-      bytes: 2943704,
+      sha256: "923fda84e3fed0cea5571f2a0988e63ed6b79d23aa57badd11721e86a639e6d4",
+      bytes: 2906840,
     },
   },
 };

@@ -5,6 +5,7 @@
 // threads go on in between. Callers: the kernels; build.ts puts this file in the place of theirs.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <ctime>
 #include <type_traits>
@@ -78,26 +79,32 @@ void store_release_gpu(T* address, std::type_identity_t<T> value) {
   stored<__ATOMIC_RELEASE>(address, value);
 }
 
-// A GPU would fault here, too. The second word comes first: no order is promised.
-inline void check_pair(const uint64_t* address) {
+// A GPU would fault here, too. Answers which of the words comes first: in turns, since no order is promised.
+inline uint32_t first_of_pair(const uint64_t* address) {
   if (reinterpret_cast<uintptr_t>(address) % 16 != 0) {
     emulator::this_block().fail("a pair of words at %p", static_cast<const void*>(address));
   }
+  static std::atomic<uint32_t> turns{0};
+  const uint32_t turn = turns.fetch_add(1, std::memory_order_relaxed);
+  return (turn ^ turn >> 3) & 1;
 }
 inline void load_acquire_sys(const uint64_t* address, uint64_t& first, uint64_t& second) {
-  check_pair(address);
-  first = load_acquire_sys(address);
-  second = load_acquire_sys(address + 1);
+  uint64_t words[2];
+  const uint32_t nth = first_of_pair(address);
+  words[nth] = load_acquire_sys(address + nth);
+  words[1 - nth] = load_acquire_sys(address + 1 - nth);
+  first = words[0], second = words[1];
 }
 inline void store_relaxed_sys(uint64_t* address, uint64_t first, uint64_t second) {
-  check_pair(address);
-  store_relaxed_sys(address + 1, second);
-  store_relaxed_sys(address, first);
+  const uint64_t words[2] = {first, second};
+  const uint32_t nth = first_of_pair(address);
+  store_relaxed_sys(address + nth, words[nth]);
+  emulator::this_block().poll();  // Others may look in between.
+  store_relaxed_sys(address + 1 - nth, words[1 - nth]);
 }
 inline void store_release_sys(uint64_t* address, uint64_t first, uint64_t second) {
-  check_pair(address);
-  store_release_sys(address + 1, second);
-  store_release_sys(address, first);
+  __atomic_thread_fence(__ATOMIC_RELEASE);
+  store_relaxed_sys(address, first, second);
 }
 
 // All of these return the word as it was before.

@@ -322,6 +322,32 @@ function everyCase(
     });
   });
 
+  test("three ranks, of which two give different arguments and one calls something else", async () => {
+    await ranks(3, { timeoutMs: 5000 }, async (b, rank) => {
+      using x = input(b), topkIdx = b.tensor("i32", [NUM_TOKENS, 2], route(rank));
+      const reason = await reasonOf(
+        rank === 1 ? b.barrier() : b.dispatch(x, { topkIdx, expertAlignment: rank === 0 ? 1 : 4 }),
+      );
+      assert(reason instanceof EpError && reason.code === "mismatch", String(reason));
+      assertEquals(b.failed, false);
+      await normalLayer(b);
+    });
+  });
+
+  test("a rank without tokens hears that the others disagree about weights", async () => {
+    await ranks(3, { timeoutMs: 5000 }, async (b, rank) => {
+      const numTokens = rank === 2 ? 0 : NUM_TOKENS;
+      using x = b.tensor("bf16", [numTokens, 16]);
+      using topkIdx = b.tensor("i32", [numTokens, 2], route(rank).subarray(0, 2 * numTokens));
+      using topkWeights = b.tensor("f32", [numTokens, 2]);
+      const reason = await reasonOf(b.dispatch(x, { topkIdx, ...(rank === 0 ? { topkWeights } : {}) }));
+      assert(reason instanceof EpError && reason.code === "mismatch", String(reason));
+      assert(reason.message.includes("topk_weights"), reason.message);
+      assertEquals(b.failed, false);
+      await normalLayer(b);
+    });
+  });
+
   test("a dispatch that fails leaves no counts of an earlier one on the device", async () => {
     await ranks(1, { maxRecvTokens: 2, numSlots: 1 }, async (b) => {
       using two = b.tensor("bf16", [2, 16]), twice = b.tensor("i32", [2, 2], Int32Array.of(0, 1, 2, 3));
