@@ -175,11 +175,7 @@ export class EpBuffer implements AsyncDisposable {
 
   // --- low-latency mode
 
-  /**
-   * Sends tokens into the masked expert-major layout. Launches at once. Collective. Throws as {@linkcode dispatch} does.
-   *
-   * @throws {EpError} `unsupported` on the cuda backend of this version
-   */
+  /** Sends tokens into the masked expert-major layout. Launches at once. Collective. Throws as {@linkcode dispatch} does. */
   lowLatencyDispatch<X extends Payload, O extends LowLatencyDispatchOptions>(
     x: X,
     options: O,
@@ -187,11 +183,7 @@ export class EpBuffer implements AsyncDisposable {
     return lowLatencyDispatch(this.#core, x, options);
   }
 
-  /**
-   * Brings weighted expert outputs back. Launches at once. Collective. Throws as {@linkcode combine} does.
-   *
-   * @throws {EpError} `unsupported` on the cuda backend of this version
-   */
+  /** Brings weighted expert outputs back. Launches at once. Collective. Throws as {@linkcode combine} does. */
   lowLatencyCombine(y: Tensor, options: LowLatencyCombineOptions): LowLatencyCombineResult {
     return lowLatencyCombine(this.#core, y, options);
   }

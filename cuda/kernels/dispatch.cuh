@@ -252,7 +252,7 @@ struct Dispatch {
 
   // The clerks, a warp of each block that pushes no rows: the counts, on the device and on the host. Each word tells the host
   // by itself that it is there: a fence would wait for more than them. The blocks share them, because one after another they
-  // would take longer than the rows of few tokens.
+  // would take longer than the rows of few tokens; the first of all, which the host looks at, mostly comes last.
   __device__ void fill_counts() {
     const CountMatrix matrix = matrix_of(p(), params.routing, s.call.view);
     const uint32_t lane = threadIdx.x % kWarpLanes;
@@ -263,17 +263,17 @@ struct Dispatch {
       store_count(2 + e, static_cast<int32_t>(aligned(entries, params.routing.expert_alignment)));
       if (stats != nullptr) stats[e] += static_cast<int32_t>(entries);
     }
-    if (blockIdx.x == gridDim.x - 1) {
+    if (is_leader()) {
       for (uint32_t src = lane; src < ranks; src += kWarpLanes) {
         const uint32_t tokens = in_view(s.call.view, src) ? matrix.tokens[src * ranks + p().rank] : 0;
         store_count(2 + p().num_local_experts + src, static_cast<int32_t>(tokens));
       }
       if (lane == 0) {
+        store_count(1, static_cast<int32_t>(p().state->num_rows));
         store_count(0, static_cast<int32_t>(tokens_before(matrix, ranks, p().rank)));
-        store_count(1, static_cast<int32_t>(__ldcg(&p().state->num_rows)));
       }
     }
-    if (!is_leader()) return;
+    if (blockIdx.x != gridDim.x - 1) return;
     const uint64_t sent = rows_sent();
     if (lane != 0) return;
     const uint64_t row_bytes = params.args.row_bytes + uint64_t{params.args.num_scales} * params.args.scale_elem_bytes;

@@ -22,7 +22,7 @@ export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
     cpu: "0e1172ba422e927b73815aa246a30a837147a9be0d9e764cfb034e22c8e70a61",
-    cuda: "a5fe23db6d0d8486bd9e9647c23bd480bccc5b010529999b52a6433eef8bf56b",
+    cuda: "b524bbeadab7f93fd7d1f8465656cdf3f3ec5f418e03d178ec69cf5106182d1a",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -34,7 +34,7 @@ export const manifest: Manifest = {
       bytes: 510384,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "923fda84e3fed0cea5571f2a0988e63ed6b79d23aa57badd11721e86a639e6d4",
+      sha256: "3e65f234eb81d0ce61222844b51d8c6538b2f8d24d0dd866cecce988c714bee2",
       bytes: 2906840,
     },
   },
