@@ -128,8 +128,8 @@ function endRunning(groups: Iterable<number> = running): void {
   for (const group of groups) {
     try {
       process.kill(-group, "SIGKILL");
-    } catch {
-      // It has just ended by itself.
+    } catch (error) {
+      if ((error as NodeJS.ErrnoException).code !== "ESRCH") throw error; // else it has just ended by itself
     }
   }
 }

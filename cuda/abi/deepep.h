@@ -629,8 +629,8 @@ typedef struct deepep_buffer_recover_args {
   uint32_t size;
   /* [in] 0 */
   uint32_t reserved;
-  /* [in] the largest epoch of all surviving ranks, at most 2^47 and less than 2^31 above this rank's: the next call
-   * gets a number above it */
+  /* [in] the largest epoch of all surviving ranks, at most 2^47, and not about a multiple of 2^32 above this rank's:
+   * the next call gets a number above it */
   uint64_t epoch;
   /* [in] bit r: rank r is masked from now on, the same on every survivor */
   uint64_t masked_ranks;

@@ -189,9 +189,11 @@ void check_recovery(const Buffer& buffer, const deepep_buffer_recover_args& args
   if (args.epoch > kMaxBaseEpoch) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "epoch is %llu, at most %llu", shown(args.epoch), shown(kMaxBaseEpoch));
   }
-  if (args.epoch - epoch >= kMaxEpochStep) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "epoch is %llu, too far above the %llu of this rank: it is the largest of all ranks",
-           shown(args.epoch), shown(epoch));
+  const uint64_t step = args.epoch - epoch + kEpochMargin;
+  if (step >> 32 != 0 && static_cast<uint32_t>(step) < 2 * kEpochMargin) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT,
+           "epoch is %llu, about a multiple of 2^32 above the %llu of this rank: give all ranks one that is %llu larger",
+           shown(args.epoch), shown(epoch), shown(2 * kEpochMargin));
   }
   if (num_pending != 0) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%llu operations have not ended yet", shown(num_pending));

@@ -40,7 +40,7 @@ Table& table() {
 }
 
 // How many forks lie between the process that made the first object and this one: what tells a process from its parent without
-// a system call each time. A child by a bare clone() is not told from it.
+// a system call each time. It does not count a bare clone().
 std::atomic<uint32_t> forks{0};
 
 uint32_t num_forks() {

@@ -138,11 +138,16 @@ Failure describe(const Finding& f, uint32_t rank) {
       set_message(failure, "Cannot %s: this is call %lld of this rank, but rank %u is at call %lld", what,
                   static_cast<long long>(f.expected), peer, static_cast<long long>(f.seen));
       break;
-    case Reason::disagreement:
-      set_message(failure, "Cannot %s: ranks disagree about %s: %u on this rank %u, %u on rank %u", what,
-                  f.a >= 0 && f.a < static_cast<int32_t>(kNumAgreed) ? kAgreedNames[f.a] : "an argument", number(f.expected),
-                  rank, number(f.seen), peer);
+    case Reason::disagreement: {
+      if (f.a < 0 || f.a >= static_cast<int32_t>(kNumAgreed)) {
+        set_message(failure, "Cannot %s: rank %u gives other arguments than this rank %u in call %llu", what, peer, rank, call);
+        break;
+      }
+      const uint32_t of = f.b > 0 ? static_cast<uint32_t>(f.b) - 1 : rank;
+      set_message(failure, "Cannot %s: ranks disagree about %s: %u on %srank %u, %u on rank %u", what, kAgreedNames[f.a],
+                  number(f.expected), of == rank ? "this " : "", of, number(f.seen), peer);
       break;
+    }
     case Reason::torn_view:
       set_message(failure, "Cannot %s: rank %u takes part for rank %d, but not for rank %d", what, peer, f.a, f.b);
       break;

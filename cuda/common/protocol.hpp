@@ -6,9 +6,9 @@
 // Epochs. A rank numbers the collective calls of a buffer from 1. All ranks make the same calls in the same order, so equal
 // numbers mean the same call. Every flag is an epoch, is only ever raised, and is compared with "at least": nothing is
 // cleaned, a stale flag cannot match, and after a recovery everything up to the base epoch means nothing. A word that holds a
-// value as well has the low half of the epoch, which is compared for equality: what the ring or a slot held before is never
-// 2^32 calls old. All operations of a rank run on one serial communication stream; "rank s is past e" means its stream has
-// ended call e.
+// value as well has the low half of the epoch, which is compared for equality: it would have to be 2^32 calls old to match, and
+// is written anew long before (a low-latency word only by low latency; check_recovery() keeps recoveries from it). All
+// operations of a rank run on one serial communication stream; "rank s is past e" means its stream has ended call e.
 //
 // Synchronisation one, the message: `messages[s][e % ring]` in rank A's control area says that s has reached call e, which
 // slot s uses in it, and for a dispatch how many rows s sends to every rank. Before that, s's earlier holder of the slot was
@@ -99,8 +99,8 @@ DEEPEP_HOST_DEVICE constexpr bool is_count_of(uint64_t word, uint64_t epoch) {
 
 // A message: this header, then for a dispatch u32 tokens_per_rank [num_ranks] and u32 entries_per_expert [num_experts]. The
 // words of the header are count words. A call that goes well needs the first two, and whoever has seen them has the counts. The
-// values say what differs. On a GPU each store takes time: there a rank sends them when it has found a difference, which its
-// peer has then found as well.
+// values say what differs. On a GPU each store takes time: there a rank sends them when it has found a difference, as its peer
+// then does.
 enum MessageWord : uint32_t {
   kMessageHash,    // agreed_hash() of what all ranks must say alike; the CPU backend compares the values
   kMessageSender,  // sender_word()
@@ -201,8 +201,10 @@ struct Abort {
 constexpr uint64_t kAbortGoesOn = 0x80;
 // The highest epoch that a recovery may continue at: the word has 48 bits for epochs, and calls come on top.
 constexpr uint64_t kMaxBaseEpoch = uint64_t{1} << 47;
-// And how far it may be above a rank's own: words that name their call by the low half of its epoch are never older.
-constexpr uint64_t kMaxEpochStep = uint64_t{1} << 31;
+// And how far from a multiple of 2^32 above a rank's own, for the words that name their call by the low half of its epoch: more
+// than the messages of a ring.
+constexpr uint64_t kEpochMargin = 128;
+static_assert(2 * kMaxSlots + 2 <= kEpochMargin / 4);
 
 DEEPEP_HOST_DEVICE constexpr uint64_t abort_word(const Abort& abort) {
   const uint64_t code = static_cast<uint64_t>(abort.code) | (abort.goes_on ? kAbortGoesOn : 0);

@@ -19,17 +19,18 @@ uint32_t first_difference(const MessageHeader& ours, const MessageHeader& theirs
 // Whether those who have rows say alike whether weights travel with them. A rank without rows goes with the first that has
 // some, so that it finds a disagreement of the others, too.
 bool check_opinions(Operation& op, const Exchange& exchanged) {
-  uint32_t opinion = exchanged.sender(op.buffer.rank).topk_weights;
+  uint32_t opinion = exchanged.sender(op.buffer.rank).topk_weights, of = op.buffer.rank;
   for (uint32_t peer = 0; peer < op.buffer.options.num_ranks; ++peer) {
     if (exchanged.from[peer] == nullptr) continue;
     const uint32_t theirs = exchanged.sender(peer).topk_weights;
-    if (opinion == kNoOpinion) opinion = theirs;
+    if (opinion == kNoOpinion) opinion = theirs, of = peer;
     if (agree_on(kAgreedTopkWeights, opinion, theirs)) continue;
     op.fail({.code = DEEPEP_ERROR_MISMATCH,
              .peer = static_cast<int32_t>(peer),
              .reason = Reason::disagreement,
              .agreed = 1,
              .a = kAgreedTopkWeights,
+             .b = static_cast<int32_t>(of) + 1,
              .expected = opinion,
              .seen = theirs});
     return false;

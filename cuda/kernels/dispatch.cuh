@@ -250,8 +250,8 @@ struct Dispatch {
     if (p().seq != 0) store_relaxed_sys(reinterpret_cast<uint64_t*>(params.args.host_counts) + i, host_count(p().seq, value));
   }
 
-  // The clerks, a warp of each block that pushes no rows: the counts, on the device and on the host. Each word tells the host
-  // by itself that it is there: a fence would wait for more than them. The blocks share them, because one after another they
+  // The clerk of each block, a warp that pushes no rows: the counts, on the device and on the host. Each word tells the host
+  // by itself that it is there: a fence would wait for more than them. The clerks share them, because one after another they
   // would take longer than the rows of few tokens; the first of all, which the host looks at, mostly comes last.
   __device__ void fill_counts() {
     const CountMatrix matrix = matrix_of(p(), params.routing, s.call.view);

@@ -167,7 +167,7 @@ struct Leader : Waits {
     const Awaited awaited = {Reason::late_message, s.epoch, kind, false};
     Heard heard;
     // Who is at a later call will not say any more what it says in this one.
-    const auto is_later = [&](uint32_t peer) { return self.calls_later(self.message_of(peer)) > 0; };
+    const auto is_later = [&](uint32_t peer) { return self.calls_later(self.message_of(peer)) != 0; };
     const auto come = [&](uint64_t pending) {
       return self.ranks_where([&](uint32_t peer) {
         return in_view(pending, peer) && (self.hear(peer, heard) || is_later(peer));
@@ -201,7 +201,8 @@ struct Leader : Waits {
       const auto peer = static_cast<uint32_t>(__ffsll(static_cast<long long>(later)) - 1);
       finding.peer = static_cast<int32_t>(peer);
       finding.expected = static_cast<int64_t>(s.epoch);
-      finding.seen = static_cast<int64_t>(s.epoch) + self.calls_later(self.message_of(peer));
+      finding.seen = static_cast<int64_t>(s.epoch + self.calls_later(self.message_of(peer)));
+      self.publish_values();  // Others may wait for them.
       self.refuse(DEEPEP_ERROR_MISMATCH, Reason::other_call, finding);
       return false;
     }
@@ -212,16 +213,19 @@ struct Leader : Waits {
     return true;
   }
 
-  // How many calls a peer is ahead of this rank, as its message tells; negative when it is behind.
-  __device__ int64_t calls_later(const MessageHeader* message) const {
-    const auto theirs = static_cast<uint32_t>(load_relaxed_sys(message->words + kMessageHash) >> 32);
-    return static_cast<int32_t>(theirs - static_cast<uint32_t>(s.epoch));
+  // How many calls a peer is ahead of this rank, as its message tells. 0 when it is not, or so far that the message is rather
+  // an old one, from before a recovery.
+  __device__ uint32_t calls_later(const MessageHeader* message) const {
+    constexpr uint32_t kMost = 1 << 20;
+    const uint64_t word = load_relaxed_sys(message->words + kMessageHash);
+    const uint32_t calls = static_cast<uint32_t>(word >> 32) - static_cast<uint32_t>(s.epoch);
+    return word != 0 && calls <= kMost ? calls : 0;
   }
 
   // Ends the call: of the ranks in the view these refuse it, or differ in what all must say alike; if none does, those who have
   // rows differ in whether weights travel with them.
   DEEPEP_COLD __device__ static void blame(Leader self, uint64_t view, uint64_t refusing, uint64_t differing) {
-    // Each blames the first that it finds, but is itself what others have found.
+    // Others may wait for this rank's values, whomever it blames itself.
     static_assert(kNumAgreed <= kWarpLanes);
     if (differing != 0) self.publish_values();
     const uint64_t blamed = refusing != 0 ? refusing : differing;
@@ -239,48 +243,55 @@ struct Leader : Waits {
       finding.expected = self.p.op;
       finding.seen = sender.op;
       self.refuse(DEEPEP_ERROR_MISMATCH, Reason::elsewhere, finding);
-    } else if (self.await_values(message, finding)) {
-      uint32_t first = 0;
-      while (first + 1 < kNumAgreed && agree_on(first, self.own_value(first), agreed_value(message, first))) ++first;
-      finding.a = static_cast<int32_t>(first);
-      finding.expected = self.own_value(first);
-      finding.seen = agreed_value(message, first);
+    } else {
+      finding.a = kNumAgreed;  // without the values all that is known is that something differs
+      if (self.await_values(peer, message)) {
+        uint32_t first = 0;
+        while (first + 1 < kNumAgreed && agree_on(first, self.own_value(first), agreed_value(message, first))) ++first;
+        finding.a = static_cast<int32_t>(first);
+        finding.expected = self.own_value(first);
+        finding.seen = agreed_value(message, first);
+      }
       self.refuse(DEEPEP_ERROR_MISMATCH, Reason::disagreement, finding);
     }
   }
 
-  // Waits for the values of a peer that differs: it has found that, too, and sends them. When they do not come the call ends
-  // half-way, with `finding`.
-  __device__ bool await_values(const MessageHeader& message, Finding finding) {
+  // Waits for the values of a peer that differs: when it has found that, it sends them. False when they will not come: the peer
+  // has given the call up or has gone, or has left this rank out.
+  __device__ bool await_values(uint32_t peer, const MessageHeader& message) {
+    uint64_t* const waiting_for = &doorbell_at(own_memory(p), p.regions)->waiting_for;
     const uint64_t begin_ns = begin_wait();
+    uint64_t looked_ns = begin_ns;
+    bool came = false;
+    if (lane == 0) store_relaxed_sys(waiting_for, rank_bit(peer));
     for (;;) {
       const uint64_t word = lane < kNumAgreed ? load_acquire_sys(message.words + kMessageAgreed + lane) : 0;
-      if (__all_sync(kAllLanes, lane >= kNumAgreed || is_count_of(word, s.epoch))) break;
-      const uint64_t waited_ns = __shfl_sync(kAllLanes, global_time_ns(), 0) - begin_ns;
-      if (waited_ns < p.timeout_ns) continue;
-      finding.code = DEEPEP_ERROR_TIMEOUT;
-      finding.reason = Reason::late_message;
-      finding.expected = static_cast<int64_t>(s.epoch);
-      finding.waited_ns = static_cast<int64_t>(waited_ns);
-      fail(finding);
-      announce_failure();
-      return false;
+      came = __all_sync(kAllLanes, lane >= kNumAgreed || is_count_of(word, s.epoch));
+      const uint64_t now = __shfl_sync(kAllLanes, global_time_ns(), 0);
+      if (came || now - begin_ns >= p.timeout_ns) break;
+      if (now - looked_ns < kLookNs) continue;
+      looked_ns = now;
+      const Abort abort = abort_from(peer);  // Pairs with announce() of the peer.
+      const bool gave_up = abort.epoch >= s.epoch && abort.epoch > s.base_epoch && (!abort.goes_on || abort.culprit == p.rank);
+      if (__any_sync(kAllLanes, gave_up || in_view(load_relaxed_sys(&p.host->lost), peer))) break;
     }
+    if (lane == 0) store_relaxed_sys(waiting_for, 0);
     __syncwarp();
-    return true;
+    return came;
   }
 
   // A rank without rows goes with the first that has some, so that it finds a disagreement of the others, too.
   __device__ void blame_opinions(uint64_t view) {
-    uint32_t opinion = s.said_topk_weights;
+    uint32_t opinion = s.said_topk_weights, of = p.rank;
     for (uint32_t peer = 0; peer < p.options.num_ranks; ++peer) {
       if (peer == p.rank || !in_view(view, peer)) continue;
       const uint32_t theirs = sender_of(*message_of(peer)).topk_weights;
-      if (opinion == kNoOpinion) opinion = theirs;
+      if (opinion == kNoOpinion) opinion = theirs, of = peer;
       if (agree_on(kAgreedTopkWeights, opinion, theirs)) continue;
       Finding finding;
       finding.peer = static_cast<int32_t>(peer);
       finding.a = kAgreedTopkWeights;
+      finding.b = static_cast<int32_t>(of) + 1;
       finding.expected = opinion;
       finding.seen = theirs;
       return refuse(DEEPEP_ERROR_MISMATCH, Reason::disagreement, finding);

@@ -52,7 +52,7 @@ struct Waits {
     if (abort.epoch == 0) return;  // not a collective call: no peer waits for it
     const uint64_t word = abort_word(abort);
     for (uint32_t peer = lane; peer < p.options.num_ranks; peer += kWarpLanes) {
-      // Pairs with the acquire of abort words in look() and is_left_out().
+      // Pairs with abort_from() of the peer.
       if (peer != p.rank && !in_view(s.lost, peer)) store_release_sys(abort_at(p.symmetric[peer], p.regions, p.rank), word);
     }
     __syncwarp();

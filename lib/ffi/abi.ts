@@ -411,7 +411,7 @@ export const structs = {
       epoch: [
         "u64",
         "in",
-        "the largest epoch of all surviving ranks, at most 2^47 and less than 2^31 above this rank's: the next call gets a number above it",
+        "the largest epoch of all surviving ranks, at most 2^47, and not about a multiple of 2^32 above this rank's: the next call gets a number above it",
       ],
       masked_ranks: ["u64", "in", "bit r: rank r is masked from now on, the same on every survivor"],
     },

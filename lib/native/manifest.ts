@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "0e1172ba422e927b73815aa246a30a837147a9be0d9e764cfb034e22c8e70a61",
-    cuda: "b524bbeadab7f93fd7d1f8465656cdf3f3ec5f418e03d178ec69cf5106182d1a",
+    cpu: "c479d3b29c8731cebce4ee59bf91b235cf91fcaf04f3b0fdc65d16541d71ed53",
+    cuda: "8bf903045930f9ef450394ca1986f3c02edbc9bc51396b5ae4bb36c0d322f826",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -30,12 +30,12 @@ export const manifest: Manifest = {
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "0ae411c1fc25ffa064e4403b0607c50019e86b1a644a7a4b47e5f48ba5f265b5",
+      sha256: "70bb1437df45859a0b0bdb076221768db471be366e640809dded866133d64268",
       bytes: 510384,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "3e65f234eb81d0ce61222844b51d8c6538b2f8d24d0dd866cecce988c714bee2",
-      bytes: 2906840,
+      sha256: "672745c8fe9770ce1fb705a15b01e4241b7cf7e86172f5c57d21f2a147983aad",
+      bytes: 2915032,
     },
   },
 };

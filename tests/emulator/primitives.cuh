@@ -103,8 +103,11 @@ inline void store_relaxed_sys(uint64_t* address, uint64_t first, uint64_t second
   store_relaxed_sys(address + 1 - nth, words[1 - nth]);
 }
 inline void store_release_sys(uint64_t* address, uint64_t first, uint64_t second) {
-  __atomic_thread_fence(__ATOMIC_RELEASE);
-  store_relaxed_sys(address, first, second);
+  const uint64_t words[2] = {first, second};
+  const uint32_t nth = first_of_pair(address);
+  store_release_sys(address + nth, words[nth]);
+  emulator::this_block().poll();
+  store_release_sys(address + 1 - nth, words[1 - nth]);
 }
 
 // All of these return the word as it was before.

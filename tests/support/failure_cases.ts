@@ -334,6 +334,20 @@ function everyCase(
     });
   });
 
+  test("a late rank hears at once that one which has given up gives other arguments", async () => {
+    await ranks(3, { timeoutMs: 20_000 }, async (b, rank) => {
+      using x = input(b), topkIdx = b.tensor("i32", [NUM_TOKENS, 2], route(rank));
+      if (rank === 0) inject(b, "DISPATCH", "NOTIFY", "DELAY", 1_200_000);
+      const began = performance.now();
+      const call = rank === 0 ? {} : SHORT, expertAlignment = rank === 2 ? 4 : 1;
+      const reason = await reasonOf(b.dispatch(x, { topkIdx, expertAlignment, ...call }));
+      assert(reason instanceof EpError, String(reason));
+      if (rank !== 0) return;
+      assert(reason.code === "mismatch" || reason.code === "aborted", String(reason));
+      assert(performance.now() - began < 10_000);
+    });
+  });
+
   test("a rank without tokens hears that the others disagree about weights", async () => {
     await ranks(3, { timeoutMs: 5000 }, async (b, rank) => {
       const numTokens = rank === 2 ? 0 : NUM_TOKENS;
@@ -343,6 +357,7 @@ function everyCase(
       const reason = await reasonOf(b.dispatch(x, { topkIdx, ...(rank === 0 ? { topkWeights } : {}) }));
       assert(reason instanceof EpError && reason.code === "mismatch", String(reason));
       assert(reason.message.includes("topk_weights"), reason.message);
+      assert(rank !== 2 || reason.message.includes("1 on rank 0, 0 on rank 1"), reason.message);
       assertEquals(b.failed, false);
       await normalLayer(b);
     });
