@@ -90,7 +90,7 @@ const steps: readonly Step[] = [
   { name: "tests (deno)", command: [deno, "test", "-A", ...importMap], tests: "deno" },
   {
     name: "tests (bun, rebuilt cpu)",
-    command: [bun, "test", ...patience, "cpu_test", "process_test", "failure_test"],
+    command: [bun, "test", ...patience, "cpu_test", "process_test"],
     tests: "bun",
     after: "rebuild cpu",
     skip: noCompiler,
