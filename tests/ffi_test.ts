@@ -250,7 +250,7 @@ console.log("status", status, "in flight", completions.numInFlight, never);
     );
     const args = "Deno" in globalThis ? ["run", "-A", "--no-lock"] : ["run"];
     const { stdout } = await promisify(execFile)(process.execPath, [...args, program], { timeout: 30_000 });
-    assertStringIncludes(stdout, "status 4 in flight 1 2");
+    assertStringIncludes(stdout, "status 4 in flight 1 2\n");
   }
 });
 

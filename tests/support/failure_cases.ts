@@ -4,9 +4,10 @@
  * survivors go on after `recover()`. In: a backend. Out: tests. Killed processes are in process_cases.ts.
  */
 import { describe, test } from "node:test";
-import { assert, assertEquals } from "@std/assert";
+import { assert, assertEquals, assertThrows } from "@std/assert";
 import { EpBuffer, EpError, Group, type OperationOptions, Tensor } from "@deepep/deepep";
 import type { constants } from "../../lib/ffi/abi.ts";
+import { struct } from "../../lib/ffi/struct.ts";
 import { inject, ranksOf, reasonOf, tiny } from "./ranks.ts";
 import { type BackendSubject, suite } from "./suite.ts";
 
@@ -345,6 +346,39 @@ function everyCase(
       if (rank !== 0) return;
       assert(reason.code === "mismatch" || reason.code === "aborted", String(reason));
       assert(performance.now() - began < 10_000);
+    });
+  });
+
+  test("a rank that was left out hears at which call the others are", async () => {
+    await ranks(2, { timeoutMs: 20_000 }, async (b, rank) => {
+      if (rank === 0) {
+        b.maskRank(1);
+        for (let i = 0; i < 8; i++) await b.barrier(); // as far that the message lies where the first one would
+        b.unmaskRank(1);
+      } else {
+        await new Promise((resolve) => setTimeout(resolve, 300)); // it comes last
+      }
+      const reason = await reasonOf(b.barrier(rank === 0 ? SHORT : {}));
+      assert(reason instanceof EpError, String(reason));
+      if (rank === 0) return;
+      assert(reason.code === "mismatch" && reason.message.includes("rank 0 is at call 9"), String(reason));
+      assertEquals(b.failed, false);
+    });
+  });
+
+  test("a recovery's epoch is none that an old word could match", async () => {
+    await ranks(1, {}, async (b) => {
+      await b.barrier();
+      const recover = struct("deepep_buffer_recover_args");
+      const to = (epoch: bigint) => () => b.core.call("deepep_buffer_recover", recover.pack({ epoch }), "recover");
+      for (const epoch of [2n ** 32n - 100n, 2n ** 32n + 1n, 2n ** 32n + 100n, 2n ** 33n]) {
+        assertThrows(to(epoch), EpError, `epoch is ${epoch}, about a multiple of 2^32 above the 1 of this rank`);
+      }
+      assertThrows(to(2n ** 47n + 1n), EpError, "at most 140737488355328");
+      to(2n ** 31n + 5n)();
+      await b.barrier();
+      to(2n ** 31n + 2n ** 32n - 1000n)();
+      await b.barrier();
     });
   });
 
