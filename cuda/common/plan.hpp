@@ -30,7 +30,7 @@ struct Work {
   bool fp8 = false;          // low latency that casts; row_bytes are those of bf16
 };
 
-// Fields as in deepep_plan_args.
+// Fields as in deepep_plan_args, but for the last.
 struct Plan {
   int32_t sms = 0;
   uint32_t warps = 0;
@@ -38,6 +38,7 @@ struct Plan {
   uint32_t chunk_bytes = 0;
   uint32_t block_bytes = 0;  // dynamic shared memory
   uint32_t tma = 0;
+  uint32_t little_bytes = 0;  // up to so many of rows a warp go through registers, although there is TMA
 };
 
 // Multiprocessors that an operation takes unless it is told, should its rank's share of the device be as many: what a link or a
@@ -54,6 +55,10 @@ constexpr uint32_t kPushHeaderBytes = 16;   // of a stage of a push, before its 
 constexpr uint32_t kPullPieceBytes = 2048;  // a warp sums that much of its rows in registers
 constexpr uint32_t kLeastPullStages = 4;
 constexpr uint32_t kPullBatch = 6;     // pieces that a warp waits for at once, at most
+// Little to move: barriers and stages do not pay, and the way through registers is the shorter one, by a microsecond. A pull has
+// a trip to another GPU for each piece there, which only stages overlap; but ranks that fill a GPU together wait for its memory.
+constexpr uint32_t kLittleBytes = 8192;
+constexpr uint32_t kLittlePullBytes = 1024;
 constexpr uint32_t kRoundTokens = 64;  // low latency: tokens that a block finds places for at once, at most
 
 // What a stage of a push takes: a piece of a row, and the addresses it goes to.
@@ -77,6 +82,7 @@ DEEPEP_HOST_DEVICE constexpr Plan cut_for_push(Plan plan, uint32_t row_bytes, ui
   const uint32_t stage_bytes = bytes / plan.warps / kPushStages - push_stage_bytes(0, hops);
   const uint32_t most = stage_bytes < kPushPieceBytes ? stage_bytes / 128 * 128 : kPushPieceBytes;
   plan.stages = kPushStages;
+  plan.little_bytes = kLittleBytes;
   plan.chunk_bytes = piece_bytes(row_bytes, most);
   plan.block_bytes = plan.warps * plan.stages * push_stage_bytes(plan.chunk_bytes, hops);
   return plan;
@@ -174,6 +180,8 @@ constexpr Plan make_plan(const Work& work, const Topology& topology) {
     plan.block_bytes += table_bytes;
     return plan;
   }
+  const bool fill_device = ranks > 1 && 2 * plan.sms * static_cast<int32_t>(ranks) > topology.device_sms;
+  plan.little_bytes = fill_device ? kLittleBytes : kLittlePullBytes;
   plan.chunk_bytes = kPullPieceBytes;
   plan.stages = bytes / plan.warps / pull_stage_bytes();
   if (plan.stages > kMaxBarriers / plan.warps) plan.stages = kMaxBarriers / plan.warps;

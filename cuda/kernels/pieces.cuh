@@ -80,10 +80,9 @@ struct PieceCursor {
   }
 };
 
-// So little that barriers and stages do not pay: then the way through registers is the shorter one, by a microsecond.
+// Whether there is so little that barriers and stages do not pay.
 __device__ inline bool is_little(const TokenShare& share, const Plan& plan, uint32_t row_bytes) {
-  constexpr uint32_t kLittleBytes = 8192;  // a warp
-  return uint64_t{share.count()} * row_bytes <= uint64_t{share.workers(plan)} * kLittleBytes;
+  return uint64_t{share.count()} * row_bytes <= uint64_t{share.workers(plan)} * plan.little_bytes;
 }
 
 // The rows of a token, spread over the lanes of a warp: hop i is lane i % 32's, in pass i / 32.

@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "c479d3b29c8731cebce4ee59bf91b235cf91fcaf04f3b0fdc65d16541d71ed53",
-    cuda: "8bf903045930f9ef450394ca1986f3c02edbc9bc51396b5ae4bb36c0d322f826",
+    cpu: "34ee5380641994022bbd4bcf990a3331bce06705b74233555804310b0597eed7",
+    cuda: "c2032269359378c8325100b4a3cb85cb55775ca682d9c3a90cca0baf076a141a",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -34,8 +34,8 @@ export const manifest: Manifest = {
       bytes: 510384,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "672745c8fe9770ce1fb705a15b01e4241b7cf7e86172f5c57d21f2a147983aad",
-      bytes: 2915032,
+      sha256: "bedf257248162d83f29f00e5063b6238028d7a9e6db755e5f715fdd7fb80e9dc",
+      bytes: 2910936,
     },
   },
 };
