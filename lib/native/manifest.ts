@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "34ee5380641994022bbd4bcf990a3331bce06705b74233555804310b0597eed7",
-    cuda: "c2032269359378c8325100b4a3cb85cb55775ca682d9c3a90cca0baf076a141a",
+    cpu: "f594b85daa99d1de36556fd59c26d27c78756da41fff51ca2e4e849b10155ae5",
+    cuda: "36c8192b5ae62613d31176c971bf980cb2ca8edb71981ce4dcbc47bc0b7365b1",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
