@@ -63,25 +63,37 @@ __device__ inline uint64_t all_ranks(const CallParams& p) {
 __device__ inline uint64_t rank_bit(uint32_t rank) { return uint64_t{1} << rank; }
 __device__ inline uint8_t* own_memory(const CallParams& p) { return p.symmetric[p.rank]; }
 
+// What a call finds in the state. Loads that are under way until something is used.
+struct CallFound {
+  uint64_t epoch, base_epoch, launches, num_blocks, masked, lost;
+  uint32_t failed;
+};
+__device__ __forceinline__ CallFound find_call(const CallParams& p) {
+  const DeviceState& state = *p.state;
+  return {state.epoch, state.base_epoch, state.launches, state.num_blocks, state.masked, state.lost, state.failed};
+}
+
 // What a call begins with, by one thread; the block must meet before others look. `needs_peers` calls do nothing while the
 // buffer needs a recovery.
-__device__ inline void read_call(const CallParams& p, CallShared& s, bool collective, bool needs_peers) {
-  const DeviceState& state = *p.state;
-  s.epoch = collective ? state.epoch + 1 : 0;
-  s.base_epoch = state.base_epoch;
-  s.launch = state.launches + 1;
-  s.meeting = state.num_blocks + gridDim.x;
-  s.masked = state.masked;
+__device__ inline void read_call(const CallParams& p, CallShared& s, bool collective, bool needs_peers, const CallFound& found) {
+  s.epoch = collective ? found.epoch + 1 : 0;
+  s.base_epoch = found.base_epoch;
+  s.launch = found.launches + 1;
+  s.meeting = found.num_blocks + gridDim.x;
+  s.masked = found.masked;
   s.view = 0;
-  s.lost = p.lost | state.lost;
+  s.lost = p.lost | found.lost;
   s.code = 0;
   s.phase = DEEPEP_PHASE_NONE;
-  s.skipped = needs_peers && state.failed != 0;
+  s.skipped = needs_peers && found.failed != 0;
   s.extended = 0;
   s.go = 0;
   s.said_topk_weights = p.agreed[kAgreedTopkWeights];
   s.said_routing = 0;
   s.said_hash = p.agreed_hash;
+}
+__device__ inline void read_call(const CallParams& p, CallShared& s, bool collective, bool needs_peers) {
+  read_call(p, s, collective, needs_peers, find_call(p));
 }
 
 // One thread of the leader's block, before the message is published: the epoch of the dispatch that made the handle.

@@ -31,9 +31,11 @@ struct LowLatencyCombineShared {
   uint32_t num_rows;
   uint32_t stop;
   uint64_t gone;                             // ranks that nobody is to tell; the leader learns of more meanwhile
+  uint64_t routed;                           // ranks of the dispatch; 0 = it has not succeeded
   uint32_t seen;                             // 1 = the workers have seen all announcements; for the leader
   uint64_t waited_ns[DEEPEP_MAX_RANKS];      // leader's block
   const uint8_t* regions[DEEPEP_MAX_RANKS];  // expert outputs, by rank
+  uint32_t slots[DEEPEP_MAX_RANKS];          // that the ranks have used in the dispatch
   ExpertRow entries[kLookedUp];
 };
 
@@ -80,19 +82,16 @@ struct LowLatencyCombine {
 
   template <bool kWeighted, bool kFp8>
   __device__ void work() {
-    // The last of the workers' warps announces, and has least to look up.
-    const bool announces = is_leader() && is_early() && threadIdx.x >= num_workers() - kWarpLanes;
-    LaneSlots slots;
-    if (announces) {
-      slots = lane_slots();
-      fence_acq_rel_sys();
-    }
+    const bool reads = threadIdx.x == num_workers() - 1, sends = params.sends != 0;
+    CallFound state = {};
+    if (reads) state = find_call(p());
     const bool checks = is_leader() && params.sends != 0;
     const uint32_t count = checks ? num_entries() : min(num_entries(), kLookedUp);
     Entry entry = read_entry(threadIdx.x, count);  // under way with the rest
     const uint64_t routed = header().valid != 0 ? header().view : 0;
     const uint64_t combine_epoch = header().combine_epoch;
     const uint64_t masked = p().state->masked;
+    if (threadIdx.x < p().options.num_ranks) s.slots[threadIdx.x] = header().peer_slots[threadIdx.x];
     if (threadIdx.x == 0) s.bad = s.num_rows = s.stop = 0;
     workers_meet();
     for (uint32_t i = threadIdx.x; i < count; i += num_workers(), entry = read_entry(i, count)) {
@@ -100,8 +99,13 @@ struct LowLatencyCombine {
       if (i < kLookedUp) s.entries[i] = from;
       if (checks && routed != 0) check_entry(i, entry, from, routed & ~masked);
     }
-    __syncthreads();  // The leader's warp has read the state.
-    if (announces && !s.call.skipped && routed != 0 && s.bad == 0) announce(routed & ~s.gone, slots, 0);
+    if (reads) {
+      read_call(p(), s.call, sends, true, state);
+      if (!sends) s.call.epoch = combine_epoch;
+      s.gone = s.call.masked | s.call.lost;
+      s.routed = routed;
+    }
+    __syncthreads();
     if (!s.call.skipped) {
       bool goes = true;
       if (copies()) {
@@ -255,7 +259,7 @@ struct LowLatencyCombine {
     }
     for (uint32_t src = threadIdx.x; src < p().options.num_ranks; src += num_workers()) {
       const bool counts = in_view(view, src);
-      s.regions[src] = counts ? region_of(src, header().peer_slots[src]) : nullptr;
+      s.regions[src] = counts ? region_of(src, s.slots[src]) : nullptr;
       if (src == p().rank && reads_x()) s.regions[src] = x();
       // Where rows are cast, this rank's own ones are what all its blocks have cast, which it is told as the others are.
       if (!counts || (src == p().rank && !casts()) || is_led()) continue;
@@ -308,20 +312,16 @@ struct LowLatencyCombine {
 
   __device__ void lead() {
     const bool sends = params.sends != 0, receives = params.receives != 0;
-    if (lane_id() == 0) {
-      read_call(p(), s.call, sends, true);
-      if (!sends) s.call.epoch = header().combine_epoch;
-      s.gone = s.call.masked | s.call.lost;
-      s.seen = 0;
-    }
+    if (is_leader() && is_early()) fence_acq_rel_sys();  // The outputs are there, which announce() says.
+    if (lane_id() == 0) s.seen = 0;
     for (uint32_t rank = lane_id(); rank < DEEPEP_MAX_RANKS; rank += kWarpLanes) s.waited_ns[rank] = 0;
-    const uint64_t routed = header().valid != 0 ? header().view : 0;
-    const LaneSlots slots = lane_slots();
-    __syncthreads();  // The workers have looked up the entries.
+    __syncthreads();  // The workers have read the state and looked up the entries.
     if (!is_leader()) return;
+    const uint64_t routed = s.routed;
     bool goes = !s.call.skipped;
     if (goes && sends) {
       if (is_early() && routed != 0 && s.bad == 0) {
+        announce(routed & ~s.gone, 0);
         publish_message();
         keep_sent();
       } else {
@@ -336,11 +336,7 @@ struct LowLatencyCombine {
     Leader(p(), s.call).await_blocks(kMeetEnd, false);
     if (receives && (goes || is_refused()) && (p().mask_on_timeout == 0 || !is_overtaken(p(), s.call))) {
       // When the call was refused nobody reads, and says so too: then the announcements may be made anew.
-#pragma unroll
-      for (uint32_t nth = 0; nth < LaneSlots::kPeers; ++nth) {
-        const uint32_t peer = nth * kWarpLanes + lane_id();
-        if (in_view(view & ~s.call.lost, peer)) end_reading(p(), peer, slots.slot[nth], s.call.epoch);
-      }
+      end_reading(p(), view & ~s.call.lost, s.slots, s.call.epoch);
       if (lane_id() == 0) {
         header().combine_epoch = 0;  // Nothing is left to be received, or given up.
         if (goes) reduce_add_relaxed_gpu(&p().state->rows_pulled, header().num_rows);
@@ -355,18 +351,6 @@ struct LowLatencyCombine {
 
   __device__ int64_t* wait_stats() const { return reinterpret_cast<int64_t*>(params.args.wait_stats); }
 
-  // The slots that ranks have used in the dispatch: of those that a lane has to do with.
-  struct LaneSlots {
-    static constexpr uint32_t kPeers = DEEPEP_MAX_RANKS / kWarpLanes;
-    uint32_t slot[kPeers];
-  };
-  __device__ LaneSlots lane_slots() const {
-    LaneSlots slots;
-#pragma unroll
-    for (uint32_t nth = 0; nth < LaneSlots::kPeers; ++nth) slots.slot[nth] = header().peer_slots[nth * kWarpLanes + lane_id()];
-    return slots;
-  }
-
   // Whether every rank has found alike that the call fails.
   __device__ bool is_refused() const { return s.call.code != 0 && p().state->finding.agreed != 0; }
 
@@ -377,13 +361,11 @@ struct LowLatencyCombine {
 
   // Tells the ranks of the dispatch that the outputs are there: after a fence. This rank too, where rows are cast. Pairs with
   // await_outputs() and wait_for_outputs() of the peer.
-  __device__ void announce(uint64_t told, const LaneSlots& slots, int32_t code) const {
+  __device__ void announce(uint64_t told, int32_t code) const {
     const uint64_t said = count_word(s.call.epoch, ready_said(code, params.args.flags & DEEPEP_FLAG_FP8));
-#pragma unroll
-    for (uint32_t nth = 0; nth < LaneSlots::kPeers; ++nth) {
-      const uint32_t peer = nth * kWarpLanes + lane_id();
-      if (peer >= p().options.num_ranks || !in_view(told, peer) || (peer == p().rank && !casts())) continue;
-      ReadyLine* line = ready_at(p().symmetric[peer], p().regions, p().rank, slots.slot[nth]);
+    for (uint32_t peer = lane_id(); peer < p().options.num_ranks; peer += kWarpLanes) {
+      if (!in_view(told, peer) || (peer == p().rank && !casts())) continue;
+      ReadyLine* line = ready_at(p().symmetric[peer], p().regions, p().rank, s.slots[peer]);
       store_relaxed_sys(&line->said, said);
       store_relaxed_sys(&line->epoch, s.call.epoch);
     }
@@ -437,7 +419,6 @@ struct LowLatencyCombine {
     Leader leader(p(), s.call);
     leader.wait_stats = wait_stats();
     const uint64_t routed = header().valid != 0 ? header().view : 0;
-    const LaneSlots slots = lane_slots();
     if (!leader.enter(DEEPEP_PHASE_PUBLISH)) return false;
     // Otherwise the outputs are there already, and deepep_expert_output() has waited where there was something to wait for. A
     // refusal must not take the place of an announcement that a peer has yet to read.
@@ -453,7 +434,7 @@ struct LowLatencyCombine {
       leader.await_blocks(kMeetCopied, false);
     }
     fence_acq_rel_sys();
-    announce(routed & ~(s.call.masked | s.call.lost), slots, s.call.code);
+    announce(routed & ~(s.call.masked | s.call.lost), s.call.code);
     publish_message();
     keep_sent();
     return true;

@@ -328,7 +328,9 @@ struct LowLatencyDispatch {
       s.arrivals.num_came = 0;
       s.placed = 0;
     }
-    for (uint32_t rank = lane_id(); rank < DEEPEP_MAX_RANKS; rank += kWarpLanes) s.arrivals.waited_ns[rank] = 0;
+    for (uint32_t rank = lane_id(); rank < DEEPEP_MAX_RANKS; rank += kWarpLanes) {
+      s.arrivals.came[rank] = s.arrivals.waited_ns[rank] = 0;
+    }
     __syncthreads();  // The workers have counted.
     const bool plain = is_leader() && !s.call.skipped && !is_led() && s.found.bad == 0;
     if (plain) say_counts();

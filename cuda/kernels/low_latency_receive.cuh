@@ -36,7 +36,8 @@ struct ExpertRegions {
 struct Arrivals {
   uint32_t blocks[DEEPEP_MAX_RANKS];  // that each pushes with
   uint64_t waited_ns[DEEPEP_MAX_RANKS];
-  uint32_t num_came;  // ranks whose rows are there
+  uint32_t came[DEEPEP_MAX_RANKS];  // 1 = a rank's rows are there
+  uint32_t num_came;                // how many ranks' are
 };
 
 // Workers of the leader's block: each warp looks for the rows of some ranks, all of whose blocks tell. They give up when the
@@ -59,7 +60,8 @@ __device__ inline void look_for_rows(const CallParams& p, const CallShared& s, A
     __syncwarp();  // What one lane has acquired, all have.
     if (lane_id() != 0) continue;
     if (waited) arrivals.waited_ns[src] += global_time_ns() - begin_ns;
-    reduce_add_release_block(&arrivals.num_came, 1);  // Pairs with comes_soon() of the leader.
+    store_release_block(&arrivals.came[src], 1);      // Pairs with wait_for_rows() of the leader.
+    reduce_add_release_block(&arrivals.num_came, 1);  // Pairs with comes_soon().
   }
 }
 
@@ -91,7 +93,8 @@ DEEPEP_COLD __device__ inline void forget_expert_rows_of(const CallParams& p, co
 
 // Waits for everyone's rows, as long as it takes. False when the call has failed.
 DEEPEP_COLD __device__ inline bool wait_for_rows(const CallParams& p, CallShared& s, const LowLatencyRouting& routing,
-                                                 const ExpertRegions& regions, int64_t* wait_stats) {
+                                                 const ExpertRegions& regions, const Arrivals& arrivals,
+                                                 int64_t* wait_stats) {
   Leader leader(p, s);
   const uint64_t view = routing.header->view;
   if (p.mask_on_timeout != 0) {
@@ -115,7 +118,12 @@ DEEPEP_COLD __device__ inline bool wait_for_rows(const CallParams& p, CallShared
     return least;
   };
   const auto come = [&](uint64_t pending) {
-    return leader.ranks_where([&](uint32_t src) { return in_view(pending, src) && seen(src) >= epoch; });
+    // The workers look at the flags, of which this warp would see all only after many trips. Pairs with look_for_rows(). Of a
+    // rank that has gone this warp wants to know for certain, at once.
+    return leader.ranks_where([&](uint32_t src) {
+      if (!in_view(pending, src)) return false;
+      return load_acquire_block(&arrivals.came[src]) != 0 || (in_view(s.lost, src) && seen(src) >= epoch);
+    });
   };
   leader.wait_until(view, {Reason::late_rows, epoch, -1, false}, come, seen, leader.begin_wait());
   return !leader.failed();
@@ -128,7 +136,7 @@ __device__ inline bool receive_rows(const CallParams& p, CallShared& s, const Lo
   const bool plain = p.mask_on_timeout == 0 && p.inject[DEEPEP_PHASE_ARRIVE].wanted == 0;
   const auto others = static_cast<uint32_t>(__popcll(view & ~rank_bit(p.rank)));
   if (plain && comes_soon(&arrivals.num_came, others)) return true;
-  const bool came = wait_for_rows(p, s, routing, regions, wait_stats);
+  const bool came = wait_for_rows(p, s, routing, regions, arrivals, wait_stats);
   if (!came && lane_id() == 0) release_blocks(p, s, kStepGo, false);  // The workers may still look.
   __syncwarp();
   while (came && p.mask_on_timeout == 0 && !comes_soon(&arrivals.num_came, others)) {
@@ -166,7 +174,7 @@ __global__ void __launch_bounds__(kReceiveWarps* kWarpLanes, 1)
   }
   for (uint32_t src = threadIdx.x; src < p.options.num_ranks; src += blockDim.x) {
     arrivals.blocks[src] = header.peer_blocks[src];
-    arrivals.waited_ns[src] = 0;
+    arrivals.came[src] = arrivals.waited_ns[src] = 0;
   }
   const uint64_t view = header.view;
   const bool is_valid = header.valid != 0;

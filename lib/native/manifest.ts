@@ -22,7 +22,7 @@ export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
     cpu: "f594b85daa99d1de36556fd59c26d27c78756da41fff51ca2e4e849b10155ae5",
-    cuda: "36c8192b5ae62613d31176c971bf980cb2ca8edb71981ce4dcbc47bc0b7365b1",
+    cuda: "ef5ca9271b4e217c82bd050d34ce0ecc3e425d19f739f9a284fd5be479680a72",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -34,7 +34,7 @@ export const manifest: Manifest = {
       bytes: 510384,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "bedf257248162d83f29f00e5063b6238028d7a9e6db755e5f715fdd7fb80e9dc",
+      sha256: "06e26448cd6b05135e531304cf8aac77e152b4bccb61674e8a406209fd73a7a6",
       bytes: 2910936,
     },
   },
