@@ -291,7 +291,7 @@ if wanted doctor; then
 fi
 
 suite local tests/cuda_test.ts
-suite load_store tests/cuda_test.ts DEEPEP_CUDA_TMA=0
+suite load_store tests/cuda_test.ts DEEPEP_CUDA_TMA=0 DEEPEP_CUDA_TURN_SCALES=13
 suite size tests/cuda_size_test.ts
 suite order tests/cuda_order_test.ts
 suite graph tests/cuda_graph_test.ts

@@ -167,15 +167,16 @@ enum CountInfo : uint32_t {
   kInfoSender,  // count_sender()
 };
 struct CountSender {
-  uint32_t slot;    // of the sender, used in this call
-  uint32_t blocks;  // that the sender pushes with
-  bool refuses;     // the message says why
+  uint32_t slot;      // of the sender, used in this call
+  uint32_t blocks;    // that the sender pushes with
+  bool refuses;       // the message says why
+  bool turns_scales;  // scales go as rows between it and the others that say so; the receiver makes columns of them
 };
 DEEPEP_HOST_DEVICE constexpr uint32_t count_sender_word(const CountSender& sender) {
-  return sender.slot << 24 | sender.blocks << 8 | (sender.refuses ? 1 : 0);
+  return sender.slot << 24 | sender.blocks << 8 | (sender.turns_scales ? 2 : 0) | (sender.refuses ? 1 : 0);
 }
 DEEPEP_HOST_DEVICE constexpr CountSender count_sender_from_word(uint32_t word) {
-  return {word >> 24, word >> 8 & 0xffff, (word & 1) != 0};
+  return {word >> 24, word >> 8 & 0xffff, (word & 1) != 0, (word & 2) != 0};
 }
 
 // Announcement of a low-latency combine, for one slot of the reader. What it says names its epoch as well, a count word: then

@@ -79,7 +79,8 @@ struct Regions {
 
   // A slot.
   uint64_t recv_x = 0, recv_x_bytes = 0;
-  uint64_t recv_scales = 0, recv_scales_bytes = 0;
+  uint64_t recv_scales = 0, recv_scales_bytes = 0;  // scale_rows included
+  uint64_t scale_rows = 0;                          // [max_local_experts, low_latency_rows] rows of scales, to be turned
   uint64_t expert_output = 0, expert_output_bytes = 0;
   uint64_t recv_topk_idx = 0;      // int32 or int64 [max_recv_tokens, num_topk]
   uint64_t recv_topk_weights = 0;  // f32 [max_recv_tokens, num_topk]
@@ -131,6 +132,8 @@ DEEPEP_HOST_DEVICE constexpr Regions make_regions(const Options& options) {
   r.recv_scales_bytes =
       align_up(larger(align_up(rows, 16), r.max_local_experts * align_up(r.low_latency_rows, 16)) * options.max_scale_bytes,
                kRegionAlignment);
+  r.scale_rows = r.recv_scales + r.recv_scales_bytes;
+  r.recv_scales_bytes += align_up(ll_rows * align_up(ceil_div(options.hidden, kFp8BlockChannels), 4) * 4, kRegionAlignment);
   at += r.recv_scales_bytes;
   r.expert_output = at;
   r.expert_output_bytes = align_up(most_rows * options.hidden * 2, kRegionAlignment);

@@ -132,6 +132,9 @@ void Buffer::connect() {
   // For tests of the kernels that serve older devices: rows go by loads and stores here too.
   const char* const tma = getenv("DEEPEP_CUDA_TMA");
   if (tma && std::strcmp(tma, "0") == 0 && topology.compute_capability >= 90) topology.compute_capability = 89;
+  // For tests: ranks, as a bit mask, whose scales go as rows however few they are, and on one GPU.
+  const char* const turns = getenv("DEEPEP_CUDA_TURN_SCALES");
+  turns_all_scales = turns && (std::strtoull(turns, nullptr, 0) >> rank & 1) != 0;
   const uint32_t hops = options.num_topk < options.num_ranks ? options.num_topk : options.num_ranks;
   default_sms = plan({.op = DEEPEP_OP_DISPATCH, .row_bytes = options.max_row_bytes, .hops = hops}).sms;
   fill_call();

@@ -178,6 +178,7 @@ struct LowLatencyDispatchParams {
   uint32_t blocks_a_token;  // that share the tokens which they have in common
   uint32_t piece_units;     // of a row that a warp moves at once
   uint32_t row_pieces;      // a row
+  uint32_t turns_scales;    // 1 = scales in columns go as rows between this rank and the others that do the same
 };
 
 // The receive half of a dispatch; or a combine's, when nobody will ask for it any more.

@@ -20,7 +20,7 @@
 namespace deepep {
 
 // Meetings of a kernel.
-enum Meeting : uint32_t { kMeetCounted = 0, kMeetPlaced = 1, kMeetCopied = 2, kMeetEnd = 3 };
+enum Meeting : uint32_t { kMeetCounted = 0, kMeetPlaced = 1, kMeetCopied = 2, kMeetEnd = 3, kMeetPushed = 4 };
 
 // Counters of what warps of all blocks claim.
 enum Claim : uint32_t { kClaimPush = 0, kClaimPull = 1 };

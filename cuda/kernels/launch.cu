@@ -21,8 +21,9 @@ const void* const kKernels[] = {
     reinterpret_cast<const void*>(combine_kernel<true, true>),
     reinterpret_cast<const void*>(combine_kernel<false, false>),
     reinterpret_cast<const void*>(combine_kernel<false, true>),
-    reinterpret_cast<const void*>(low_latency_dispatch_kernel<true>),
-    reinterpret_cast<const void*>(low_latency_dispatch_kernel<false>),
+    reinterpret_cast<const void*>(low_latency_dispatch_kernel<false, false>),
+    reinterpret_cast<const void*>(low_latency_dispatch_kernel<true, false>),
+    reinterpret_cast<const void*>(low_latency_dispatch_kernel<true, true>),
     reinterpret_cast<const void*>(low_latency_combine_kernel<false, false>),
     reinterpret_cast<const void*>(low_latency_combine_kernel<true, false>),
     reinterpret_cast<const void*>(low_latency_combine_kernel<false, true>),
@@ -35,7 +36,7 @@ const void* const kKernels[] = {
     reinterpret_cast<const void*>(update_kernel),
     reinterpret_cast<const void*>(copy_kernel<kCopyVectors>),
 };
-constexpr size_t kNumWithDynamicShared = 12;  // the first of them
+constexpr size_t kNumWithDynamicShared = 13;  // the first of them
 
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), const Params& params, uint32_t blocks, uint32_t threads, uint64_t shared,
@@ -138,7 +139,9 @@ cudaError_t launch_low_latency_dispatch(const LowLatencyDispatchParams& given, c
   params.piece_units = static_cast<uint32_t>(ceil_div(units, pieces));
   params.row_pieces = static_cast<uint32_t>(ceil_div(units, params.piece_units));
   const bool casts = (args.flags & DEEPEP_FLAG_FP8) != 0;
-  const auto kernel = casts ? low_latency_dispatch_kernel<true> : low_latency_dispatch_kernel<false>;
+  const auto kernel = !casts                    ? low_latency_dispatch_kernel<false, false>
+                      : params.turns_scales != 0 ? low_latency_dispatch_kernel<true, true>
+                                                 : low_latency_dispatch_kernel<true, false>;
   return launch(kernel, params, static_cast<uint32_t>(params.plan.sms), (params.plan.warps + 1) * kWarpLanes,
                 params.plan.block_bytes, stream);
 }

@@ -61,10 +61,16 @@ struct CountFindings {
   uint32_t counted;   // nothing of this changes any more; for the leader
 };
 
-// Where the row of an entry goes. x is nullptr when it goes nowhere.
+// Where the row of an entry goes.
 struct alignas(16) RowPlace {
-  uint8_t* x;
+  uint64_t x_word;  // its address, a multiple of 16, and in the lowest bit whether its scales go as a row; 0 = nowhere
   uint8_t* scales;
+
+  __device__ static RowPlace at(uint8_t* x, uint8_t* scales, bool in_row) {
+    return {reinterpret_cast<uint64_t>(x) | (in_row ? 1 : 0), scales};
+  }
+  __device__ bool in_row() const { return (x_word & 1) != 0; }
+  __device__ uint8_t* x() const { return reinterpret_cast<uint8_t*>(x_word & ~uint64_t{1}); }
 };
 static_assert(sizeof(RowPlace) + 12 == kEntryTableBytes);
 
@@ -203,6 +209,26 @@ struct LowLatencyCount {
       counts[local] = static_cast<int32_t>(begin);
     }
     __syncwarp();
+  }
+
+  // One warp, when the counts have been taken: how many rows of a local expert a rank has, and where they begin in its region.
+  struct Range {
+    uint32_t begin, count;
+  };
+  __device__ Range range(const CallShared& s, uint64_t view, uint32_t local, uint32_t src) const {
+    const uint32_t expert = p.first_expert + local;
+    uint32_t before = 0, mine = 0;
+    for (uint32_t rank = lane_id(); rank <= src; rank += kWarpLanes) {
+      if (!in_view(view, rank)) continue;
+      const uint32_t count =
+          rank == p.rank ? tables.own[expert] : static_cast<uint32_t>(load_relaxed_sys(words_of(s, rank) + expert));
+      if (rank == src)
+        mine = count;
+      else
+        before += count;
+    }
+    __syncwarp();
+    return {__reduce_add_sync(kAllLanes, before), __reduce_add_sync(kAllLanes, mine)};
   }
 
   // The leader's warp: entries of this rank whose rows are sent.

@@ -28,6 +28,8 @@ struct LowLatencyShared {
   uint64_t view;                 // ranks that the workers count in
   uint32_t placed;               // 1 = the places of the first round are found
   uint8_t* slots[DEEPEP_MAX_RANKS];
+  bool turns_scales[DEEPEP_MAX_RANKS];  // they go as rows between that rank and this one
+  uint32_t came;                        // 1 = the rows of the peer have, whose scales this block turns
 };
 
 struct LowLatencyDispatch {
@@ -57,10 +59,10 @@ struct LowLatencyDispatch {
 
   // ---- workers ----
 
-  template <bool kCast>
+  template <bool kCast, bool kTurns>
   __device__ void work() {
     const TokenRange own = tokens();
-    Mover<kCast> mover(*this, round_at(own, own.begin));
+    Mover<kCast, kTurns> mover(*this, round_at(own, own.begin));
     counting().count(own);
     mover.fetch();    // Not before: what it loads would hold up what is counted.
     __syncthreads();  // The last warp has read the state.
@@ -71,11 +73,21 @@ struct LowLatencyDispatch {
       mover.wait();  // Nothing may be under way when a block ends.
     workers_meet();  // This block's rows are in place.
     if (pushed && p().mask_on_timeout == 0) announce_block();
-    // Releases what the workers have written; pairs with Leader::await_blocks(). Not the warp that announces.
-    if (threadIdx.x == num_workers() - kWarpLanes) reduce_add_release_gpu(&p().state->arrivals[kMeetEnd], 1);
+    arrive(kTurns ? kMeetPushed : kMeetEnd);
     if (pushed && is_leader() && params.receives != 0 && p().mask_on_timeout == 0) {
       look_for_rows(p(), s.call, s.arrivals, s.view);
     }
+    if constexpr (kTurns) {
+      if (pushed) turn_scales();
+      workers_meet();
+      arrive(kMeetEnd);
+    }
+  }
+
+  // By the workers when they have met: not by the warp that announces.
+  __device__ void arrive(Meeting meeting) const {
+    // Releases what they have written; pairs with Leader::await_blocks().
+    if (threadIdx.x == num_workers() - kWarpLanes) reduce_add_release_gpu(&p().state->arrivals[meeting], 1);
   }
 
   // This block's tokens. Where there are few, some blocks have the same.
@@ -103,12 +115,14 @@ struct LowLatencyDispatch {
     const uint64_t view = led ? __ldcg(&p().state->view) : all_ranks(p()) & ~s.call.masked;
     if (threadIdx.x == 0) {
       s.view = view;
-      s.slots[p().rank] = own_memory(p()) + slot_offset(p().regions, p().slot);
+      s.slots[p().rank] = own_slot();
+      s.turns_scales[p().rank] = false;
     }
     const auto heard = [&](uint32_t rank, const CountSender& sender, uint64_t waited_ns) {
       s.slots[rank] = p().symmetric[rank] + slot_offset(p().regions, sender.slot);
-      if (!is_leader()) return;
+      s.turns_scales[rank] = sender.turns_scales;
       s.arrivals.blocks[rank] = sender.blocks;
+      if (!is_leader()) return;
       s.arrivals.waited_ns[rank] = waited_ns;
       params.routing.header->peer_slots[rank] = sender.slot;
       params.routing.header->peer_blocks[rank] = sender.blocks;
@@ -125,7 +139,7 @@ struct LowLatencyDispatch {
   // What a warp moves of a round of tokens: pieces of rows, one after another. One that is cast comes into the warp's shared
   // memory, by TMA, if there is, while the one before is stored: it takes no turn in the queue of loads, and the code that
   // casts it there is short. One that is not goes through registers.
-  template <bool kCast>
+  template <bool kCast, bool kTurns>
   struct Mover {
     const LowLatencyDispatch& dispatch;
     TokenRange round;
@@ -231,8 +245,8 @@ struct LowLatencyDispatch {
 #pragma unroll 1
       for (; place != end; ++place) {
         const RowPlace to = *place;
-        if (to.x == nullptr) continue;
-        held.store(share, to.x, to.scales);
+        if (to.x_word == 0) continue;
+        held.store(share, kTurns ? to.x() : reinterpret_cast<uint8_t*>(to.x_word), to.scales, kTurns && to.in_row());
         if constexpr (!kCast) {
           if (brings_scales) copy_scales(given_scales, from, to.scales);
         }
@@ -248,8 +262,8 @@ struct LowLatencyDispatch {
   };
 
   // Pushes this block's rows. False when nothing may be pushed.
-  template <bool kCast>
-  __device__ bool send(Mover<kCast>& mover, TokenRange own) {
+  template <bool kCast, bool kTurns>
+  __device__ bool send(Mover<kCast, kTurns>& mover, TokenRange own) {
     const ScaleUnits scales = kCast ? ScaleUnits{} : given_scales();
     bool exchanged = false, stopped = false;
     for (bool placed = false;;) {
@@ -257,7 +271,7 @@ struct LowLatencyDispatch {
       if (!exchanged && !exchange()) return false;
       exchanged = true;
       if (!placed) {
-        keep_rows(mover.round);
+        keep_rows<kTurns>(mover.round);
         workers_meet();
         // In a call that masks, a peer may have left this rank out meanwhile.
         stopped = stopped || (p().mask_on_timeout != 0 && must_stop(p(), s.call, s.view));
@@ -279,18 +293,21 @@ struct LowLatencyDispatch {
 
   // From places among this rank's entries to rows in the experts' regions, which combine will want too. The workers must meet
   // before and after.
+  template <bool kTurns>
   __device__ void keep_rows(TokenRange round) {
     const uint32_t first = round.begin * input.num_topk, count = (round.end - round.begin) * input.num_topk;
     for (uint32_t i = threadIdx.x; i < count; i += num_workers()) {
       const int32_t expert = tables.experts[i];
-      RowPlace place = {nullptr, nullptr};
+      RowPlace place = {0, nullptr};
       uint32_t row = 0;
       if (expert >= 0) {
         const ExpertOwner owner = ExpertOwner::from_word(tables.owners[i]);
         row = tables.nth[i] + tables.base[expert];
         if (in_view(s.view, owner.rank)) {
-          const ExpertRegions::Row to = regions().row(p().regions, s.slots[owner.rank], owner.local, row);
-          place = {to.x, to.scales};
+          uint8_t* const slot = s.slots[owner.rank];
+          const ExpertRegions::Row to = regions().row(p().regions, slot, owner.local, row);
+          const bool in_row = kTurns && s.turns_scales[owner.rank];
+          place = RowPlace::at(to.x, in_row ? regions().scale_row(p().regions, slot, owner.local, row) : to.scales, in_row);
           if (part() == 0) *to.src_idx = static_cast<int32_t>((first + i) / input.num_topk);
         }
       }
@@ -315,6 +332,76 @@ struct LowLatencyDispatch {
       if (dst == p().rank || !in_view(s.view, dst)) continue;
       // Pairs with look_for_rows() of `dst`.
       store_release_sys(row_flags_at(p().symmetric[dst], p().regions, p().rank) + blockIdx.x, s.call.epoch);
+    }
+  }
+
+  // ---- scales that come as rows ----
+
+  __device__ uint8_t* own_slot() const { return own_memory(p()) + slot_offset(p().regions, p().slot); }
+
+  // What one of `count` has of `items`: item `first` and every count-th after it. Where there are more of them than items,
+  // `parts` have an item in common.
+  struct Share {
+    uint32_t first, part, parts;
+    __device__ static Share of(uint32_t nth, uint32_t count, uint32_t items) {
+      if (items == 0) return {nth, 0, 1};
+      return {nth % items, nth / items, (count - 1 - nth % items) / items + 1};
+    }
+  };
+
+  // Makes columns of the peers' scales; this rank's own are columns already. The blocks share the peers, and the warps of a
+  // peer's blocks its experts. The leader's block looks for rows instead, unless it is the only one.
+  __device__ void turn_scales() {
+    const uint32_t blocks = max(gridDim.x - 1, 1u), peers = p().options.num_ranks - 1, warps = num_workers() / kWarpLanes;
+    if (is_leader() && gridDim.x > 1) return;
+    const Share share = Share::of(gridDim.x > 1 ? blockIdx.x - 1 : 0, blocks, peers);
+#pragma unroll 1
+    for (uint32_t peer = share.first; peer < peers; peer += blocks) {
+      const uint32_t src = peer < p().rank ? peer : peer + 1;
+      if (!in_view(s.view, src) || !s.turns_scales[src]) continue;
+      const Share experts = Share::of(share.part * warps + threadIdx.x / kWarpLanes, share.parts * warps, p().num_local_experts);
+      LowLatencyCount::Range range = {0, 0};
+      if (experts.first < p().num_local_experts) range = counting().range(s.call, s.view, experts.first, src);
+      if (threadIdx.x < kWarpLanes) {
+        bool waited = false;
+        const bool came = await_rows_of(p(), s.call, s.arrivals, src, waited);
+        if (threadIdx.x == 0) s.came = came ? 1 : 0;
+      }
+      workers_meet();
+      if (s.came == 0) return;
+#pragma unroll 1
+      for (uint32_t local = experts.first; local < p().num_local_experts;) {
+        // A warp reads some rows at once, so that it writes their words together.
+        const uint32_t shift = range.count > 4 ? 3 : 2, end = range.begin + range.count;
+#pragma unroll 1
+        for (uint32_t row = range.begin + (experts.part << shift); row < end; row += experts.parts << shift) {
+          turn_rows(local, row + lane_id() % (1u << shift), end, lane_id() >> shift, kWarpLanes >> shift);
+        }
+        local += share.parts * warps;
+        if (local < p().num_local_experts) range = counting().range(s.call, s.view, local, src);
+      }
+      workers_meet();  // All have seen that they came.
+    }
+  }
+  // This lane's words of a row: from `first` on, `step` apart.
+  __device__ void turn_rows(uint32_t local, uint32_t row, uint32_t end, uint32_t first, uint32_t step) const {
+    constexpr uint32_t kWords = 8;  // under way
+    if (row >= end) return;
+    const LowLatencyScales& scales = params.scales;
+    const auto* from = reinterpret_cast<const uint32_t*>(regions().scale_row(p().regions, own_slot(), local, row));
+    uint8_t* const to = regions().row(p().regions, own_slot(), local, row).scales;
+#pragma unroll 1
+    for (uint32_t word = first; word < scales.num; word += kWords * step) {
+      uint32_t values[kWords];
+#pragma unroll
+      for (uint32_t i = 0; i < kWords; ++i) {
+        values[i] = word + i * step < scales.num ? __ldcg(from + word + i * step) : 0;
+      }
+#pragma unroll
+      for (uint32_t i = 0; i < kWords; ++i) {
+        const uint32_t nth = word + i * step;
+        if (nth < scales.num) *reinterpret_cast<uint32_t*>(to + nth * scales.to_elem_stride) = values[i];
+      }
     }
   }
 
@@ -349,19 +436,22 @@ struct LowLatencyDispatch {
     __syncwarp();
     bool sent = !s.call.skipped && (plain ? exchange_messages() : exchange_slowly(params, s, shared));
     if (sent) tell_counts();
-    Leader(p(), s.call).await_blocks(kMeetEnd, false);
+    const bool turns = params.turns_scales != 0;
+    Leader(p(), s.call).await_blocks(turns ? kMeetPushed : kMeetEnd, false);
     if (p().mask_on_timeout != 0) sent = sent && announce_to_all(p(), s.call);
     if (!sent) keep_failure(params);
     if (sent && params.receives != 0) {
       receive_rows(p(), s.call, params.routing, regions(), s.arrivals, s.call.view, wait_stats());
     }
+    if (turns) Leader(p(), s.call).await_blocks(kMeetEnd, false);
     // Those for rows are not final in a call that fails while they are awaited.
     if ((s.call.code == 0 || !sent) && p().mask_on_timeout == 0) keep_waits(p(), 0, s.arrivals.waited_ns, wait_stats());
     call_end(p(), s.call, {true, true, params.receives != 0});
   }
 
   __device__ void say_counts() {
-    counting().publish_sender(s.call.epoch, s.to, p().agreed_hash, {p().slot, gridDim.x, s.found.bad != 0});
+    counting().publish_sender(s.call.epoch, s.to, p().agreed_hash,
+                              {p().slot, gridDim.x, s.found.bad != 0, params.turns_scales != 0});
   }
 
   __device__ void publish_message() const {
@@ -523,7 +613,7 @@ struct LowLatencyDispatch {
 };
 
 // Low-latency dispatch of one rank, its send half or both. Collective; graph-safe. The last warp of block 0 leads.
-template <bool kCast>
+template <bool kCast, bool kTurns>
 __global__ void __launch_bounds__(kMaxBlockThreads + kWarpLanes, 1)
     low_latency_dispatch_kernel(const __grid_constant__ LowLatencyDispatchParams params) {
   extern __shared__ __align__(128) uint8_t dynamic_shared[];
@@ -531,7 +621,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads + kWarpLanes, 1)
   fetch_params(params);
   LowLatencyDispatch dispatch(params, s, dynamic_shared);
   if (is_worker())
-    dispatch.template work<kCast>();
+    dispatch.template work<kCast, kTurns>();
   else
     dispatch.lead();
 }

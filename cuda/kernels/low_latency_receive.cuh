@@ -24,6 +24,10 @@ struct ExpertRegions {
     uint8_t* scales;
     int32_t* src_idx;
   };
+  // Where the scales of a row come first, one after another, when they are to be turned into columns.
+  __device__ uint8_t* scale_row(const Regions& regions, uint8_t* slot, uint32_t local_expert, uint32_t row) const {
+    return slot + regions.scale_rows + (uint64_t{local_expert} * max_rows + row) * scales.num * scales.elem_bytes;
+  }
   __device__ Row row(const Regions& regions, uint8_t* slot, uint32_t local_expert, uint32_t row) const {
     const uint64_t at = uint64_t{local_expert} * max_rows + row;
     return {slot + regions.recv_x + at * row_bytes,
@@ -40,24 +44,33 @@ struct Arrivals {
   uint32_t num_came;                // how many ranks' are
 };
 
-// Workers of the leader's block: each warp looks for the rows of some ranks, all of whose blocks tell. They give up when the
-// leader does. All have passed a meeting since the call began.
+// One warp waits for the rows of a rank, all of whose blocks tell. False when the leader stops the call. The block has met since
+// the call began.
+__device__ inline bool await_rows_of(const CallParams& p, const CallShared& s, const Arrivals& arrivals, uint32_t src,
+                                     bool& waited) {
+  const uint64_t* flags = row_flags_at(own_memory(p), p.regions, src);
+  bool stopped = false;
+  waited = false;
+  for (uint32_t block = lane_id(); block < arrivals.blocks[src] && !stopped; block += kWarpLanes) {
+    // Pairs with announce_block() of that block.
+    for (uint32_t looks = 1; load_acquire_sys(flags + block) < s.epoch && !stopped; ++looks) {
+      waited = true;
+      stopped = looks % kLooksBetween == 0 && is_stopped(p, s);
+    }
+  }
+  stopped = __any_sync(kAllLanes, stopped);
+  waited = __any_sync(kAllLanes, waited);
+  __syncwarp();  // What one lane has acquired, all have.
+  return !stopped;
+}
+
+// Workers of the leader's block: each warp looks for the rows of some ranks. They give up when the leader does.
 __device__ inline void look_for_rows(const CallParams& p, const CallShared& s, Arrivals& arrivals, uint64_t view) {
   const uint64_t begin_ns = global_time_ns();
   for (uint32_t src = threadIdx.x / kWarpLanes; src < p.options.num_ranks; src += num_workers() / kWarpLanes) {
     if (src == p.rank || !in_view(view, src)) continue;
-    const uint64_t* flags = row_flags_at(own_memory(p), p.regions, src);
-    bool stopped = false, waited = false;
-    for (uint32_t block = lane_id(); block < arrivals.blocks[src] && !stopped; block += kWarpLanes) {
-      // Pairs with announce_block() of that block.
-      for (uint32_t looks = 1; load_acquire_sys(flags + block) < s.epoch && !stopped; ++looks) {
-        waited = true;
-        stopped = looks % kLooksBetween == 0 && is_stopped(p, s);
-      }
-    }
-    if (__any_sync(kAllLanes, stopped)) return;
-    waited = __any_sync(kAllLanes, waited);
-    __syncwarp();  // What one lane has acquired, all have.
+    bool waited = false;
+    if (!await_rows_of(p, s, arrivals, src, waited)) return;
     if (lane_id() != 0) continue;
     if (waited) arrivals.waited_ns[src] += global_time_ns() - begin_ns;
     store_release_block(&arrivals.came[src], 1);      // Pairs with wait_for_rows() of the leader.

@@ -122,6 +122,7 @@ struct RowPiece {
     uint32_t scale_bytes;  // 4, 1, or 0 = none
     uint32_t scale;
     uint64_t scale_offset;
+    uint32_t in_scale_row;  // the offset where scales lie one after another
   };
 
   // A piece of `bytes` as it was loaded, which begins with the row's `first_unit`. Scale elements of 4 bytes are `stride`
@@ -129,25 +130,27 @@ struct RowPiece {
   __device__ __forceinline__ Share share(const CastRows& rows, uint32_t first_unit, uint32_t bytes, uint64_t stride) const {
     const uint32_t lane = lane_id(), lane_bytes = lane * 16;
     Share share = {bytes > lane_bytes ? (bytes - lane_bytes + kUnitBytes - 1) / kUnitBytes : 0,
-                   (first_unit * kUnitBytes + lane_bytes) / (kCast ? 2 : 1), 0, 0, 0};
+                   (first_unit * kUnitBytes + lane_bytes) / (kCast ? 2 : 1), 0, 0, 0, 0};
     if constexpr (kCast) {
       const uint32_t units = (bytes + kUnitBytes - 1) / kUnitBytes, at = 2 * first_unit + lane, blocks = rows.num_blocks();
       if (!rows.ue8m0) {
         if (lane < 2 * units && at < blocks) share.scale_bytes = 4;
         share.scale = __float_as_uint(scale);
         share.scale_offset = at * stride;
+        share.in_scale_row = at * 4;
       } else {
         // Exponents are sent by fours: those of no block are zeros.
         const bool is_last = 2 * (first_unit + units) >= blocks;
         if (lane < (is_last ? kWarpLanes : 2 * units) && at < (blocks + 3) / 4 * 4) share.scale_bytes = 1;
         share.scale = at < blocks ? ue8m0_from_f32(scale) : 0;
         share.scale_offset = at / 4 * stride + at % 4;
+        share.in_scale_row = at;
       }
     }
     return share;
   }
 
-  __device__ __forceinline__ void store(const Share& share, uint8_t* row, uint8_t* scales) const {
+  __device__ __forceinline__ void store(const Share& share, uint8_t* row, uint8_t* scales, bool in_row = false) const {
     uint8_t* to = row + share.offset;
 #pragma unroll
     for (uint32_t u = 0; u < kPieceUnits; ++u) {
@@ -157,8 +160,9 @@ struct RowPiece {
       else
         store_stream(to + u * kUnitBytes, values[u]);
     }
-    if (share.scale_bytes == 4) store_lasting(scales + share.scale_offset, share.scale);
-    if (share.scale_bytes == 1) scales[share.scale_offset] = static_cast<uint8_t>(share.scale);
+    uint8_t* const to_scale = scales + (in_row ? share.in_scale_row : share.scale_offset);
+    if (share.scale_bytes == 4) store_lasting(to_scale, share.scale);
+    if (share.scale_bytes == 1) *to_scale = static_cast<uint8_t>(share.scale);
   }
 
  private:

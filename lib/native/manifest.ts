@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "f594b85daa99d1de36556fd59c26d27c78756da41fff51ca2e4e849b10155ae5",
-    cuda: "ef5ca9271b4e217c82bd050d34ce0ecc3e425d19f739f9a284fd5be479680a72",
+    cpu: "60945e97f19fdad1d8b4758cab6d107589553bbe8e8b70bb7f3a849422a4ab73",
+    cuda: "d134a42e551c4ea1ea17aa3423e53f99e5a24c2223ce9ab2e35a4b3bae4ed64b",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -30,12 +30,12 @@ export const manifest: Manifest = {
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "70bb1437df45859a0b0bdb076221768db471be366e640809dded866133d64268",
+      sha256: "5ae0c879e079afbfb117410eba2e4e154182b68a64f9c34cc5036d929105e3cb",
       bytes: 510384,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "06e26448cd6b05135e531304cf8aac77e152b4bccb61674e8a406209fd73a7a6",
-      bytes: 2910936,
+      sha256: "d2d1f2a6982cdc90c14f3ab61fffad7f4935659fa7b7c493b8fceb4b88dca9ae",
+      bytes: 3013336,
     },
   },
 };
