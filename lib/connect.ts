@@ -191,7 +191,7 @@ export interface BufferSize {
   readonly slotBytes: number;
   /** Received rows of a slot. */
   readonly recvXBytes: number;
-  /** Received scales of a slot. */
+  /** Received scales of a slot, and room to turn them into columns. */
   readonly recvScalesBytes: number;
   /** Expert outputs of a slot. */
   readonly expertOutputBytes: number;

@@ -111,7 +111,7 @@ const steps: readonly Step[] = [
     skip: noCompiler,
     env: {
       DEEPEP_LIBRARY_CUDA: join(root, "build/emulated/libdeepep_cuda_races.so"),
-      DEEPEP_CUDA_TURN_SCALES: "13",
+      DEEPEP_CUDA_TURN_SCALES: "11",
       DEEPEP_TEST_RANDOM: "2",
       EMULATED_SMS: "8",
       EMULATED_SEED: "1",

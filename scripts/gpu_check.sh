@@ -291,13 +291,13 @@ if wanted doctor; then
 fi
 
 suite local tests/cuda_test.ts
-suite load_store tests/cuda_test.ts DEEPEP_CUDA_TMA=0 DEEPEP_CUDA_TURN_SCALES=13
+suite load_store tests/cuda_test.ts DEEPEP_CUDA_TMA=0 DEEPEP_CUDA_TURN_SCALES=11
 suite size tests/cuda_size_test.ts
 suite order tests/cuda_order_test.ts
 suite graph tests/cuda_graph_test.ts
 suite shape tests/cuda_graph_shape_test.ts
-suite decode tests/cuda_decode_test.ts
-suite failure tests/cuda_failure_test.ts
+suite decode tests/cuda_decode_test.ts DEEPEP_CUDA_TURN_SCALES=-1
+suite failure tests/cuda_failure_test.ts DEEPEP_CUDA_TURN_SCALES=-1
 suite worker tests/cuda_worker_test.ts
 if wanted process; then
   [[ -n $with_mps ]] && start_mps

@@ -1,8 +1,9 @@
 /**
  * The partition of experts, and strides of scales.
  */
-import { assertEquals, assertThrows } from "@std/assert";
+import { assert, assertEquals, assertThrows } from "@std/assert";
 import { describe, test } from "node:test";
+import { EpBuffer } from "@deepep/deepep";
 import { alignUp, expertRank, localExperts, maxLocalExperts, scaleStrides } from "../lib/layout.ts";
 import { dealExperts } from "./support/brute_force.ts";
 
@@ -38,4 +39,26 @@ test("scale strides", () => {
   assertEquals(scaleStrides({ ...shape, scaleElemBytes: 1 }, true), { row: 1, elem: 16 });
   assertEquals(scaleStrides({ ...shape, scaleElemBytes: 16 }, true), { row: 16, elem: 80 });
   assertEquals([alignUp(0, 8), alignUp(1, 8), alignUp(8, 8), alignUp(9, 3)], [0, 8, 8, 9]);
+});
+
+test("a slot has room for the scales of the widest rows, in columns and, while they are turned, as rows", async () => {
+  const options = {
+    numRanks: 2,
+    hidden: 16,
+    numExperts: 4,
+    numTopk: 2,
+    maxTokensPerRank: 4,
+    maxLowLatencyTokensPerRank: 16,
+  };
+  const rows = 2 * 2 * 16; // local experts, ranks, tokens: of low latency, which here needs more than normal mode
+  for (
+    const [maxRowBytes, maxScaleBytes, asRows] of [[32, 4, 4], [16384, 256, 256], [16384, 64, 64], [
+      4096,
+      256,
+      64,
+    ]] as const
+  ) {
+    const { recvScalesBytes } = await EpBuffer.sizeHint({ backend: "cpu", ...options, maxRowBytes, maxScaleBytes });
+    assert(recvScalesBytes >= rows * (maxScaleBytes + asRows), `${maxRowBytes}, ${maxScaleBytes}: ${recvScalesBytes}`);
+  }
 });

@@ -475,7 +475,7 @@ typedef struct deepep_buffer_create_args {
   uint64_t slot_bytes;
   /* [out] received rows of a slot */
   uint64_t recv_x_bytes;
-  /* [out] received scales of a slot */
+  /* [out] received scales of a slot, and room to turn them into columns */
   uint64_t recv_scales_bytes;
   /* [out] expert outputs of a slot, from which peers pull */
   uint64_t expert_output_bytes;

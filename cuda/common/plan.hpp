@@ -61,8 +61,8 @@ constexpr uint32_t kPullBatch = 6;     // pieces that a warp waits for at once, 
 constexpr uint32_t kLittleBytes = 8192;
 constexpr uint32_t kLittlePullBytes = 1024;
 constexpr uint32_t kRoundTokens = 64;  // low latency: tokens that a block finds places for at once, at most
-// Low latency: with so many of a rank's tokens on other GPUs, were they spread evenly, scales in columns go as rows. On two H200,
-// where half are, a dispatch of 192, 256, 512 tokens is then shorter by 1, 4, 11 us; one of 64 would be longer by 3.
+// Low latency: with so many of a rank's tokens on other GPUs, were they spread evenly, scales in columns go as rows. On two
+// H200, where half are, a dispatch of 192, 256, 512 tokens is then shorter by 1, 4, 11 us; one of 64 would be longer by 3.
 constexpr uint32_t kTurnedTokens = 96;
 
 // What a stage of a push takes: a piece of a row, and the addresses it goes to.

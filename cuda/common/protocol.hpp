@@ -15,7 +15,8 @@
 // released in stream order. So whoever has read the message may write rows into that slot of s. No rank pushes before it has
 // the messages of all ranks; hence when the first row of call e arrives anywhere, every rank is past the pushes of all calls
 // before e, and a late push of an earlier call cannot hit the slot's new holder.
-// Synchronisation two, the flag `pushed[s][slot]` = e in A: s has put all its rows of call e into that slot of A.
+// Synchronisation two, the flag `pushed[s][slot]` = e in A: s has put all its rows of call e into that slot of A. On a GPU each
+// block of s says so by itself (`row_flags[s]`), unless ranks may be left out: then its leader says it when it knows who is.
 //
 // Combine needs one of each as well: its message says that s's expert outputs are complete, after which they are pulled;
 // `pulled[s][slot]` = e says that s has read all it wants from that slot of A. Only what overwrites the expert-output region
@@ -168,15 +169,14 @@ enum CountInfo : uint32_t {
 };
 struct CountSender {
   uint32_t slot;      // of the sender, used in this call
-  uint32_t blocks;    // that the sender pushes with
   bool refuses;       // the message says why
-  bool turns_scales;  // scales go as rows between it and the others that say so; the receiver makes columns of them
+  bool turns_scales;  // to and from ranks of other GPUs that say so, too, scales go as rows; the receiver makes columns of them
 };
 DEEPEP_HOST_DEVICE constexpr uint32_t count_sender_word(const CountSender& sender) {
-  return sender.slot << 24 | sender.blocks << 8 | (sender.turns_scales ? 2 : 0) | (sender.refuses ? 1 : 0);
+  return sender.slot << 24 | (sender.turns_scales ? 2 : 0) | (sender.refuses ? 1 : 0);
 }
 DEEPEP_HOST_DEVICE constexpr CountSender count_sender_from_word(uint32_t word) {
-  return {word >> 24, word >> 8 & 0xffff, (word & 1) != 0, (word & 2) != 0};
+  return {word >> 24, (word & 1) != 0, (word & 2) != 0};
 }
 
 // Announcement of a low-latency combine, for one slot of the reader. What it says names its epoch as well, a count word: then
@@ -239,6 +239,11 @@ DEEPEP_HOST_DEVICE inline MessageHeader* message_at(uint8_t* base, const Regions
   const uint64_t index = src * uint64_t{regions.message_ring} + (epoch & (regions.message_ring - 1));
   return reinterpret_cast<MessageHeader*>(base + regions.messages + index * regions.message_bytes);
 }
+// What a block of a GPU says of its rows: the epoch, and how many blocks there are, so that a word tells how many to look for.
+DEEPEP_HOST_DEVICE constexpr uint64_t row_flag(uint64_t epoch, uint32_t blocks) { return epoch << 8 | (blocks - 1); }
+DEEPEP_HOST_DEVICE constexpr uint64_t epoch_of_row_flag(uint64_t word) { return word >> 8; }
+DEEPEP_HOST_DEVICE constexpr uint32_t blocks_of_row_flag(uint64_t word) { return static_cast<uint32_t>(word & 0xff) + 1; }
+static_assert(kMaxBlocks <= 256);
 DEEPEP_HOST_DEVICE inline uint64_t* row_flags_at(uint8_t* base, const Regions& regions, uint32_t src) {
   return reinterpret_cast<uint64_t*>(base + regions.row_flags) + src * kMaxBlocks;
 }

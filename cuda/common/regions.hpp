@@ -45,6 +45,7 @@ DEEPEP_HOST_DEVICE constexpr uint64_t align_up(uint64_t value, uint64_t alignmen
 }
 DEEPEP_HOST_DEVICE constexpr uint64_t ceil_div(uint64_t value, uint64_t divisor) { return (value + divisor - 1) / divisor; }
 DEEPEP_HOST_DEVICE constexpr uint64_t larger(uint64_t a, uint64_t b) { return a > b ? a : b; }
+DEEPEP_HOST_DEVICE constexpr uint64_t smaller(uint64_t a, uint64_t b) { return a < b ? a : b; }
 
 // Replaces the zeros that stand for "the default" by the default, as the ABI documents it.
 constexpr void resolve_defaults(Options& options) {
@@ -65,13 +66,14 @@ struct Regions {
   // Control area. A part indexed by `src` is written by that rank only.
   uint64_t doorbell = 0;     // one Doorbell: where this rank sleeps
   uint64_t aborts = 0;       // [src] one line each: an abort word
-  uint64_t pushed = 0;       // [src] one line each: u64 [kMaxSlots], epoch of the dispatch that src has finished pushing
+  uint64_t pushed = 0;       // [src] one line each: u64 [kMaxSlots], epoch of the dispatch that src has finished pushing, on a
+                             // GPU where ranks may be left out
   uint64_t pushed_view = 0;  // [src] one line each: u64 [kMaxSlots], ranks that src counted in for it
   uint64_t views = 0;        // [src] one line each: a View, for agreement under MASK_ON_TIMEOUT
   uint64_t pulled = 0;       // [src] one line each: u64 [kMaxSlots], epoch of the combine that src has finished pulling
   uint64_t ready = 0;        // [src][kMaxSlots] one line each: low-latency combine's announcement
-  // Low latency on a GPU: what blocks tell each other without their leaders.
-  uint64_t row_flags = 0;      // [src] u64 [kMaxBlocks]: epoch of the dispatch whose rows that block of src has pushed
+  // On a GPU: what blocks tell other ranks without their leader.
+  uint64_t row_flags = 0;      // [src] u64 [kMaxBlocks]: row_flag() of the dispatch whose rows that block of src has pushed
   uint64_t count_words = 0;    // [src][ring] u64 [num_experts + kNumCountInfos]: protocol.hpp
   uint64_t messages = 0;       // [src][ring] message_bytes each
   uint64_t message_bytes = 0;  // header, then u32 tokens_per_rank [num_ranks], then u32 entries_per_expert [num_experts]
@@ -114,8 +116,8 @@ DEEPEP_HOST_DEVICE constexpr Regions make_regions(const Options& options) {
   r.views = at, at = align_up(at + ranks * kLineBytes, kRegionAlignment);
   r.pulled = at, at = align_up(at + ranks * kLineBytes, kRegionAlignment);
   r.ready = at, at = align_up(at + ranks * kMaxSlots * kLineBytes, kRegionAlignment);
+  r.row_flags = at, at += ranks * kMaxBlocks * 8;
   if (options.max_low_latency_tokens_per_rank > 0) {
-    r.row_flags = at, at += ranks * kMaxBlocks * 8;
     r.count_words = at;
     at = align_up(at + ranks * r.message_ring * 8 * (options.num_experts + kNumCountInfos), kRegionAlignment);
   }
@@ -133,7 +135,9 @@ DEEPEP_HOST_DEVICE constexpr Regions make_regions(const Options& options) {
       align_up(larger(align_up(rows, 16), r.max_local_experts * align_up(r.low_latency_rows, 16)) * options.max_scale_bytes,
                kRegionAlignment);
   r.scale_rows = r.recv_scales + r.recv_scales_bytes;
-  r.recv_scales_bytes += align_up(ll_rows * align_up(ceil_div(options.hidden, kFp8BlockChannels), 4) * 4, kRegionAlignment);
+  // What a cast can make of a row: api/low_latency.cpp lets no more through.
+  const uint64_t cast_scales = align_up(ceil_div(options.max_row_bytes / 2, kFp8BlockChannels), 4) * 4;
+  r.recv_scales_bytes += align_up(ll_rows * smaller(cast_scales, options.max_scale_bytes), kRegionAlignment);
   at += r.recv_scales_bytes;
   r.expert_output = at;
   r.expert_output_bytes = align_up(most_rows * options.hidden * 2, kRegionAlignment);

@@ -2,6 +2,7 @@
 
 #include "buffer.hpp"
 
+#include <bit>
 #include <cstdlib>
 #include <cstring>
 #include <new>
@@ -128,13 +129,18 @@ void Buffer::connect() {
   const std::lock_guard lock(mutex);
   check_open();
   peers_->check_complete();
-  topology = device->topology(peers_->ranks_on_device());
+  const uint64_t here = peers_->ranks_on_device();
+  topology = device->topology(static_cast<uint32_t>(std::popcount(here)));
   // For tests of the kernels that serve older devices: rows go by loads and stores here too.
   const char* const tma = getenv("DEEPEP_CUDA_TMA");
   if (tma && std::strcmp(tma, "0") == 0 && topology.compute_capability >= 90) topology.compute_capability = 89;
-  // For tests: ranks, as a bit mask, whose scales go as rows however few they are, and on one GPU.
+  const uint64_t others = (~uint64_t{0} >> (64 - options.num_ranks)) & ~(uint64_t{1} << rank);
+  turned_with = others & ~here;
+  turned_tokens = kTurnedTokens;
+  // For tests: ranks, as a bit mask, that do so among themselves on one GPU, and all of them however few tokens there are.
   const char* const turns = getenv("DEEPEP_CUDA_TURN_SCALES");
-  turns_all_scales = turns && (std::strtoull(turns, nullptr, 0) >> rank & 1) != 0;
+  const uint64_t turned = turns ? std::strtoull(turns, nullptr, 0) : 0;
+  if ((turned >> rank & 1) != 0) turned_with |= others & turned, turned_tokens = 0;
   const uint32_t hops = options.num_topk < options.num_ranks ? options.num_topk : options.num_ranks;
   default_sms = plan({.op = DEEPEP_OP_DISPATCH, .row_bytes = options.max_row_bytes, .hops = hops}).sms;
   fill_call();

@@ -69,12 +69,13 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   void mask(const deepep_mask_args& args);
   ~Buffer() override;
 
-  // Facts. They do not change; topology, turns_all_scales and default_sms are known once connected.
+  // Facts. They do not change; from `topology` on they are known once connected.
   const Device* device = nullptr;
   Topology topology;
-  bool turns_all_scales = false;  // for tests
-  int32_t wanted_sms = 0;   // deepep_buffer_create_args.num_sms
-  int32_t default_sms = 0;  // of an operation that says nothing
+  uint64_t turned_with = 0;    // ranks with which low latency exchanges scales in columns as rows: those on other GPUs
+  uint32_t turned_tokens = 0;  // from how many tokens on that are theirs, were they spread evenly
+  int32_t wanted_sms = 0;      // deepep_buffer_create_args.num_sms
+  int32_t default_sms = 0;     // of an operation that says nothing
 
   // Rank r's symmetric memory as this device sees it: regions' offsets count from it.
   uint8_t* symmetric(uint32_t r) const { return peers_->symmetric(r); }
@@ -89,8 +90,6 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   // all this is recorded. Returns the operation's epoch as far as the host knows. Rejects with NEEDS_RECOVERY, CLOSED or
   // INVALID_ARGUMENT, and has then enqueued nothing. The caller holds `mutex`.
   uint64_t enqueue(const StreamFields& fields, Enqueued what, const Launch& launch);
-  // Ranks on other GPUs.
-  uint32_t num_elsewhere() const { return options.num_ranks - topology.ranks_on_device; }
   // How an operation is launched; work.num_sms is what it asked for, or 0. Rejects what does not fit beside the other ranks.
   Plan plan(Work work) const;
   // The same for a kernel that has no plan.

@@ -6,6 +6,8 @@
 
 #include "../api/low_latency.hpp"
 
+#include <bit>
+
 #include "../kernels/launch.hpp"
 #include "buffer.hpp"
 #include "low_latency_slot.hpp"
@@ -42,16 +44,13 @@ LowLatencyReceiveParams receive_params(const Buffer& buffer, const CallParams& c
   return params;
 }
 
-// Whether scales in columns go as rows, which who receives them turns: a link takes single words, far apart, no faster than
-// whole lines. For much that goes over links only, and where the blocks can wait for the rows, and no rank is left out.
-bool turns_scales(const Buffer& buffer, const LowLatencyDispatchParams& params) {
+// Ranks to and from which scales in columns go as rows, which who receives them turns: a link takes single words, far apart, no
+// faster than whole lines. For much that goes over links only, and where the blocks can wait for the rows.
+uint64_t turns_scales_of(const Buffer& buffer, const LowLatencyDispatchParams& params) {
   constexpr uint32_t kFlags = DEEPEP_FLAG_FP8 | DEEPEP_FLAG_SCALES_COLUMN_MAJOR;
-  const CallParams& call = params.call;
-  const bool is_plain = call.mask_on_timeout == 0 && call.inject[DEEPEP_PHASE_NOTIFY].wanted == 0 &&
-                        call.inject[DEEPEP_PHASE_SEND].wanted == 0;
-  if ((params.args.flags & kFlags) != kFlags || params.receives == 0 || !is_plain || buffer.options.num_ranks < 2) return false;
-  const uint64_t tokens = uint64_t{params.routing.num_tokens} * buffer.num_elsewhere();
-  return buffer.turns_all_scales || tokens >= uint64_t{kTurnedTokens} * buffer.options.num_ranks;
+  if ((params.args.flags & kFlags) != kFlags || params.receives == 0 || is_led_dispatch(params.call)) return 0;
+  const uint64_t tokens = uint64_t{params.routing.num_tokens} * static_cast<uint32_t>(std::popcount(buffer.turned_with));
+  return tokens >= uint64_t{buffer.turned_tokens} * buffer.options.num_ranks ? buffer.turned_with : 0;
 }
 
 // A plan needs at least one row a token.
@@ -124,8 +123,8 @@ uint64_t enqueue_dispatch(Buffer& buffer, const deepep_low_latency_dispatch_args
                                                           .blocks_a_token = 0,
                                                           .piece_units = 0,
                                                           .row_pieces = 0,
-                                                          .turns_scales = 0};
-                       params.turns_scales = turns_scales(buffer, params) ? 1 : 0;
+                                                          .turns_scales_of = 0};
+                       params.turns_scales_of = turns_scales_of(buffer, params);
                        params.call.slot = index;
                        return launch_low_latency_dispatch(params, stream);
                      });

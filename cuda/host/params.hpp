@@ -103,6 +103,14 @@ struct CallParams {
   uint32_t agreed_hash;
 };
 
+// Whether the blocks of a low-latency dispatch go by the leader's word: where ranks may be left out, and where deepep_inject
+// wants something.
+DEEPEP_HOST_DEVICE inline bool is_led_dispatch(const CallParams& call) {
+  const Injection& notify = call.inject[DEEPEP_PHASE_NOTIFY];
+  const Injection& send = call.inject[DEEPEP_PHASE_SEND];
+  return call.mask_on_timeout != 0 || notify.wanted != 0 || send.wanted != 0;
+}
+
 // A row that a token becomes: the index-th of this rank's rows for the key (handle.hpp of the CPU backend has the same).
 struct DeviceHop {
   int32_t key;  // rank or expert; -1 = none
@@ -137,8 +145,7 @@ struct LowLatencyHeader {
   uint64_t epoch;                          // of the dispatch
   uint64_t view;                           // ranks that take part
   uint32_t valid;                          // 1 once the dispatch's send half has succeeded
-  uint32_t peer_slots[DEEPEP_MAX_RANKS];   // that the ranks use: rows are there, and expert outputs will be
-  uint32_t peer_blocks[DEEPEP_MAX_RANKS];  // that the ranks push with: each tells when its rows are there
+  uint32_t peer_slots[DEEPEP_MAX_RANKS];  // that the ranks use: rows are there, and expert outputs will be
   Finding failure;                         // of the dispatch's send half, when every rank has found it alike
   uint64_t combine_epoch;                  // of the latest combine whose send half has come to its end
   uint64_t num_rows;                       // that it will pull
@@ -178,7 +185,8 @@ struct LowLatencyDispatchParams {
   uint32_t blocks_a_token;  // that share the tokens which they have in common
   uint32_t piece_units;     // of a row that a warp moves at once
   uint32_t row_pieces;      // a row
-  uint32_t turns_scales;    // 1 = scales in columns go as rows between this rank and the others that do the same
+  // Ranks to and from which scales in columns go as rows, where they say the same of this one. 0 = none: another kernel.
+  uint64_t turns_scales_of;
 };
 
 // The receive half of a dispatch; or a combine's, when nobody will ask for it any more.

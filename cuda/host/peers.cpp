@@ -163,10 +163,10 @@ void Peers::check_complete() const {
   }
 }
 
-uint32_t Peers::ranks_on_device() const {
-  uint32_t ranks = 0;
+uint64_t Peers::ranks_on_device() const {
+  uint64_t ranks = 0;
   for (uint32_t rank = 0; rank < peers_.size(); ++rank) {
-    if (memcmp(page(rank).uuid, device_.uuid, sizeof device_.uuid) == 0) ranks += 1;
+    if (memcmp(page(rank).uuid, device_.uuid, sizeof device_.uuid) == 0) ranks |= uint64_t{1} << rank;
   }
   return ranks;
 }

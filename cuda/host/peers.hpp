@@ -49,8 +49,8 @@ class Peers {
   // False once the rank's buffer was destroyed or its process has ended. A system call.
   bool alive(uint32_t rank) const { return peers_[rank].page->alive(); }
   const PeerPage& page(uint32_t rank) const { return page_of(*peers_[rank].page); }
-  // Ranks that use this rank's device, itself included.
-  uint32_t ranks_on_device() const;
+  // Ranks that use this rank's device, itself included: bit r is rank r's.
+  uint64_t ranks_on_device() const;
 
   // Says to the peers that this rank is gone, then lets go of their memory. Nothing of this rank runs any more.
   void leave();

@@ -1,15 +1,16 @@
 // How the blocks of a call act as one, and how the call talks to its peers: the device side of common/protocol.hpp.
 //
-// In: CallParams. Out: a call in which every block does the same: either it goes, or it stops with a Finding. Block 0 leads:
-// its first warp alone waits for peers, so that all blocks follow one decision, and a peer that comes in the last moment cannot
-// be there for one block and missing for another. Callers: every kernel of an operation.
+// In: CallParams. Out: a call in which every block does the same: either it goes, or it stops with a Finding. Block 0 leads: one
+// warp of it alone decides who takes part and who is late, so that a peer that comes in the last moment cannot be there for one
+// block and missing for another; others may look for peers, and give up when it says so. Callers: every kernel of an operation.
 //
 // Words between blocks. state->arrivals[m] only grows: each block adds one at meeting m, so a meeting is complete at (blocks of
 // earlier kernels + blocks of this one); at the end, when no block touches them any more, the leader puts the counters of
 // meetings that were left out to the same. state->verdict names kernel, step and outcome; it is only compared, never cleaned.
 //
-// Bounds. The leader's waits have deadlines. The other blocks wait for nothing but the leader and for each other's work, which
-// does not wait; a block that has not started yet does so when the device has room, which the end of the kernel needs anyway.
+// Bounds. The leader's waits have deadlines. The other blocks wait for the leader, for each other's work, which does not wait, and
+// in low latency for words of peers until is_stopped(); a block that has not started yet does so when the device has room, which
+// the end of the kernel needs anyway.
 #pragma once
 
 #include "../common/protocol.hpp"
@@ -36,7 +37,7 @@ struct CallShared {
   uint64_t meeting;      // arrivals that complete a meeting
   uint64_t masked;       // leader: ranks left out, as of now
   uint64_t view;         // ranks that take part, once the call goes
-  uint64_t lost;         // leader: ranks that have ended; their memory may be gone, and is not touched
+  uint64_t lost;         // ranks that have ended, as far as the leader knows: their memory may be gone, and is not touched
   uint64_t deadline_ns;  // leader: of the waits of this phase
   int32_t code;          // leader: DEEPEP_ERROR_* once the call has failed
   int32_t phase;         // leader
@@ -75,7 +76,8 @@ __device__ __forceinline__ CallFound find_call(const CallParams& p) {
 
 // What a call begins with, by one thread; the block must meet before others look. `needs_peers` calls do nothing while the
 // buffer needs a recovery.
-__device__ inline void read_call(const CallParams& p, CallShared& s, bool collective, bool needs_peers, const CallFound& found) {
+__device__ inline void read_call(const CallParams& p, CallShared& s, bool collective, bool needs_peers,
+                                 const CallFound& found) {
   s.epoch = collective ? found.epoch + 1 : 0;
   s.base_epoch = found.base_epoch;
   s.launch = found.launches + 1;

@@ -36,6 +36,8 @@ struct DispatchShared {
   CallShared call;
   RoutingHeader known;  // leader, of a cached dispatch: the handle's, as the call began
   uint64_t left_out;    // leader: ranks whose rows will not come
+  PushedShared pushed;  // leader
+  uint32_t stopped;     // 1 = a warp of this block has left rows out
   uint8_t* slots[DEEPEP_MAX_RANKS];
   int32_t first_experts[DEEPEP_MAX_RANKS];
   uint32_t row_bases[DEEPEP_MAX_RANKS];  // rank layout
@@ -440,13 +442,15 @@ struct Dispatch {
     push_rows<kTma>(rows, shared, barriers, to, [&](uint32_t token) {
       if (!stopped) put_beside(token, units);
     });
+    if (stopped && lane_id() == 0) atomicOr(&s.stopped, 1u);
   }
   static constexpr uint32_t kTokensBetweenLooks = 16;
 
   // What every block needs to know before it pushes.
   __device__ void find_slots() {
     const DeviceState& state = *p().state;
-    if (threadIdx.x == 0) s.call.view = __ldcg(&state.view);
+    if (threadIdx.x == 0) s.call.view = __ldcg(&state.view), s.stopped = 0;
+    if (is_leader()) s.pushed.clear();
     for (uint32_t rank = threadIdx.x; rank < p().options.num_ranks; rank += blockDim.x) {
       s.slots[rank] = p().symmetric[rank] + slot_offset(p().regions, __ldcg(&state.peer_slots[rank]));
       if (!by_expert()) s.row_bases[rank] = __ldcg(row_bases(p()) + rank);
@@ -497,17 +501,44 @@ struct Dispatch {
     return sum;
   }
 
+  // This block's rows are in place: the leader is told, and the peers, unless that is for the leader to say, or rows were left
+  // out.
+  __device__ void end_block(bool went) {
+    __syncthreads();
+    if (went && p().mask_on_timeout == 0 && threadIdx.x / kWarpLanes == 1 && s.stopped == 0) {
+      announce_block(p(), s.call.view, s.call.epoch, is_leader() ? p().state->peer_slots : nullptr);
+    }
+    // Releases what the block has written; pairs with Leader::await_blocks().
+    if (threadIdx.x == 0) reduce_add_release_gpu(&p().state->arrivals[kMeetEnd], 1);
+  }
+
   __device__ void finish(bool went) {
-    wait_for_blocks(p(), s.call, kMeetEnd, false);
-    if (threadIdx.x < kWarpLanes && went) {
+    const uint32_t warp = threadIdx.x / kWarpLanes;
+    const bool masks = p().mask_on_timeout != 0;
+    uint64_t ended_ns = 0;
+    if (warp == 0) {
+      Leader leader(p(), s.call);
+      leader.await_blocks(kMeetEnd, false);
+      ended_ns = leader.begin_wait();
+    } else if (went && !masks) {
+      look_for_blocks(p(), s.call, s.pushed, s.call.view);
+    }
+    __syncthreads();
+    if (warp == 0 && went) {
       Leader leader(p(), s.call);
       uint64_t left_out = 0;
-      // Whoever has left this rank out may have given its slot to others, where ranks are left out; elsewhere its call has failed.
-      const bool masks = p().mask_on_timeout != 0;
-      if (!masks || !leader.is_left_out()) {
+      if (!masks) {
+        const uint64_t late = late_blocks(leader, s.pushed, ended_ns);
+        const bool entered = leader.enter(DEEPEP_PHASE_ARRIVE);
+        if (p().inject[DEEPEP_PHASE_ARRIVE].wanted != 0) ended_ns = leader.begin_wait();
+        if (entered && late != 0) wait_for_blocks_of(leader, late, ended_ns);
+        if (!leader.failed()) check_views(leader, s.call.view, s.call.view & ~rank_bit(p().rank));
+        // Whoever has left this rank out has failed in this call.
+        if (must_stop(p(), s.call, s.call.view)) leader.is_left_out();
+      } else if (!leader.is_left_out()) {
+        // Whoever has left this rank out may have given its slot to others.
         announce_pushed(leader, s.call.view, p().state->peer_slots);
         left_out = wait_pushed(leader, s.call.view);
-        if (!masks && must_stop(p(), s.call, s.call.view)) leader.is_left_out();
       }
       if (leader.lane == 0) s.left_out = left_out;
     }
@@ -543,7 +574,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads + kClerks * kWarpLanes, 1)
     if (dispatch.by_expert()) dispatch.clear_padding();
     dispatch.template send<kTma>(barriers);
   }
-  arrive(params.call, kMeetEnd);
+  dispatch.end_block(goes);
   if (is_leader()) dispatch.finish(goes);
 }
 

@@ -139,9 +139,9 @@ cudaError_t launch_low_latency_dispatch(const LowLatencyDispatchParams& given, c
   params.piece_units = static_cast<uint32_t>(ceil_div(units, pieces));
   params.row_pieces = static_cast<uint32_t>(ceil_div(units, params.piece_units));
   const bool casts = (args.flags & DEEPEP_FLAG_FP8) != 0;
-  const auto kernel = !casts                    ? low_latency_dispatch_kernel<false, false>
-                      : params.turns_scales != 0 ? low_latency_dispatch_kernel<true, true>
-                                                 : low_latency_dispatch_kernel<true, false>;
+  const auto kernel = !casts                       ? low_latency_dispatch_kernel<false, false>
+                      : params.turns_scales_of != 0 ? low_latency_dispatch_kernel<true, true>
+                                                    : low_latency_dispatch_kernel<true, false>;
   return launch(kernel, params, static_cast<uint32_t>(params.plan.sms), (params.plan.warps + 1) * kWarpLanes,
                 params.plan.block_bytes, stream);
 }

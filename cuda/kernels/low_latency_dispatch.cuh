@@ -6,7 +6,8 @@
 // ARRIVE (wait for everyone's rows). Graph-safe. Caller: launch_low_latency_dispatch().
 //
 // Nobody waits for a leader. Every block counts for itself, and pushes as soon as it has the counts of all ranks; every block
-// says to every peer that its rows are there (`row_flags`), and the leader's workers look for them. Beside that, the last warp
+// says to every peer that its rows are there (`row_flags`), and the leader's workers look for them; where scales come as rows
+// the other blocks do, too, and make columns of them. Beside that, the last warp
 // of block 0 leads. It has little to do as long as all comes soon; when something does not, or a peer refuses the call, it goes
 // the way of normal mode: it reads the messages, watches the deadline, and stops the others. That a block may then have pushed
 // already does no harm: whoever has sent counts has given its slot. Only where ranks may be left out, and where deepep_inject
@@ -29,7 +30,7 @@ struct LowLatencyShared {
   uint32_t placed;               // 1 = the places of the first round are found
   uint8_t* slots[DEEPEP_MAX_RANKS];
   bool turns_scales[DEEPEP_MAX_RANKS];  // they go as rows between that rank and this one
-  uint32_t came;                        // 1 = the rows of the peer have, whose scales this block turns
+  uint32_t may_turn;                    // 1 = the rows of the peer have come whose scales this block is about to turn
 };
 
 struct LowLatencyDispatch {
@@ -53,9 +54,7 @@ struct LowLatencyDispatch {
   __device__ int64_t* wait_stats() const { return reinterpret_cast<int64_t*>(params.args.wait_stats); }
 
   // Whether the blocks go by the leader's word. The same on every block.
-  __device__ bool is_led() const {
-    return p().mask_on_timeout != 0 || p().inject[DEEPEP_PHASE_NOTIFY].wanted != 0 || p().inject[DEEPEP_PHASE_SEND].wanted != 0;
-  }
+  __device__ bool is_led() const { return is_led_dispatch(p()); }
 
   // ---- workers ----
 
@@ -72,7 +71,7 @@ struct LowLatencyDispatch {
     else
       mover.wait();  // Nothing may be under way when a block ends.
     workers_meet();  // This block's rows are in place.
-    if (pushed && p().mask_on_timeout == 0) announce_block();
+    if (pushed && p().mask_on_timeout == 0 && threadIdx.x < kWarpLanes) announce_block(p(), s.view, s.call.epoch, nullptr);
     arrive(kTurns ? kMeetPushed : kMeetEnd);
     if (pushed && is_leader() && params.receives != 0 && p().mask_on_timeout == 0) {
       look_for_rows(p(), s.call, s.arrivals, s.view);
@@ -120,12 +119,10 @@ struct LowLatencyDispatch {
     }
     const auto heard = [&](uint32_t rank, const CountSender& sender, uint64_t waited_ns) {
       s.slots[rank] = p().symmetric[rank] + slot_offset(p().regions, sender.slot);
-      s.turns_scales[rank] = sender.turns_scales;
-      s.arrivals.blocks[rank] = sender.blocks;
+      s.turns_scales[rank] = sender.turns_scales && in_view(params.turns_scales_of, rank);
       if (!is_leader()) return;
       s.arrivals.waited_ns[rank] = waited_ns;
       params.routing.header->peer_slots[rank] = sender.slot;
-      params.routing.header->peer_blocks[rank] = sender.blocks;
     };
     if (!counting().take(s.call, view, p().agreed_hash, heard)) atomicOr(&s.found.stop, 1u);
     // Pairs with the release in lead(): the last warp has found the places of the first round.
@@ -326,49 +323,42 @@ struct LowLatencyDispatch {
                   params.args.scales | params.args.scales_row_stride | scales.to_row_stride | scales.expert_stride});
   }
 
-  // This block's rows are in place, which every peer is told.
-  __device__ void announce_block() const {
-    for (uint32_t dst = threadIdx.x; dst < p().options.num_ranks; dst += num_workers()) {
-      if (dst == p().rank || !in_view(s.view, dst)) continue;
-      // Pairs with look_for_rows() of `dst`.
-      store_release_sys(row_flags_at(p().symmetric[dst], p().regions, p().rank) + blockIdx.x, s.call.epoch);
-    }
-  }
-
   // ---- scales that come as rows ----
 
   __device__ uint8_t* own_slot() const { return own_memory(p()) + slot_offset(p().regions, p().slot); }
 
   // What one of `count` has of `items`: item `first` and every count-th after it. Where there are more of them than items,
   // `parts` have an item in common.
-  struct Share {
+  struct Part {
     uint32_t first, part, parts;
-    __device__ static Share of(uint32_t nth, uint32_t count, uint32_t items) {
+    __device__ static Part of(uint32_t nth, uint32_t count, uint32_t items) {
       if (items == 0) return {nth, 0, 1};
       return {nth % items, nth / items, (count - 1 - nth % items) / items + 1};
     }
   };
 
-  // Makes columns of the peers' scales; this rank's own are columns already. The blocks share the peers, and the warps of a
-  // peer's blocks its experts. The leader's block looks for rows instead, unless it is the only one.
+  // Waits for rows of the peers, as long as the leader does, and makes columns of their scales; this rank's own are columns
+  // already. The blocks share the peers, and the warps of a peer's blocks its experts. The leader's block looks for rows instead, unless it is the only one.
   __device__ void turn_scales() {
     const uint32_t blocks = max(gridDim.x - 1, 1u), peers = p().options.num_ranks - 1, warps = num_workers() / kWarpLanes;
     if (is_leader() && gridDim.x > 1) return;
-    const Share share = Share::of(gridDim.x > 1 ? blockIdx.x - 1 : 0, blocks, peers);
+    const Part share = Part::of(gridDim.x > 1 ? blockIdx.x - 1 : 0, blocks, peers);
 #pragma unroll 1
     for (uint32_t peer = share.first; peer < peers; peer += blocks) {
       const uint32_t src = peer < p().rank ? peer : peer + 1;
       if (!in_view(s.view, src) || !s.turns_scales[src]) continue;
-      const Share experts = Share::of(share.part * warps + threadIdx.x / kWarpLanes, share.parts * warps, p().num_local_experts);
+      const Part experts = Part::of(share.part * warps + threadIdx.x / kWarpLanes, share.parts * warps, p().num_local_experts);
       LowLatencyCount::Range range = {0, 0};
       if (experts.first < p().num_local_experts) range = counting().range(s.call, s.view, experts.first, src);
       if (threadIdx.x < kWarpLanes) {
-        bool waited = false;
-        const bool came = await_rows_of(p(), s.call, s.arrivals, src, waited);
-        if (threadIdx.x == 0) s.came = came ? 1 : 0;
+        bool came = false;
+        for (uint32_t looks = 1; !(came = have_pushed(p(), s.call.epoch, src)); ++looks) {
+          if (looks % kLooksBetween == 0 && __any_sync(kAllLanes, is_stopped(p(), s.call))) break;
+        }
+        if (threadIdx.x == 0) s.may_turn = came ? 1 : 0;
       }
       workers_meet();
-      if (s.came == 0) return;
+      if (s.may_turn == 0) return;
 #pragma unroll 1
       for (uint32_t local = experts.first; local < p().num_local_experts;) {
         // A warp reads some rows at once, so that it writes their words together.
@@ -380,7 +370,7 @@ struct LowLatencyDispatch {
         local += share.parts * warps;
         if (local < p().num_local_experts) range = counting().range(s.call, s.view, local, src);
       }
-      workers_meet();  // All have seen that they came.
+      workers_meet();  // All have seen `may_turn`.
     }
   }
   // This lane's words of a row: from `first` on, `step` apart.
@@ -436,7 +426,7 @@ struct LowLatencyDispatch {
     __syncwarp();
     bool sent = !s.call.skipped && (plain ? exchange_messages() : exchange_slowly(params, s, shared));
     if (sent) tell_counts();
-    const bool turns = params.turns_scales != 0;
+    const bool turns = params.turns_scales_of != 0;
     Leader(p(), s.call).await_blocks(turns ? kMeetPushed : kMeetEnd, false);
     if (p().mask_on_timeout != 0) sent = sent && announce_to_all(p(), s.call);
     if (!sent) keep_failure(params);
@@ -451,7 +441,7 @@ struct LowLatencyDispatch {
 
   __device__ void say_counts() {
     counting().publish_sender(s.call.epoch, s.to, p().agreed_hash,
-                              {p().slot, gridDim.x, s.found.bad != 0, params.turns_scales != 0});
+                              {p().slot, s.found.bad != 0, params.turns_scales_of != 0});
   }
 
   __device__ void publish_message() const {

@@ -1,9 +1,9 @@
 // The receive half of a low-latency dispatch: waits until everyone's rows are there.
 //
-// In: how many blocks each peer pushes with, which its counts have said. Out: rows that may be read; of a rank that died between its
-// counts and its rows, zeros without a source. Phase ARRIVE, in the kernel of both halves or in one of its own. Workers look for the
-// flags that the peers' blocks raise; the last warp leads, watches over them, and sees to what does not come soon. Graph-safe.
-// Callers: low_latency_dispatch.cuh, launch_low_latency_receive().
+// In: the flags that the peers' blocks raise. Out: rows that may be read; of a rank that died between its counts and its rows, zeros
+// without a source. Phase ARRIVE, in the kernel of both halves or in one of its own. Workers look for the flags; the last warp
+// leads, watches over them, and sees to what does not come soon. Graph-safe. Callers: low_latency_dispatch.cuh,
+// launch_low_latency_receive().
 #pragma once
 
 #include "low_latency_count.cuh"
@@ -38,43 +38,30 @@ struct ExpertRegions {
 
 // What the workers of the leader's block have found of the peers.
 struct Arrivals {
-  uint32_t blocks[DEEPEP_MAX_RANKS];  // that each pushes with
   uint64_t waited_ns[DEEPEP_MAX_RANKS];
   uint32_t came[DEEPEP_MAX_RANKS];  // 1 = a rank's rows are there
   uint32_t num_came;                // how many ranks' are
 };
 
-// One warp waits for the rows of a rank, all of whose blocks tell. False when the leader stops the call. The block has met since
-// the call began.
-__device__ inline bool await_rows_of(const CallParams& p, const CallShared& s, const Arrivals& arrivals, uint32_t src,
-                                     bool& waited) {
-  const uint64_t* flags = row_flags_at(own_memory(p), p.regions, src);
-  bool stopped = false;
-  waited = false;
-  for (uint32_t block = lane_id(); block < arrivals.blocks[src] && !stopped; block += kWarpLanes) {
-    // Pairs with announce_block() of that block.
-    for (uint32_t looks = 1; load_acquire_sys(flags + block) < s.epoch && !stopped; ++looks) {
-      waited = true;
-      stopped = looks % kLooksBetween == 0 && is_stopped(p, s);
-    }
-  }
-  stopped = __any_sync(kAllLanes, stopped);
-  waited = __any_sync(kAllLanes, waited);
-  __syncwarp();  // What one lane has acquired, all have.
-  return !stopped;
-}
-
-// Workers of the leader's block: each warp looks for the rows of some ranks. They give up when the leader does.
+// Workers of the leader's block: each warp looks for the rows of some ranks, in turn, so that one that is late hides no other.
+// They give up when the leader does. All have passed a meeting since the call began.
 __device__ inline void look_for_rows(const CallParams& p, const CallShared& s, Arrivals& arrivals, uint64_t view) {
+  const uint32_t warps = num_workers() / kWarpLanes, warp = threadIdx.x / kWarpLanes;
   const uint64_t begin_ns = global_time_ns();
-  for (uint32_t src = threadIdx.x / kWarpLanes; src < p.options.num_ranks; src += num_workers() / kWarpLanes) {
-    if (src == p.rank || !in_view(view, src)) continue;
-    bool waited = false;
-    if (!await_rows_of(p, s, arrivals, src, waited)) return;
-    if (lane_id() != 0) continue;
-    if (waited) arrivals.waited_ns[src] += global_time_ns() - begin_ns;
-    store_release_block(&arrivals.came[src], 1);      // Pairs with wait_for_rows() of the leader.
-    reduce_add_release_block(&arrivals.num_came, 1);  // Pairs with comes_soon().
+  uint64_t mine = 0;
+  for (uint32_t src = warp; src < p.options.num_ranks; src += warps) mine |= rank_bit(src);
+  mine &= view & ~rank_bit(p.rank);
+  for (uint32_t looks = 1; mine != 0; ++looks) {
+    for (uint64_t rest = mine; rest != 0; rest &= rest - 1) {
+      const auto src = static_cast<uint32_t>(__ffsll(static_cast<long long>(rest)) - 1);
+      if (!have_pushed(p, s.epoch, src)) continue;
+      mine &= ~rank_bit(src);
+      if (lane_id() != 0) continue;
+      if (looks > 1) arrivals.waited_ns[src] += global_time_ns() - begin_ns;
+      store_release_block(&arrivals.came[src], 1);      // Pairs with wait_for_rows() of the leader.
+      reduce_add_release_block(&arrivals.num_came, 1);  // Pairs with comes_soon().
+    }
+    if (looks % kLooksBetween == 0 && __any_sync(kAllLanes, is_stopped(p, s))) return;
   }
 }
 
@@ -120,23 +107,18 @@ DEEPEP_COLD __device__ inline bool wait_for_rows(const CallParams& p, CallShared
   if (!leader.enter(DEEPEP_PHASE_ARRIVE)) return false;
   leader.begin_waits();
   const uint64_t epoch = s.epoch;
-  const uint32_t* blocks = routing.header->peer_blocks;
-  // Pairs with announce_block() of each block of that rank.
-  const auto seen = [&](uint32_t src) {
-    uint64_t least = epoch;
-    for (uint32_t block = 0; block < blocks[src]; ++block) {
-      const uint64_t flag = load_acquire_sys(row_flags_at(own_memory(p), p.regions, src) + block);
-      least = flag < least ? flag : least;
-    }
-    return least;
-  };
+  // For the finding.
+  const auto seen = [&](uint32_t src) { return least_pushed(p, src); };
   const auto come = [&](uint64_t pending) {
-    // The workers look at the flags, of which this warp would see all only after many trips. Pairs with look_for_rows(). Of a
-    // rank that has gone this warp wants to know for certain, at once.
-    return leader.ranks_where([&](uint32_t src) {
-      if (!in_view(pending, src)) return false;
-      return load_acquire_block(&arrivals.came[src]) != 0 || (in_view(s.lost, src) && seen(src) >= epoch);
-    });
+    // The workers look at the flags, which are many. Pairs with look_for_rows(). Of ranks that have gone this warp wants to know
+    // for certain, at once.
+    uint64_t came = leader.ranks_where(
+        [&](uint32_t src) { return in_view(pending, src) && load_acquire_block(&arrivals.came[src]) != 0; });
+    for (uint64_t rest = pending & s.lost & ~came; rest != 0; rest &= rest - 1) {
+      const auto src = static_cast<uint32_t>(__ffsll(static_cast<long long>(rest)) - 1);
+      if (have_pushed(p, epoch, src)) came |= rank_bit(src);
+    }
+    return came;
   };
   leader.wait_until(view, {Reason::late_rows, epoch, -1, false}, come, seen, leader.begin_wait());
   return !leader.failed();
@@ -186,7 +168,6 @@ __global__ void __launch_bounds__(kReceiveWarps* kWarpLanes, 1)
     arrivals.num_came = 0;
   }
   for (uint32_t src = threadIdx.x; src < p.options.num_ranks; src += blockDim.x) {
-    arrivals.blocks[src] = header.peer_blocks[src];
     arrivals.came[src] = arrivals.waited_ns[src] = 0;
   }
   const uint64_t view = header.view;

@@ -1,7 +1,8 @@
 // The second synchronisation of a dispatch: every rank has put its rows where they belong.
 //
-// In: the ranks that take part and their slots. Out: flags raised in the peers, and later the peers' flags seen here. Callers:
-// dispatch, in both modes, between the last row and the end.
+// In: the ranks that take part and their slots. Out: flags raised in the peers, and later the peers' flags seen here: of every
+// block of theirs, or where ranks may be left out of their leader. Callers: dispatch, in both modes, between the last row and
+// the end.
 #pragma once
 
 #include "leader.cuh"
@@ -19,6 +20,103 @@ __device__ inline bool must_stop(const CallParams& p, const CallShared& s, uint6
                     in_view(view, from));
   }
   return __any_sync(kAllLanes, stop);
+}
+
+// One warp, when the block has met: its rows are in place, which the ranks in the view are told. With the leader's block goes
+// whom this rank counts in; `slots`: by rank, nullptr on the other blocks, and in low latency.
+__device__ inline void announce_block(const CallParams& p, uint64_t view, uint64_t epoch, const uint32_t* slots) {
+  for (uint32_t dst = threadIdx.x % kWarpLanes; dst < p.options.num_ranks; dst += kWarpLanes) {
+    if (dst == p.rank || !in_view(view, dst)) continue;
+    if (slots != nullptr) {
+      store_relaxed_sys(slot_word_at(p.symmetric[dst], p.regions.pushed_view, p.rank, slots[dst]), view);
+    }
+    // Pairs with have_pushed() of `dst`.
+    store_release_sys(row_flags_at(p.symmetric[dst], p.regions, p.rank) + blockIdx.x, row_flag(epoch, gridDim.x));
+  }
+  __syncwarp();
+}
+
+// One warp: whether all blocks of a rank have told of this call. What one lane has acquired, all have. Pairs with
+// announce_block() of `src`.
+__device__ inline bool have_pushed(const CallParams& p, uint64_t epoch, uint32_t src) {
+  const uint64_t* flags = row_flags_at(own_memory(p), p.regions, src);
+  uint64_t word = load_acquire_sys(flags + lane_id());
+  const uint64_t first = __shfl_sync(kAllLanes, word, 0);
+  // Where a receive half comes late, a later call may be under way, with other blocks: those of this one had ended before.
+  if (epoch_of_row_flag(first) > epoch) {
+    __syncwarp();
+    return true;
+  }
+  bool has = epoch_of_row_flag(first) >= epoch;
+  const uint32_t blocks = blocks_of_row_flag(first);
+  for (uint32_t block = lane_id(); has && block < blocks; block += kWarpLanes) {
+    if (block >= kWarpLanes) word = load_acquire_sys(flags + block);
+    has = epoch_of_row_flag(word) >= epoch;
+  }
+  has = __all_sync(kAllLanes, has);
+  __syncwarp();
+  return has;
+}
+
+// What the leader's block finds of the peers' blocks while its first warp waits for this rank's. Zeroed before a meeting.
+struct PushedShared {
+  uint32_t late[DEEPEP_MAX_RANKS / 32];  // bit src % 32 of word src / 32: that rank's blocks have not told
+  uint64_t came_ns[DEEPEP_MAX_RANKS];    // when they had; 0 = nobody looked twice
+
+  __device__ void clear() {
+    for (uint32_t rank = threadIdx.x; rank < DEEPEP_MAX_RANKS; rank += blockDim.x) {
+      came_ns[rank] = 0;
+      if (rank % 32 == 0) late[rank / 32] = 0;
+    }
+  }
+};
+
+// The other warps: each waits some microseconds for the blocks of some ranks, at which it looks in turn. The block must meet
+// afterwards.
+__device__ inline void look_for_blocks(const CallParams& p, const CallShared& s, PushedShared& pushed, uint64_t view) {
+  const uint32_t warps = blockDim.x / kWarpLanes - 1, warp = threadIdx.x / kWarpLanes - 1;
+  uint64_t mine = 0;
+  for (uint32_t src = warp; src < p.options.num_ranks; src += warps) mine |= rank_bit(src);
+  mine &= view & ~rank_bit(p.rank);
+  for (uint32_t looks = 0; mine != 0 && looks < Waits::kSoonLooks; ++looks) {
+    for (uint64_t rest = mine; rest != 0; rest &= rest - 1) {
+      const auto src = static_cast<uint32_t>(__ffsll(static_cast<long long>(rest)) - 1);
+      if (!have_pushed(p, s.epoch, src)) continue;
+      mine &= ~rank_bit(src);
+      if (looks != 0 && lane_id() == 0) pushed.came_ns[src] = global_time_ns();
+    }
+  }
+  if (lane_id() != 0) return;
+  atomicOr(&pushed.late[0], static_cast<uint32_t>(mine));
+  atomicOr(&pushed.late[1], static_cast<uint32_t>(mine >> 32));
+}
+
+// Leader's warp, when the block has met and this rank's blocks had ended: accounts what was waited for the others since, and
+// answers which have not told yet.
+__device__ inline uint64_t late_blocks(Leader& leader, const PushedShared& pushed, uint64_t ended_ns) {
+  const CallParams& p = leader.p;
+  for (uint32_t src = leader.lane; src < p.options.num_ranks; src += kWarpLanes) {
+    if (pushed.came_ns[src] > ended_ns) leader.account_for(src, 0, pushed.came_ns[src] - ended_ns);
+  }
+  uint64_t late = uint64_t{pushed.late[1]} << 32 | pushed.late[0];
+  // Once more: nobody has waited where this block ended long before others.
+  for (uint64_t rest = late; rest != 0; rest &= rest - 1) {
+    const auto src = static_cast<uint32_t>(__ffsll(static_cast<long long>(rest)) - 1);
+    if (have_pushed(p, leader.s.epoch, src)) late &= ~rank_bit(src);
+  }
+  return late;
+}
+
+// One lane, for a finding: the earliest call of which the blocks of a rank have told.
+__device__ inline uint64_t least_pushed(const CallParams& p, uint32_t src) {
+  const uint64_t* flags = row_flags_at(own_memory(p), p.regions, src);
+  const uint64_t first = load_relaxed_sys(flags);
+  uint64_t least = epoch_of_row_flag(first);
+  for (uint32_t block = 1; block < blocks_of_row_flag(first); ++block) {
+    const uint64_t epoch = epoch_of_row_flag(load_relaxed_sys(flags + block));
+    least = epoch < least ? epoch : least;
+  }
+  return least;
 }
 
 // Leader's warp: this rank's rows are in place, which the ranks in the view are told. `slots`: by rank.
@@ -48,22 +146,47 @@ DEEPEP_COLD __device__ inline void fail_torn(Leader leader, uint64_t view, uint3
   leader.announce_failure();
 }
 
-// Leader's warp: waits for everyone's rows. Returns the ranks whose rows will not come. When a rank disappears between two
-// looks, one rank may count it in and another not; their rows then have other places, so the call fails.
+// Leader's warp: of those that came, whether all count in the same ranks. When a rank disappears between two looks, one rank may
+// count it in and another not; their rows then have other places, so the call fails.
+__device__ inline void check_views(Leader& leader, uint64_t view, uint64_t came) {
+  const CallParams& p = leader.p;
+  const auto theirs = [&](uint32_t src) {
+    return load_relaxed_sys(slot_word_at(own_memory(p), p.regions.pushed_view, src, p.slot));
+  };
+  const uint64_t torn = leader.ranks_where([&](uint32_t src) { return in_view(came, src) && theirs(src) != view; });
+  if (torn == 0) return;
+  const auto src = static_cast<uint32_t>(__ffsll(static_cast<long long>(torn)) - 1);
+  fail_torn(leader, view, src, theirs(src));
+}
+
+// Leader's warp, where ranks may be left out: waits for everyone's rows. Returns the ranks whose rows will not come.
 __device__ inline uint64_t wait_pushed(Leader& leader, uint64_t view) {
   const CallParams& p = leader.p;
   if (!leader.enter(DEEPEP_PHASE_ARRIVE)) return 0;
   leader.begin_waits();
-  const auto word = [&](uint64_t part, uint32_t src) { return slot_word_at(own_memory(p), part, src, p.slot); };
-  const uint64_t came = leader.wait_for(view, {Reason::late_rows, leader.s.epoch, 0, false},
-                                        [&](uint32_t src) { return word(p.regions.pushed, src); });
+  const uint64_t came = leader.wait_for(view, {Reason::late_rows, leader.s.epoch, 0, false}, [&](uint32_t src) {
+    return slot_word_at(own_memory(p), p.regions.pushed, src, p.slot);
+  });
   if (leader.failed()) return 0;
-  const uint64_t torn = leader.ranks_where(
-      [&](uint32_t src) { return in_view(came, src) && load_relaxed_sys(word(p.regions.pushed_view, src)) != view; });
-  if (torn == 0) return view & ~came & ~rank_bit(p.rank);
-  const auto src = static_cast<uint32_t>(__ffsll(static_cast<long long>(torn)) - 1);
-  fail_torn(leader, view, src, load_relaxed_sys(word(p.regions.pushed_view, src)));
-  return 0;
+  check_views(leader, view, came);
+  return leader.failed() ? 0 : view & ~came & ~rank_bit(p.rank);
+}
+
+// The same elsewhere, when the blocks of all but `late` have told.
+DEEPEP_COLD __device__ inline void wait_for_blocks_of(Leader leader, uint64_t late, uint64_t begin_ns) {
+  const CallParams& p = leader.p;
+  const uint64_t epoch = leader.s.epoch;
+  leader.begin_waits();
+  const auto come = [&](uint64_t pending) {
+    uint64_t came = 0;
+    for (uint64_t rest = pending; rest != 0; rest &= rest - 1) {
+      const auto src = static_cast<uint32_t>(__ffsll(static_cast<long long>(rest)) - 1);
+      if (have_pushed(p, epoch, src)) came |= rank_bit(src);
+    }
+    return came;
+  };
+  const auto seen = [&](uint32_t src) { return least_pushed(p, src); };
+  leader.wait_until(late, {Reason::late_rows, epoch, 0, false}, come, seen, begin_ns);
 }
 
 }  // namespace deepep

@@ -351,7 +351,7 @@ export const structs = {
       control_bytes: ["u64", "out", "flags and count messages"],
       slot_bytes: ["u64", "out", "one slot: recv_x + recv_scales + expert_output + metadata"],
       recv_x_bytes: ["u64", "out", "received rows of a slot"],
-      recv_scales_bytes: ["u64", "out", "received scales of a slot"],
+      recv_scales_bytes: ["u64", "out", "received scales of a slot, and room to turn them into columns"],
       expert_output_bytes: ["u64", "out", "expert outputs of a slot, from which peers pull"],
       metadata_bytes: ["u64", "out", "top-k, source indices and counts of a slot"],
       local_bytes: ["u64", "out", "memory of this rank that peers do not see"],

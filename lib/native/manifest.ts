@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "60945e97f19fdad1d8b4758cab6d107589553bbe8e8b70bb7f3a849422a4ab73",
-    cuda: "d134a42e551c4ea1ea17aa3423e53f99e5a24c2223ce9ab2e35a4b3bae4ed64b",
+    cpu: "0ccf97b87f93d64538d923a5ec23ec1f51ea9cd669665e8bdd311ccbcb696084",
+    cuda: "53e64cfb9279d61cfc50b9fe47aec99c060fd244080bb5300176dd9b72d8bbe5",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -30,12 +30,12 @@ export const manifest: Manifest = {
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "5ae0c879e079afbfb117410eba2e4e154182b68a64f9c34cc5036d929105e3cb",
+      sha256: "a38832e892466b5ecb1105b1a9429c877bde29b9b11e77868a330714e8133282",
       bytes: 510384,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "d2d1f2a6982cdc90c14f3ab61fffad7f4935659fa7b7c493b8fceb4b88dca9ae",
-      bytes: 3013336,
+      sha256: "7b792b1e845011dad0ec4c3ee57537db1ed3775603793a3a99f03a6c4b5b15dc",
+      bytes: 3062488,
     },
   },
 };
