@@ -1,5 +1,5 @@
 /**
- * The partition of experts, and strides of scales.
+ * The partition of experts, strides of scales, and the room for them.
  */
 import { assert, assertEquals, assertThrows } from "@std/assert";
 import { describe, test } from "node:test";
@@ -42,23 +42,12 @@ test("scale strides", () => {
 });
 
 test("a slot has room for the scales of the widest rows, in columns and, while they are turned, as rows", async () => {
-  const options = {
-    numRanks: 2,
-    hidden: 16,
-    numExperts: 4,
-    numTopk: 2,
-    maxTokensPerRank: 4,
-    maxLowLatencyTokensPerRank: 16,
-  };
+  const options = { backend: "cpu", numRanks: 2, hidden: 16, numExperts: 4, numTopk: 2, maxTokensPerRank: 4 } as const;
   const rows = 2 * 2 * 16; // local experts, ranks, tokens: of low latency, which here needs more than normal mode
-  for (
-    const [maxRowBytes, maxScaleBytes, asRows] of [[32, 4, 4], [16384, 256, 256], [16384, 64, 64], [
-      4096,
-      256,
-      64,
-    ]] as const
-  ) {
-    const { recvScalesBytes } = await EpBuffer.sizeHint({ backend: "cpu", ...options, maxRowBytes, maxScaleBytes });
+  const sizes = [[32, 4, 4], [16384, 256, 256], [16384, 64, 64], [4096, 256, 64]] as const;
+  for (const [maxRowBytes, maxScaleBytes, asRows] of sizes) {
+    const wide = { maxLowLatencyTokensPerRank: 16, maxRowBytes, maxScaleBytes };
+    const { recvScalesBytes } = await EpBuffer.sizeHint({ ...options, ...wide });
     assert(recvScalesBytes >= rows * (maxScaleBytes + asRows), `${maxRowBytes}, ${maxScaleBytes}: ${recvScalesBytes}`);
   }
 });

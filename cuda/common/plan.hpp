@@ -55,9 +55,9 @@ constexpr uint32_t kPushHeaderBytes = 16;   // of a stage of a push, before its 
 constexpr uint32_t kPullPieceBytes = 2048;  // a warp sums that much of its rows in registers
 constexpr uint32_t kLeastPullStages = 4;
 constexpr uint32_t kPullBatch = 6;     // pieces that a warp waits for at once, at most
-// Little to move: barriers and stages do not pay, and the way through registers is the shorter one, by a microsecond. There a warp
-// waits for a piece before it asks for the next, so a pull takes that way for a piece a warp; but where ranks fill a GPU together
-// it is the sooner one for more (8 ranks of 16 multiprocessors on an H200, 128 tokens: 37 against 42 us).
+// Little to move: barriers and stages do not pay, and the way through registers is the shorter one, by a microsecond. There a
+// warp waits for a piece before it asks for the next, so a pull takes that way for a piece a warp; but where ranks fill a GPU
+// together it is the sooner one for more (8 ranks of 16 multiprocessors on an H200, 128 tokens: 37 against 42 us).
 constexpr uint32_t kLittleBytes = 8192;
 constexpr uint32_t kLittlePullBytes = 1024;
 constexpr uint32_t kRoundTokens = 64;  // low latency: tokens that a block finds places for at once, at most

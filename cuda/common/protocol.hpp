@@ -165,7 +165,7 @@ static_assert(sizeof(View) <= kLineBytes);
 // the messages, and for the same reason.
 enum CountInfo : uint32_t {
   kInfoAgreed,  // agreed_hash() of what all ranks must say alike: the messages find out which value differs
-  kInfoSender,  // count_sender()
+  kInfoSender,  // count_sender_word()
 };
 struct CountSender {
   uint32_t slot;      // of the sender, used in this call

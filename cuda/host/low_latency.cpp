@@ -46,10 +46,11 @@ LowLatencyReceiveParams receive_params(const Buffer& buffer, const CallParams& c
 
 // Ranks to and from which scales in columns go as rows, which who receives them turns: a link takes single words, far apart, no
 // faster than whole lines. For much that goes over links only, and where the blocks can wait for the rows.
-uint64_t turns_scales_of(const Buffer& buffer, const LowLatencyDispatchParams& params) {
+uint64_t turns_scales_of(const Buffer& buffer, const CallParams& call, const deepep_low_latency_dispatch_args& args,
+                         const LowLatencyFacts& facts) {
   constexpr uint32_t kFlags = DEEPEP_FLAG_FP8 | DEEPEP_FLAG_SCALES_COLUMN_MAJOR;
-  if ((params.args.flags & kFlags) != kFlags || params.receives == 0 || is_led_dispatch(params.call)) return 0;
-  const uint64_t tokens = uint64_t{params.routing.num_tokens} * static_cast<uint32_t>(std::popcount(buffer.turned_with));
+  if ((args.flags & kFlags) != kFlags || !facts.received || is_led_dispatch(call)) return 0;
+  const uint64_t tokens = uint64_t{facts.plan.num_tokens} * static_cast<uint32_t>(std::popcount(buffer.turned_with));
   return tokens >= uint64_t{buffer.turned_tokens} * buffer.options.num_ranks ? buffer.turned_with : 0;
 }
 
@@ -123,8 +124,7 @@ uint64_t enqueue_dispatch(Buffer& buffer, const deepep_low_latency_dispatch_args
                                                           .blocks_a_token = 0,
                                                           .piece_units = 0,
                                                           .row_pieces = 0,
-                                                          .turns_scales_of = 0};
-                       params.turns_scales_of = turns_scales_of(buffer, params);
+                                                          .turns_scales_of = turns_scales_of(buffer, call, args, *slot)};
                        params.call.slot = index;
                        return launch_low_latency_dispatch(params, stream);
                      });

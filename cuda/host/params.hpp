@@ -145,7 +145,7 @@ struct LowLatencyHeader {
   uint64_t epoch;                          // of the dispatch
   uint64_t view;                           // ranks that take part
   uint32_t valid;                          // 1 once the dispatch's send half has succeeded
-  uint32_t peer_slots[DEEPEP_MAX_RANKS];  // that the ranks use: rows are there, and expert outputs will be
+  uint32_t peer_slots[DEEPEP_MAX_RANKS];   // that the ranks use: rows are there, and expert outputs will be
   Finding failure;                         // of the dispatch's send half, when every rank has found it alike
   uint64_t combine_epoch;                  // of the latest combine whose send half has come to its end
   uint64_t num_rows;                       // that it will pull

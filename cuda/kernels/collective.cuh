@@ -1,16 +1,17 @@
 // How the blocks of a call act as one, and how the call talks to its peers: the device side of common/protocol.hpp.
 //
-// In: CallParams. Out: a call in which every block does the same: either it goes, or it stops with a Finding. Block 0 leads: one
-// warp of it alone decides who takes part and who is late, so that a peer that comes in the last moment cannot be there for one
-// block and missing for another; others may look for peers, and give up when it says so. Callers: every kernel of an operation.
+// In: CallParams. Out: a call in which every block does the same: either it goes, or it stops with a Finding. Block 0 leads:
+// one warp of it alone decides who takes part and who is late, so that a peer that comes in the last moment cannot be there for
+// one block and missing for another; others may look for peers, and give up when it says so. Callers: every kernel of an
+// operation.
 //
 // Words between blocks. state->arrivals[m] only grows: each block adds one at meeting m, so a meeting is complete at (blocks of
 // earlier kernels + blocks of this one); at the end, when no block touches them any more, the leader puts the counters of
 // meetings that were left out to the same. state->verdict names kernel, step and outcome; it is only compared, never cleaned.
 //
-// Bounds. The leader's waits have deadlines. The other blocks wait for the leader, for each other's work, which does not wait, and
-// in low latency for words of peers until is_stopped(); a block that has not started yet does so when the device has room, which
-// the end of the kernel needs anyway.
+// Bounds. The leader's waits have deadlines. The other blocks wait for the leader, for each other's work, which does not wait,
+// and in low latency for words of peers until is_stopped(); a block that has not started yet does so when the device has room,
+// which the end of the kernel needs anyway.
 #pragma once
 
 #include "../common/protocol.hpp"

@@ -528,7 +528,7 @@ struct Dispatch {
       Leader leader(p(), s.call);
       uint64_t left_out = 0;
       if (!masks) {
-        const uint64_t late = late_blocks(leader, s.pushed, ended_ns);
+        const uint64_t late = late_blocks(leader, s.pushed, s.call.view, ended_ns);
         const bool entered = leader.enter(DEEPEP_PHASE_ARRIVE);
         if (p().inject[DEEPEP_PHASE_ARRIVE].wanted != 0) ended_ns = leader.begin_wait();
         if (entered && late != 0) wait_for_blocks_of(leader, late, ended_ns);

@@ -85,7 +85,7 @@ struct LowLatencyCombine {
     const bool reads = threadIdx.x == num_workers() - 1, sends = params.sends != 0;
     CallFound state = {};
     if (reads) state = find_call(p());
-    const bool checks = is_leader() && params.sends != 0;
+    const bool checks = is_leader() && sends;
     const uint32_t count = checks ? num_entries() : min(num_entries(), kLookedUp);
     Entry entry = read_entry(threadIdx.x, count);  // under way with the rest
     const uint64_t routed = header().valid != 0 ? header().view : 0;
@@ -418,7 +418,7 @@ struct LowLatencyCombine {
   __device__ bool send() {
     Leader leader(p(), s.call);
     leader.wait_stats = wait_stats();
-    const uint64_t routed = header().valid != 0 ? header().view : 0;
+    const uint64_t routed = s.routed;
     if (!leader.enter(DEEPEP_PHASE_PUBLISH)) return false;
     // Otherwise the outputs are there already, and deepep_expert_output() has waited where there was something to wait for. A
     // refusal must not take the place of an announcement that a peer has yet to read.
@@ -460,7 +460,7 @@ struct LowLatencyCombine {
     Leader leader(params.call, s.call);
     leader.wait_stats = self.wait_stats();
     uint64_t view = 0;
-    self.wait_for_outputs(leader, self.header().valid != 0 ? self.header().view : 0, view);
+    self.wait_for_outputs(leader, s.routed, view);
     return view;
   }
 

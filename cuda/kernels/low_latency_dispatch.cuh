@@ -72,19 +72,19 @@ struct LowLatencyDispatch {
       mover.wait();  // Nothing may be under way when a block ends.
     workers_meet();  // This block's rows are in place.
     if (pushed && p().mask_on_timeout == 0 && threadIdx.x < kWarpLanes) announce_block(p(), s.view, s.call.epoch, nullptr);
-    arrive(kTurns ? kMeetPushed : kMeetEnd);
+    tell_leader(kTurns ? kMeetPushed : kMeetEnd);
     if (pushed && is_leader() && params.receives != 0 && p().mask_on_timeout == 0) {
       look_for_rows(p(), s.call, s.arrivals, s.view);
     }
     if constexpr (kTurns) {
       if (pushed) turn_scales();
       workers_meet();
-      arrive(kMeetEnd);
+      tell_leader(kMeetEnd);
     }
   }
 
   // By the workers when they have met: not by the warp that announces.
-  __device__ void arrive(Meeting meeting) const {
+  __device__ void tell_leader(Meeting meeting) const {
     // Releases what they have written; pairs with Leader::await_blocks().
     if (threadIdx.x == num_workers() - kWarpLanes) reduce_add_release_gpu(&p().state->arrivals[meeting], 1);
   }
@@ -338,7 +338,8 @@ struct LowLatencyDispatch {
   };
 
   // Waits for rows of the peers, as long as the leader does, and makes columns of their scales; this rank's own are columns
-  // already. The blocks share the peers, and the warps of a peer's blocks its experts. The leader's block looks for rows instead, unless it is the only one.
+  // already. The blocks share the peers, and the warps of a peer's blocks its experts. The leader's block looks for rows
+  // instead, unless it is the only one.
   __device__ void turn_scales() {
     const uint32_t blocks = max(gridDim.x - 1, 1u), peers = p().options.num_ranks - 1, warps = num_workers() / kWarpLanes;
     if (is_leader() && gridDim.x > 1) return;

@@ -1,8 +1,8 @@
 // The receive half of a low-latency dispatch: waits until everyone's rows are there.
 //
-// In: the flags that the peers' blocks raise. Out: rows that may be read; of a rank that died between its counts and its rows, zeros
-// without a source. Phase ARRIVE, in the kernel of both halves or in one of its own. Workers look for the flags; the last warp
-// leads, watches over them, and sees to what does not come soon. Graph-safe. Callers: low_latency_dispatch.cuh,
+// In: the flags that the peers' blocks raise. Out: rows that may be read; of a rank that died between its counts and its rows,
+// zeros without a source. Phase ARRIVE, in the kernel of both halves or in one of its own. Workers look for the flags; the last
+// warp leads, watches over them, and sees to what does not come soon. Graph-safe. Callers: low_latency_dispatch.cuh,
 // launch_low_latency_receive().
 #pragma once
 
@@ -43,26 +43,18 @@ struct Arrivals {
   uint32_t num_came;                // how many ranks' are
 };
 
-// Workers of the leader's block: each warp looks for the rows of some ranks, in turn, so that one that is late hides no other.
-// They give up when the leader does. All have passed a meeting since the call began.
+// Workers of the leader's block: look for the rows of all ranks. They give up when the leader does. All have passed a meeting
+// since the call began.
 __device__ inline void look_for_rows(const CallParams& p, const CallShared& s, Arrivals& arrivals, uint64_t view) {
-  const uint32_t warps = num_workers() / kWarpLanes, warp = threadIdx.x / kWarpLanes;
   const uint64_t begin_ns = global_time_ns();
-  uint64_t mine = 0;
-  for (uint32_t src = warp; src < p.options.num_ranks; src += warps) mine |= rank_bit(src);
-  mine &= view & ~rank_bit(p.rank);
-  for (uint32_t looks = 1; mine != 0; ++looks) {
-    for (uint64_t rest = mine; rest != 0; rest &= rest - 1) {
-      const auto src = static_cast<uint32_t>(__ffsll(static_cast<long long>(rest)) - 1);
-      if (!have_pushed(p, s.epoch, src)) continue;
-      mine &= ~rank_bit(src);
-      if (lane_id() != 0) continue;
-      if (looks > 1) arrivals.waited_ns[src] += global_time_ns() - begin_ns;
-      store_release_block(&arrivals.came[src], 1);      // Pairs with wait_for_rows() of the leader.
-      reduce_add_release_block(&arrivals.num_came, 1);  // Pairs with comes_soon().
-    }
-    if (looks % kLooksBetween == 0 && __any_sync(kAllLanes, is_stopped(p, s))) return;
-  }
+  look_in_turn(
+      p, s.epoch, view, threadIdx.x / kWarpLanes, num_workers() / kWarpLanes,
+      [&](uint32_t src, bool at_once) {
+        if (!at_once) arrivals.waited_ns[src] += global_time_ns() - begin_ns;
+        store_release_block(&arrivals.came[src], 1);      // Pairs with wait_for_rows() of the leader.
+        reduce_add_release_block(&arrivals.num_came, 1);  // Pairs with comes_soon().
+      },
+      [&](uint32_t looks) { return looks % kLooksBetween != 0 || !__any_sync(kAllLanes, is_stopped(p, s)); });
 }
 
 // ---- the leader's warp
@@ -110,7 +102,7 @@ DEEPEP_COLD __device__ inline bool wait_for_rows(const CallParams& p, CallShared
   // For the finding.
   const auto seen = [&](uint32_t src) { return least_pushed(p, src); };
   const auto come = [&](uint64_t pending) {
-    // The workers look at the flags, which are many. Pairs with look_for_rows(). Of ranks that have gone this warp wants to know
+    // The workers look at the flags, which are many. Pairs with look_for_rows(). Of ranks that are gone this warp wants to know
     // for certain, at once.
     uint64_t came = leader.ranks_where(
         [&](uint32_t src) { return in_view(pending, src) && load_acquire_block(&arrivals.came[src]) != 0; });

@@ -47,7 +47,7 @@ __device__ inline bool have_pushed(const CallParams& p, uint64_t epoch, uint32_t
     __syncwarp();
     return true;
   }
-  bool has = epoch_of_row_flag(first) >= epoch;
+  bool has = epoch_of_row_flag(first) == epoch;
   const uint32_t blocks = blocks_of_row_flag(first);
   for (uint32_t block = lane_id(); has && block < blocks; block += kWarpLanes) {
     if (block >= kWarpLanes) word = load_acquire_sys(flags + block);
@@ -58,47 +58,51 @@ __device__ inline bool have_pushed(const CallParams& p, uint64_t epoch, uint32_t
   return has;
 }
 
-// What the leader's block finds of the peers' blocks while its first warp waits for this rank's. Zeroed before a meeting.
-struct PushedShared {
-  uint32_t late[DEEPEP_MAX_RANKS / 32];  // bit src % 32 of word src / 32: that rank's blocks have not told
-  uint64_t came_ns[DEEPEP_MAX_RANKS];    // when they had; 0 = nobody looked twice
-
-  __device__ void clear() {
-    for (uint32_t rank = threadIdx.x; rank < DEEPEP_MAX_RANKS; rank += blockDim.x) {
-      came_ns[rank] = 0;
-      if (rank % 32 == 0) late[rank / 32] = 0;
-    }
-  }
-};
-
-// The other warps: each waits some microseconds for the blocks of some ranks, at which it looks in turn. The block must meet
-// afterwards.
-__device__ inline void look_for_blocks(const CallParams& p, const CallShared& s, PushedShared& pushed, uint64_t view) {
-  const uint32_t warps = blockDim.x / kWarpLanes - 1, warp = threadIdx.x / kWarpLanes - 1;
+// A warp of `warps` looks at its share of the ranks in turn, so that one that is late hides no other. Of those whose blocks
+// have told it calls `came(src, at_once)`, and goes on with the others as long as `goes_on(looks)`. A whole converged warp.
+template <class Came, class GoesOn>
+__device__ inline void look_in_turn(const CallParams& p, uint64_t epoch, uint64_t view, uint32_t warp, uint32_t warps,
+                                    Came came, GoesOn goes_on) {
   uint64_t mine = 0;
   for (uint32_t src = warp; src < p.options.num_ranks; src += warps) mine |= rank_bit(src);
   mine &= view & ~rank_bit(p.rank);
-  for (uint32_t looks = 0; mine != 0 && looks < Waits::kSoonLooks; ++looks) {
+  for (uint32_t looks = 1; mine != 0; ++looks) {
     for (uint64_t rest = mine; rest != 0; rest &= rest - 1) {
       const auto src = static_cast<uint32_t>(__ffsll(static_cast<long long>(rest)) - 1);
-      if (!have_pushed(p, s.epoch, src)) continue;
+      if (!have_pushed(p, epoch, src)) continue;
       mine &= ~rank_bit(src);
-      if (looks != 0 && lane_id() == 0) pushed.came_ns[src] = global_time_ns();
+      if (lane_id() == 0) came(src, looks == 1);
     }
+    if (!goes_on(looks)) return;
   }
-  if (lane_id() != 0) return;
-  atomicOr(&pushed.late[0], static_cast<uint32_t>(mine));
-  atomicOr(&pushed.late[1], static_cast<uint32_t>(mine >> 32));
+}
+
+// What the leader's block finds of the peers' blocks while its first warp waits for this rank's. Zeroed before a meeting.
+struct PushedShared {
+  uint64_t came_ns[DEEPEP_MAX_RANKS];  // when a rank's blocks had told; 1 = at the first look, 0 = not yet
+
+  __device__ void clear() {
+    for (uint32_t rank = threadIdx.x; rank < DEEPEP_MAX_RANKS; rank += blockDim.x) came_ns[rank] = 0;
+  }
+};
+
+// The other warps: wait some microseconds. The block must meet afterwards.
+__device__ inline void look_for_blocks(const CallParams& p, const CallShared& s, PushedShared& pushed, uint64_t view) {
+  look_in_turn(
+      p, s.epoch, view, threadIdx.x / kWarpLanes - 1, blockDim.x / kWarpLanes - 1,
+      [&](uint32_t src, bool at_once) { pushed.came_ns[src] = at_once ? 1 : global_time_ns(); },
+      [](uint32_t looks) { return looks < Waits::kSoonLooks; });
 }
 
 // Leader's warp, when the block has met and this rank's blocks had ended: accounts what was waited for the others since, and
 // answers which have not told yet.
-__device__ inline uint64_t late_blocks(Leader& leader, const PushedShared& pushed, uint64_t ended_ns) {
+__device__ inline uint64_t late_blocks(Leader& leader, const PushedShared& pushed, uint64_t view, uint64_t ended_ns) {
   const CallParams& p = leader.p;
-  for (uint32_t src = leader.lane; src < p.options.num_ranks; src += kWarpLanes) {
-    if (pushed.came_ns[src] > ended_ns) leader.account_for(src, 0, pushed.came_ns[src] - ended_ns);
-  }
-  uint64_t late = uint64_t{pushed.late[1]} << 32 | pushed.late[0];
+  uint64_t late = leader.ranks_where([&](uint32_t src) {
+    const uint64_t came_ns = pushed.came_ns[src];
+    if (came_ns > ended_ns) leader.account_for(src, 0, came_ns - ended_ns);
+    return came_ns == 0 && in_view(view, src);
+  });
   // Once more: nobody has waited where this block ended long before others.
   for (uint64_t rest = late; rest != 0; rest &= rest - 1) {
     const auto src = static_cast<uint32_t>(__ffsll(static_cast<long long>(rest)) - 1);
@@ -146,8 +150,8 @@ DEEPEP_COLD __device__ inline void fail_torn(Leader leader, uint64_t view, uint3
   leader.announce_failure();
 }
 
-// Leader's warp: of those that came, whether all count in the same ranks. When a rank disappears between two looks, one rank may
-// count it in and another not; their rows then have other places, so the call fails.
+// Leader's warp: of those that came, whether all count in the same ranks. When a rank disappears between two looks, one rank
+// may count it in and another not; their rows then have other places, so the call fails.
 __device__ inline void check_views(Leader& leader, uint64_t view, uint64_t came) {
   const CallParams& p = leader.p;
   const auto theirs = [&](uint32_t src) {

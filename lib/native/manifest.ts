@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "0ccf97b87f93d64538d923a5ec23ec1f51ea9cd669665e8bdd311ccbcb696084",
-    cuda: "53e64cfb9279d61cfc50b9fe47aec99c060fd244080bb5300176dd9b72d8bbe5",
+    cpu: "c48e0196de43edaa927bd9b0698afe152e5ddd4cecddd10c92947e2845388139",
+    cuda: "095afd435e25b75db559a530eda13464d372431c02908207790b68fafab85d69",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -34,7 +34,7 @@ export const manifest: Manifest = {
       bytes: 510384,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "7b792b1e845011dad0ec4c3ee57537db1ed3775603793a3a99f03a6c4b5b15dc",
+      sha256: "a0912013e378df433e7c8ae8b717414ce5777b2dc0ddfbe39793e06d62babde1",
       bytes: 3062488,
     },
   },
