@@ -9,7 +9,7 @@ import type { CallName, Capabilities, Device } from "./device.ts";
 import type { DType } from "./dtype.ts";
 import { EpError, nativeCode } from "./error.ts";
 import type { Captured } from "./graph.ts";
-import type { SharedRouting } from "./handle.ts";
+import { Routings, type SharedRouting } from "./handle.ts";
 import { allocTensor, copy, free, readTensor, writeTensor } from "./memory.ts";
 import type { ResolvedOptions } from "./plan.ts";
 import { EpEvent, type EventOwner, Stream, streamAddress } from "./stream.ts";
@@ -77,6 +77,7 @@ export class Core implements EventOwner, TensorOwner {
   readonly stream: Stream;
   readonly commStream: Stream;
   readonly idleEvents: bigint[] = [];
+  readonly routings: Routings = new Routings(this);
   /** Graphs that were not released. */
   readonly graphs: Set<Disposable> = new Set();
   /** The capture that is open, if one is: then operations are recorded instead of run. */
@@ -197,9 +198,12 @@ export class Core implements EventOwner, TensorOwner {
 
   /** A native event, used before or new. */
   #event(): bigint {
-    const idle = this.idleEvents.pop();
-    if (idle !== undefined) return idle;
-    eventCreateStruct.pack({});
+    return this.idleEvents.pop() ?? this.endOf(0);
+  }
+
+  /** A new native event: of the end of the operation with this completion id, or, for 0, of nothing yet. */
+  endOf(id: number): bigint {
+    eventCreateStruct.pack({ done_id: id });
     this.call("deepep_event_create", eventCreateStruct, "event");
     return eventCreateStruct.get("event");
   }
@@ -211,7 +215,7 @@ export class Core implements EventOwner, TensorOwner {
   }
 
   #mark(stream: Stream): EpEvent {
-    return new EpEvent(this, this.#recorded(stream), "event", 0);
+    return new EpEvent(this, "event", 0, this.#recorded(stream));
   }
 
   #recorded(stream: Stream): bigint {
@@ -237,11 +241,12 @@ export class Core implements EventOwner, TensorOwner {
       throw new TypeError(`Cannot ${op}: previousEvent is no event`);
     }
     if (!captured) this.device.sweep();
-    const native = this.#event(), id = captured ? 0 : this.device.nextId();
+    // A captured operation has no id by which its end could be found later.
+    const native = captured ? this.#event() : 0n, id = captured ? 0 : this.device.nextId();
     this.#numCalls++;
     return {
       op,
-      event: new EpEvent(this, native, op, captured ? "captured" : id),
+      event: new EpEvent(this, op, captured ? "captured" : id, native),
       fields: {
         stream,
         previous_event: previousEvent?.address ?? 0n,
@@ -291,7 +296,7 @@ export class Core implements EventOwner, TensorOwner {
       this.device.forget(id);
       throw error;
     }
-    const event = new EpEvent(this, this.#recorded(stream), "graph", id);
+    const event = new EpEvent(this, "graph", id, this.#recorded(stream));
     this.#latest = { event, waits: address };
     return event;
   }
@@ -466,6 +471,7 @@ export class Core implements EventOwner, TensorOwner {
     await Promise.allSettled(rest);
     while (this.#pending.size > 0) await Promise.allSettled([...this.#pending.values()]);
     for (const graph of this.graphs) graph[Symbol.dispose]();
+    this.routings.clear();
     this.idleEvents.length = 0;
     this.device.end("deepep_buffer_destroy", this.native, "close");
   }

@@ -153,9 +153,15 @@ export class Device {
     return this.#completions.statusOf(id);
   }
 
-  /** Takes completions that nobody waits for off the queue, so that a program that never awaits does not grow it. */
-  sweep(): void {
+  /** Whether the completion `id` has come, after reading the queue. */
+  hasCompleted(id: number): boolean {
     this.#completions.poll();
+    return this.#completions.has(id);
+  }
+
+  /** Now and then takes completions that nobody waits for off the queue, which a program that never awaits would grow. */
+  sweep(): void {
+    this.#completions.sweep();
   }
 
   /** The failure of the operation whose completion `id` came with `status`, as an error. */

@@ -4,7 +4,7 @@
  */
 import { constants } from "./ffi/abi.ts";
 import { struct, type StructOutputs } from "./ffi/struct.ts";
-import type { Core, Operation, OperationOptions } from "./core.ts";
+import type { Core, OperationOptions } from "./core.ts";
 import { itemSize } from "./dtype.ts";
 import {
   DispatchHandle,
@@ -21,7 +21,6 @@ import type { EpEvent } from "./stream.ts";
 
 const FLAG = constants.FLAG;
 const dispatchStruct = struct("deepep_dispatch_args");
-const handleStruct = struct("deepep_handle_create_args");
 
 /** Options of `EpBuffer.dispatch`. */
 export interface DispatchOptions extends OperationOptions {
@@ -199,17 +198,6 @@ function routing(core: Core, x: Payload, o: DispatchOptions): Routing {
   return { fields, topk_weights, flags: 0 };
 }
 
-function createHandle(core: Core, numTokens: number, numTopk: number, operation: Operation): bigint {
-  try {
-    handleStruct.pack({ num_tokens: numTokens, num_topk: numTopk });
-    core.call("deepep_handle_create", handleStruct, "dispatch");
-  } catch (error) {
-    core.device.forget(operation.fields.done_id);
-    throw error;
-  }
-  return handleStruct.get("handle");
-}
-
 /** Checks, packs and makes the call. */
 function enqueue(core: Core, x: Payload, o: DispatchOptions) {
   core.open("dispatch");
@@ -227,19 +215,19 @@ function enqueue(core: Core, x: Payload, o: DispatchOptions) {
   const sync = o.cpuSync ?? (known === undefined && !core.captured);
   if (sync) core.needsNoCapture("dispatch with cpuSync");
   const slotWanted = core.wantSlot("dispatch");
-  const operation = core.operation(
-    "dispatch",
-    o,
-    flags |
-      (o.zeroPadding ? FLAG.ZERO_PADDING[0] : 0) | (o.scalesColumnMajor ? FLAG.SCALES_COLUMN_MAJOR[0] : 0) |
-      (sync || known && !core.captured ? 0 : FLAG.NO_CPU_SYNC[0]),
-  );
-  const native = cached ?? createHandle(core, fields.num_tokens, fields.num_topk, operation);
+  const filled = cached === undefined ? core.routings.take(fields.num_tokens) : undefined;
   const counts_id = sync ? core.device.nextId() : 0;
   try {
+    const operation = core.operation(
+      "dispatch",
+      o,
+      flags |
+        (o.zeroPadding ? FLAG.ZERO_PADDING[0] : 0) | (o.scalesColumnMajor ? FLAG.SCALES_COLUMN_MAJOR[0] : 0) |
+        (sync || known && !core.captured ? 0 : FLAG.NO_CPU_SYNC[0]),
+    );
     const own = {
       layout: constants.LAYOUT[layout === "rank" ? "RANK" : "EXPERT"][0],
-      handle: native,
+      handle: cached ?? filled!.native,
       slot: slotWanted,
       expert_alignment: alignment,
       topk_weights,
@@ -247,13 +235,13 @@ function enqueue(core: Core, x: Payload, o: DispatchOptions) {
       counts_id,
     };
     core.launch("deepep_dispatch", dispatchStruct, [own, fields, payload], operation);
+    const facts = { layout, numTokens: fields.num_tokens, numTopk: fields.num_topk, expertAlignment: alignment };
+    return { operation, filled, known, sync, counts_id, facts };
   } catch (error) {
     core.device.forget(counts_id);
-    if (cached === undefined) core.device.end("deepep_handle_destroy", native, "dispatch");
+    if (filled) core.routings.give(filled);
     throw error;
   }
-  const facts = { layout, numTokens: fields.num_tokens, numTopk: fields.num_topk, expertAlignment: alignment };
-  return { operation, native, cached, known, sync, counts_id, facts };
 }
 
 /** Enqueues a dispatch; resolves when the counts are known, or at once without `cpuSync`. */
@@ -268,7 +256,7 @@ export async function dispatch<X extends Payload>(
     core.check(await core.status(sent.counts_id), sent.counts_id, "dispatch");
   } catch (error) {
     core.releaseSlot(taken.slot.index, taken.slot.hold);
-    if (sent.cached === undefined) core.device.end("deepep_handle_destroy", sent.native, "dispatch");
+    if (sent.filled) core.routings.give(sent.filled);
     throw error;
   }
   return finish(core, x, o, sent, taken, readCounts(core, taken.out.host_counts));
@@ -295,11 +283,11 @@ function finish<X extends Payload>(
   core: Core,
   x: X,
   o: DispatchOptions,
-  { operation, native, facts }: ReturnType<typeof enqueue>,
+  { operation, filled, facts }: ReturnType<typeof enqueue>,
   { out, slot }: ReturnType<typeof take>,
   host: RecvCounts | undefined,
 ): DispatchResult<X> {
-  const handle = o.handle?.withSlot(slot, host) ?? new DispatchHandle(core, { native, users: 0 }, slot, {
+  const handle = o.handle?.withSlot(slot, host) ?? new DispatchHandle(core, filled!, slot, {
     ...facts,
     counts: host,
     topkIdxDtype: o.topkIdx?.dtype as "i32" | "i64" | undefined,

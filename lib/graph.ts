@@ -8,7 +8,7 @@ import { combine, type CombineOptions, type CombineResult } from "./combine.ts";
 import type { Core, OperationOptions } from "./core.ts";
 import { captureDispatch, type DispatchOptions, type DispatchResult } from "./dispatch.ts";
 import { EpError } from "./error.ts";
-import { type DispatchHandle, dropRouting, type SharedRouting } from "./handle.ts";
+import type { DispatchHandle, SharedRouting } from "./handle.ts";
 import {
   lowLatencyCombine,
   type LowLatencyCombineOptions,
@@ -119,7 +119,7 @@ export class Graph<T = unknown> implements Disposable {
     this.#core.graphs.delete(this);
     this.#core.device.end("deepep_graph_destroy", this.#native, "graph");
     this.#core.dropSlots(this.#slots, this.#core.commStream); // where replays run
-    for (const routing of this.#captured.routings) dropRouting(this.#core, routing);
+    for (const routing of this.#captured.routings) this.#core.routings.drop(routing);
   }
   /** {@linkcode release}. */
   [Symbol.dispose](): void {
@@ -182,7 +182,7 @@ export function capture<T>(core: Core, stream: Stream, record: (operations: Reco
     core.captured = undefined;
     core.keepSlots(releasedIn(captured), undefined);
     for (const result of made) result[Symbol.dispose]();
-    for (const routing of captured.routings) dropRouting(core, routing);
+    for (const routing of captured.routings) core.routings.drop(routing);
     throw error;
   }
   core.captured = undefined;

@@ -5,8 +5,11 @@
  */
 import type { Core, OperationOptions } from "./core.ts";
 import { EpError } from "./error.ts";
+import { struct } from "./ffi/struct.ts";
 import type { EpEvent, Stream } from "./stream.ts";
 import { type Hold, Tensor } from "./tensor.ts";
+
+const handleStruct = struct("deepep_handle_create_args");
 
 /** How received rows are ordered: `"rank"`: a token once per rank; `"expert"`: a row per (token, local expert). */
 export type RowLayout = "rank" | "expert";
@@ -38,13 +41,55 @@ export interface RecvCounts {
 /** A native handle, shared by the handles of a dispatch and of the cached dispatches that repeat it. */
 export interface SharedRouting {
   readonly native: bigint;
+  /** How many tokens it has room for. */
+  readonly room: number;
   users: number;
 }
 
-/** One user less; the last one frees the native handle. */
-export function dropRouting(core: Core, routing: SharedRouting): void {
-  if (--routing.users > 0 || core.closed) return;
-  core.device.end("deepep_handle_destroy", routing.native, "release");
+/**
+ * The native handles of a buffer. Those that nobody uses any more are filled anew: what is enqueued with them comes before
+ * what will be, and two calls less are microseconds of every dispatch.
+ */
+export class Routings {
+  readonly #core: Core;
+  /** At rest, the latest last. */
+  readonly #idle: SharedRouting[] = [];
+  constructor(core: Core) {
+    this.#core = core;
+  }
+
+  /** A handle for so many tokens, without users. */
+  take(numTokens: number): SharedRouting {
+    const at = this.#idle.findLastIndex(({ room }) => room >= numTokens);
+    if (at >= 0) return this.#idle.splice(at, 1)[0]!;
+    // A power of two, so that it does for the next dispatch too.
+    const { maxTokensPerRank, numTopk } = this.#core.options;
+    const room = Math.min(maxTokensPerRank, 2 ** Math.ceil(Math.log2(Math.max(1, numTokens))));
+    handleStruct.pack({ num_tokens: room, num_topk: numTopk });
+    this.#core.call("deepep_handle_create", handleStruct, "dispatch");
+    return { native: handleStruct.get("handle"), room, users: 0 };
+  }
+
+  /** One user less. */
+  drop(routing: SharedRouting): void {
+    if (--routing.users === 0) this.give(routing);
+  }
+
+  /** Takes back a handle that nobody uses. */
+  give(routing: SharedRouting): void {
+    if (this.#core.closed) return this.#free(routing);
+    this.#idle.push(routing);
+    if (this.#idle.length > this.#core.options.numSlots) this.#free(this.#idle.shift()!);
+  }
+
+  /** Frees what is at rest. */
+  clear(): void {
+    this.#idle.splice(0).forEach((routing) => this.#free(routing));
+  }
+
+  #free({ native }: SharedRouting): void {
+    this.#core.device.end("deepep_handle_destroy", native, "release");
+  }
 }
 
 /** What a handle knows of its dispatch. */
@@ -153,7 +198,7 @@ export class DispatchHandle implements Disposable {
   release(): void {
     if (this.#released) return;
     this.#released = true;
-    dropRouting(this.#core, this.#routing);
+    this.#core.routings.drop(this.#routing);
   }
   /** {@linkcode release}. */
   [Symbol.dispose](): void {

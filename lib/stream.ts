@@ -39,9 +39,11 @@ export interface EventOwner {
   readonly native: bigint;
   /** Native events at rest, to be used again. */
   readonly idleEvents: bigint[];
+  /** A native event of the end of an operation, found by its completion id. */
+  endOf(id: number): bigint;
 }
 
-// An event at rest is a small host object; giving it back late costs nothing, so collection may do it.
+// A native event at rest is a small host object; giving it back late costs nothing, so collection may do it.
 const collected = new FinalizationRegistry<{ owner: EventOwner; native: bigint }>(({ owner, native }) => {
   owner.idleEvents.push(native);
 });
@@ -54,23 +56,32 @@ const collected = new FinalizationRegistry<{ owner: EventOwner; native: bigint }
  * that capture: there use the event that `graph.launch()` returns.
  */
 export class EpEvent implements PromiseLike<void> {
-  /** The native event. */
-  readonly address: bigint;
   readonly #owner: EventOwner;
   readonly #op: string;
   readonly #id: number | "captured";
   #settled: Promise<void> | undefined;
+  /** 0 until it is asked for: most operations are waited for by their stream, or by the host, which needs their id alone. */
+  #native: bigint;
 
   /**
    * @ignore Operations and `buffer.record()` make events. `id` is the operation's completion id, 0 for none; an operation
-   * that was captured never completes: the replays of its graph do.
+   * that was captured never completes: the replays of its graph do. Without a native event an id is needed.
    */
-  constructor(owner: EventOwner, address: bigint, op: string, id: number | "captured") {
+  constructor(owner: EventOwner, op: string, id: number | "captured", native = 0n) {
     this.#owner = owner;
-    this.address = address;
     this.#op = op;
     this.#id = id;
-    collected.register(this, { owner, native: address });
+    this.#native = native;
+    if (native !== 0n) collected.register(this, { owner, native });
+  }
+
+  /** The native event, made when it is first asked for. */
+  get address(): bigint {
+    if (this.#native === 0n) {
+      this.#native = this.#owner.endOf(this.#id as number);
+      collected.register(this, { owner: this.#owner, native: this.#native });
+    }
+    return this.#native;
   }
 
   /**
@@ -86,6 +97,7 @@ export class EpEvent implements PromiseLike<void> {
 
   /** Whether the point has been reached. @throws {EpError} `invalidArgument` when it was captured */
   get done(): boolean {
+    if (this.#native === 0n) return this.#owner.device.hasCompleted(this.#id as number);
     eventStruct.pack({});
     this.#owner.device.call("deepep_event_query", this.address, eventStruct, "event");
     return eventStruct.get("done") === 1;
@@ -93,8 +105,8 @@ export class EpEvent implements PromiseLike<void> {
 
   /**
    * Milliseconds from `earlier`'s point to this one, as the device measured them. Both must have been reached: `await` them,
-   * or see `done`. The resolution is about a microsecond. On cuda the event of an operation keeps no time, which would cost
-   * every call a microsecond: measure between events of `buffer.record()`.
+   * or see `done`. The resolution is about a microsecond. The event of an operation keeps no time, which would cost every
+   * call a microsecond: measure between events of `buffer.record()`.
    *
    * @throws {EpError} `invalidArgument` when one of the points has not been reached yet, or was captured
    */
@@ -107,12 +119,9 @@ export class EpEvent implements PromiseLike<void> {
 
   /** Throws the failure of the operation, if it has ended in one. Does not wait. */
   check(): void {
-    if (this.#id === "captured") return; // its failures are those of the replays
+    if (this.#id === "captured" || this.#id === 0) return; // failures are those of the replays; a point has none
     const { device, native } = this.#owner;
-    eventStruct.pack({});
-    device.call("deepep_event_query", this.address, eventStruct, "event");
-    if (eventStruct.get("done") !== 1) return;
-    const status = eventStruct.get("status") || device.statusOf(this.#id);
+    const status = device.statusOf(this.#id);
     if (status !== 0) throw device.failure(native, this.#id, this.#op, status);
   }
 

@@ -7,6 +7,7 @@ import { assert, assertEquals, assertRejects, assertThrows } from "@std/assert";
 import { EpError, type Tensor } from "@deepep/deepep";
 import { Core } from "../lib/core.ts";
 import type { Device } from "../lib/device.ts";
+import { dispatch } from "../lib/dispatch.ts";
 import { constants } from "../lib/ffi/abi.ts";
 import type { StructCodec } from "../lib/ffi/struct.ts";
 import { capture } from "../lib/graph.ts";
@@ -54,6 +55,9 @@ class FakeDevice {
   }
   forget(): void {}
   sweep(): void {}
+  hasCompleted(): boolean {
+    return false;
+  }
   statusOf(): number {
     return 0;
   }
@@ -104,15 +108,20 @@ test("a launch completes with an id, on the captured stream unless told otherwis
   assertEquals(assertThrows(() => graph.launch(), EpError).code, "closed");
 });
 
-test("a graph is not launched over memory that was given back, and keeps the routing it needs", () => {
+test("a graph is not launched over memory that was given back, and keeps the routing it needs", async () => {
   const { device, core, x, topkIdx } = world();
   using graph = capture(core, core.stream, (operations) => operations.dispatch(x, { topkIdx }));
   topkIdx.release();
   assertThrows(() => graph.launch(), EpError, "given back by tensor.release()");
   graph.results.release();
-  assertEquals(device.of("deepep_handle_destroy").length, 0);
+  const handles = () => device.of("deepep_dispatch").map(({ args }) => args.handle);
+  using y = core.alloc("bf16", [4, 16]), routing = core.alloc("i32", [4, 2]);
+  (await dispatch(core, y, { topkIdx: routing, cpuSync: false })).release();
+  assertEquals(new Set(handles()).size, 2);
   graph.release();
-  assertEquals(device.of("deepep_handle_destroy").length, 1);
+  (await dispatch(core, y, { topkIdx: routing, cpuSync: false })).release();
+  assertEquals(new Set(handles()).size, 2);
+  assertEquals(device.of("deepep_handle_destroy").length, 0);
 });
 
 test("a slot that is released in a capture goes to its later calls, then stays with the graph", () => {
@@ -137,6 +146,7 @@ test("a capture that fails ends, releases what it made, and tells no peer", () =
     }],
     [/deepep_combine is refused/, () => device.refuse = "deepep_combine"],
   ];
+  const handles: unknown[] = [];
   for (const [message, fail] of failing) {
     device.calls.length = 0;
     const error = assertThrows(() =>
@@ -150,9 +160,12 @@ test("a capture that fails ends, releases what it made, and tells no peer", () =
     device.refuse = "";
     const count = (name: string) => device.of(name).length;
     assertEquals([count("deepep_graph_begin"), count("deepep_graph_end"), count("deepep_graph_destroy")], [1, 1, 1]);
-    assertEquals([count("deepep_slot_release"), count("deepep_handle_destroy"), count("deepep_refuse")], [1, 1, 0]);
+    assertEquals([count("deepep_slot_release"), count("deepep_refuse")], [1, 0]);
+    assertEquals(new Set(device.of("deepep_dispatch").map(({ args }) => args.handle)).size, 1);
+    handles.push(device.of("deepep_dispatch")[0]!.args.handle);
     assertEquals(core.captured, undefined);
   }
+  assertEquals(handles[1], handles[0]); // that of the first was given back
   device.refuse = "deepep_graph_end";
   assertThrows(
     () => capture(core, core.stream, (operations) => operations.dispatch(x, { topkIdx })),

@@ -771,13 +771,17 @@ typedef struct deepep_event_create_args {
   uint32_t size;
   /* [in] 0 */
   uint32_t reserved;
-  /* [out] the event; counts as done until it is recorded */
+  /* [in] mark the end of the buffer's operation with this id, as if it had been given the event; done at once where
+   * no such operation is under way. 0 = none: done until it is recorded */
+  uint64_t done_id;
+  /* [out] the event */
   uint64_t event;
 } deepep_event_create_args;
-static_assert(sizeof(deepep_event_create_args) == 16, "size");
+static_assert(sizeof(deepep_event_create_args) == 24, "size");
 static_assert(offsetof(deepep_event_create_args, size) == 0, "size");
 static_assert(offsetof(deepep_event_create_args, reserved) == 4, "reserved");
-static_assert(offsetof(deepep_event_create_args, event) == 8, "event");
+static_assert(offsetof(deepep_event_create_args, done_id) == 8, "done_id");
+static_assert(offsetof(deepep_event_create_args, event) == 16, "event");
 
 /* Arguments of deepep_event_record, deepep_event_wait, deepep_event_notify and deepep_event_query. */
 typedef struct deepep_event_args {
@@ -866,7 +870,8 @@ typedef struct deepep_dispatch_layout_args {
   uint64_t stream;
   /* [in] wait for this event instead of `stream`'s present work; 0 = none */
   uint64_t previous_event;
-  /* [in] event to record when the operation has ended; 0 = none */
+  /* [in] event to record when the operation has ended; 0 = none: deepep_event_create can make one for a done_id
+   * later */
   uint64_t event;
   /* [in] completion to queue when the operation has ended, with its status; 0 = none */
   uint64_t done_id;
@@ -971,7 +976,8 @@ typedef struct deepep_dispatch_args {
   uint64_t stream;
   /* [in] wait for this event instead of `stream`'s present work; 0 = none */
   uint64_t previous_event;
-  /* [in] event to record when the operation has ended; 0 = none */
+  /* [in] event to record when the operation has ended; 0 = none: deepep_event_create can make one for a done_id
+   * later */
   uint64_t event;
   /* [in] completion to queue when the operation has ended, with its status; 0 = none */
   uint64_t done_id;
@@ -1085,7 +1091,8 @@ typedef struct deepep_combine_args {
   uint64_t stream;
   /* [in] wait for this event instead of `stream`'s present work; 0 = none */
   uint64_t previous_event;
-  /* [in] event to record when the operation has ended; 0 = none */
+  /* [in] event to record when the operation has ended; 0 = none: deepep_event_create can make one for a done_id
+   * later */
   uint64_t event;
   /* [in] completion to queue when the operation has ended, with its status; 0 = none */
   uint64_t done_id;
@@ -1163,7 +1170,8 @@ typedef struct deepep_low_latency_dispatch_args {
   uint64_t stream;
   /* [in] wait for this event instead of `stream`'s present work; 0 = none */
   uint64_t previous_event;
-  /* [in] event to record when the operation has ended; 0 = none */
+  /* [in] event to record when the operation has ended; 0 = none: deepep_event_create can make one for a done_id
+   * later */
   uint64_t event;
   /* [in] completion to queue when the operation has ended, with its status; 0 = none */
   uint64_t done_id;
@@ -1256,7 +1264,8 @@ typedef struct deepep_low_latency_combine_args {
   uint64_t stream;
   /* [in] wait for this event instead of `stream`'s present work; 0 = none */
   uint64_t previous_event;
-  /* [in] event to record when the operation has ended; 0 = none */
+  /* [in] event to record when the operation has ended; 0 = none: deepep_event_create can make one for a done_id
+   * later */
   uint64_t event;
   /* [in] completion to queue when the operation has ended, with its status; 0 = none */
   uint64_t done_id;
@@ -1301,7 +1310,8 @@ typedef struct deepep_receive_args {
   uint64_t stream;
   /* [in] wait for this event instead of `stream`'s present work; 0 = none */
   uint64_t previous_event;
-  /* [in] event to record when the operation has ended; 0 = none */
+  /* [in] event to record when the operation has ended; 0 = none: deepep_event_create can make one for a done_id
+   * later */
   uint64_t event;
   /* [in] completion to queue when the operation has ended, with its status; 0 = none */
   uint64_t done_id;
@@ -1342,7 +1352,8 @@ typedef struct deepep_expert_output_args {
   uint64_t stream;
   /* [in] wait for this event instead of `stream`'s present work; 0 = none */
   uint64_t previous_event;
-  /* [in] event to record when the operation has ended; 0 = none */
+  /* [in] event to record when the operation has ended; 0 = none: deepep_event_create can make one for a done_id
+   * later */
   uint64_t event;
   /* [in] completion to queue when the operation has ended, with its status; 0 = none */
   uint64_t done_id;
@@ -1381,7 +1392,8 @@ typedef struct deepep_barrier_args {
   uint64_t stream;
   /* [in] wait for this event instead of `stream`'s present work; 0 = none */
   uint64_t previous_event;
-  /* [in] event to record when the operation has ended; 0 = none */
+  /* [in] event to record when the operation has ended; 0 = none: deepep_event_create can make one for a done_id
+   * later */
   uint64_t event;
   /* [in] completion to queue when the operation has ended, with its status; 0 = none */
   uint64_t done_id;
@@ -1559,7 +1571,8 @@ DEEPEP_API int32_t deepep_stream_synchronize(uint64_t stream, const deepep_strea
 /* Ends a stream after its work. */
 DEEPEP_API int32_t deepep_stream_destroy(uint64_t stream, deepep_error* error);
 
-/* Makes an event. */
+/* Makes an event. With a done_id it need be made for those operations only that something is to wait for, also after
+ * they were enqueued. */
 DEEPEP_API int32_t deepep_event_create(uint64_t buffer, deepep_event_create_args* args, deepep_error* error);
 
 /* Records the present work of a stream; on one that is captured, what was captured on it so far, for what else is
@@ -1580,9 +1593,8 @@ DEEPEP_API int32_t deepep_event_notify(uint64_t event, deepep_event_args* args, 
 /* Frees an event; pending work keeps what it needs. */
 DEEPEP_API int32_t deepep_event_destroy(uint64_t event, deepep_error* error);
 
-/* Time between the recorded points of two events, both of which must have been reached. On CUDA events of
- * deepep_event_record keep the time, unless that was captured; those that an operation was given do not. Never
- * blocks. */
+/* Time between the recorded points of two events, both of which must have been reached. Events of
+ * deepep_event_record keep the time, unless that was captured; those of operations do not. Never blocks. */
 DEEPEP_API int32_t deepep_event_elapsed(uint64_t event, deepep_event_elapsed_args* args, deepep_error* error);
 
 /* From now on operations on `stream` are recorded instead of run. They must be given no completion ids, and

@@ -133,7 +133,7 @@ int32_t deepep_stream_destroy(uint64_t handle, deepep_error* error) {
 int32_t deepep_event_create(uint64_t handle, deepep_event_create_args* args, deepep_error* error) {
   return cross("create an event", DEEPEP_OP_CREATE, error, [&](Call& call) {
     check(args);
-    args->event = find_buffer(call, handle)->create_event();
+    args->event = find_buffer(call, handle)->create_event(args->done_id);
   });
 }
 
@@ -188,6 +188,10 @@ int32_t deepep_event_elapsed(uint64_t handle, deepep_event_elapsed_args* args, d
     for (const auto& record : {since, until}) {
       const char* const name = record == since ? "since" : "the event";
       if (!record) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s was not recorded yet", name);
+      if (record->ends_on) {
+        reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s marks the end of an operation, which keeps no time: record one after it",
+               name);
+      }
       if (!record->done()) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "what %s has recorded has not ended yet", name);
     }
     args->elapsed_ns = static_cast<int64_t>(until->ended_ns() - since->ended_ns());

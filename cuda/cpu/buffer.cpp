@@ -175,15 +175,24 @@ uint64_t Buffer::create_stream() {
   return stream->id;
 }
 
-uint64_t Buffer::create_event() {
+uint64_t Buffer::create_event(uint64_t done_id) {
   const std::lock_guard lock(mutex);
   check_open();
   auto event = std::make_shared<Event>();
   event->owner = weak_from_this();
+  if (done_id != 0) event->set(end_of(done_id));
   const uint64_t id = publish(Kind::event, event);
   event->id = id;
   events_.insert(id);
   return id;
+}
+
+std::shared_ptr<Record> Buffer::end_of(uint64_t done_id) {
+  if (const auto found = ends_.find(done_id); found != ends_.end()) return found->second;
+  auto ended = std::make_shared<Record>();
+  ended->ends_on = comm_.get();
+  ended->complete(statuses.find(done_id));
+  return ended;
 }
 
 void Buffer::forget_event(uint64_t id) {

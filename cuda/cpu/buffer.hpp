@@ -13,6 +13,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <unordered_map>
 #include <unordered_set>
 #include <vector>
 
@@ -119,7 +120,7 @@ class Buffer : public BufferBase, public std::enable_shared_from_this<Buffer> {
 
   // Streams and events made from this buffer.
   uint64_t create_stream();
-  uint64_t create_event();
+  uint64_t create_event(uint64_t done_id);
   void forget_event(uint64_t id);
   const std::shared_ptr<Stream>& comm() const { return comm_; }
   // What every call on a connected buffer begins with. The caller holds `mutex`.
@@ -132,6 +133,8 @@ class Buffer : public BufferBase, public std::enable_shared_from_this<Buffer> {
   void run(Operation& op, const std::function<void(Operation&)>& work);
   void finish(Operation& op, Record& record, int32_t borrowed_slot);
   std::shared_ptr<const Status> make_status(Operation& op);
+  // The end of the operation with this done_id; one that is not under way has ended. The caller holds `mutex`.
+  std::shared_ptr<Record> end_of(uint64_t done_id);
 
   int64_t* wait_ns_ = nullptr;
   std::vector<std::shared_ptr<SharedMemory>> peers_;  // by rank; fixed once connected
@@ -141,6 +144,7 @@ class Buffer : public BufferBase, public std::enable_shared_from_this<Buffer> {
   uint64_t masked_next_ = 0;         // what `masked` will be when the work enqueued so far has ended
   uint64_t generation_ = 0;          // recoveries so far
   uint64_t num_pending_ = 0;         // operations enqueued and not ended
+  std::unordered_map<uint64_t, std::shared_ptr<Record>> ends_;  // of those with a done_id, by it
   int32_t failed_peer_ = -1;
   Failure first_failure_;            // what made the buffer fail; of use while `failed`
   std::vector<std::shared_ptr<Stream>> streams_;

@@ -73,6 +73,7 @@ uint64_t Buffer::enqueue(int32_t op_kind, const StreamFields& fields, bool colle
                   .failure = {}};
   auto record = std::make_shared<Record>();
   record->ends_on = comm_.get();
+  if (fields.done_id != 0) ends_[fields.done_id] = record;  // finish() needs `mutex` to take it out again
   const bool pushed = comm_->push(
       [this, op = std::move(op), work = std::move(work), waits = std::move(waits), record, borrowed_slot]() mutable {
         // Pairs with the caller's stream, its event, or the releaser of a slot: each completes by itself (stream.hpp).
@@ -141,6 +142,7 @@ void Buffer::finish(Operation& op, Record& record, int32_t borrowed_slot) {
     }
     if (borrowed_slot >= 0) slots.give(borrowed_slot);
     num_pending_ -= 1;
+    if (op.done_id != 0) ends_.erase(op.done_id);
   }
   record.complete(std::move(status));
   complete(op.counts_id, code);

@@ -185,7 +185,7 @@ int32_t deepep_stream_destroy(uint64_t handle, deepep_error* error) {
 int32_t deepep_event_create(uint64_t handle, deepep_event_create_args* args, deepep_error* error) {
   return cross("create an event", DEEPEP_OP_CREATE, error, [&](Call& call) {
     check(args);
-    args->event = find_buffer(call, handle)->create_event();
+    args->event = find_buffer(call, handle)->create_event(args->done_id);
   });
 }
 

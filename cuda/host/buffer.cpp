@@ -307,12 +307,13 @@ void Buffer::end_stream(uint64_t number) {
   if (last_ == stream) settle();
 }
 
-uint64_t Buffer::create_event() {
+uint64_t Buffer::create_event(uint64_t done_id) {
   const std::lock_guard lock(mutex);
   check_open();
   auto event = std::make_shared<Event>();
   event->owner = weak_from_this();
   event->device = device->index;
+  if (done_id != 0) event->set(end_of(done_id));
   const uint64_t id = publish(Kind::event, event);
   event->id = id;
   events_.insert(id);

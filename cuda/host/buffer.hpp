@@ -120,7 +120,7 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   // Streams and events made from this buffer.
   uint64_t create_stream();
   void end_stream(uint64_t stream);
-  uint64_t create_event();
+  uint64_t create_event(uint64_t done_id);
   void forget_event(uint64_t id);
   cudaStream_t comm() const { return comm_; }
 
@@ -159,7 +159,7 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
     uint64_t done_id = 0;
     uint64_t counts_id = 0;  // not yet queued; 0 afterwards
     int32_t counts_slot = -1;
-    std::shared_ptr<Record> record = nullptr;  // of the event that the call was given
+    std::shared_ptr<Record> record = nullptr;  // its end, for those who may wait: it has a done_id, or was given an event
     std::shared_ptr<void> needs = nullptr;
   };
   // What look() has seen of the device.
@@ -199,6 +199,8 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   void poll_watched();
   void fail_everything(cudaError_t error);
   void note_pending();
+  // The end of the operation with this done_id; one that is not pending has ended.
+  std::shared_ptr<Record> end_of(uint64_t done_id);
   const DeviceState* look();
   uint64_t epoch_beyond(uint64_t ended) const;
   uint64_t shown_epoch() const;

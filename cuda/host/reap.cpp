@@ -210,6 +210,16 @@ void Buffer::poll_watched() {
   }
 }
 
+std::shared_ptr<Record> Buffer::end_of(uint64_t done_id) {
+  for (const Pending& op : pending_) {
+    if (op.done_id == done_id) return op.record;
+  }
+  auto ended = std::make_shared<Record>(device->index);
+  ended->belong_to_operation();
+  ended->complete(statuses.find(done_id));
+  return ended;
+}
+
 void Buffer::complete_when_done(std::shared_ptr<Record> record, uint64_t id, std::shared_ptr<void> needs) {
   watched_.push_back({.record = std::move(record), .id = id, .needs = std::move(needs)});
   note_pending();

@@ -98,10 +98,9 @@ CallParams Buffer::call_params(const StreamFields& fields, const Enqueued& what,
   call.op = what.op;
   call.seq = capture == 0 ? seq_ + 1 : 0;
   call.lost = std::atomic_ref<uint64_t>(host_->lost).load(std::memory_order_relaxed);
-  // A launch that has more to agree on says more.
+  // A launch that has more to agree on says more, and makes agreed_hash of it all.
   call.agreed[kAgreedOp] = static_cast<uint32_t>(what.op);
   call.agreed[kAgreedMaskOnTimeout] = call.mask_on_timeout;
-  call.agreed_hash = agreed_hash(call.agreed);
   call.timeout_ns = fields.timeout_ms ? uint64_t{fields.timeout_ms} * 1'000'000 : timeout_ns;
   for (int32_t phase = DEEPEP_PHASE_NOTIFY; phase <= DEEPEP_PHASE_REDUCE; ++phase) {
     deepep_inject_args injection;
@@ -128,7 +127,7 @@ uint64_t Buffer::enqueue(const StreamFields& fields, Enqueued what, const Launch
   const CaptureId capture = check_capture(fields, what, stream);
   if (previous) previous->check_capture(capture);
   std::shared_ptr<Record> record;
-  if (event) record = std::make_shared<Record>(device->index);
+  if (event || fields.done_id != 0) record = std::make_shared<Record>(device->index);
 
   // The caller's own stream does where it would wait for the operation anyway: then no stream waits for another, which costs
   // the host two calls and the device several microseconds each time.
@@ -185,7 +184,7 @@ uint64_t Buffer::enqueue(const StreamFields& fields, Enqueued what, const Launch
   if (record) {
     record->belong_to_operation();
     record->mark(where, capture);
-    event->set(record);
+    if (event) event->set(record);
   }
   if (waits && !direct) {
     if (record)

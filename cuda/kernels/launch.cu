@@ -39,9 +39,10 @@ const void* const kKernels[] = {
 constexpr size_t kNumWithDynamicShared = 13;  // the first of them
 
 template <class Params>
-cudaError_t launch(void (*kernel)(Params), const Params& params, uint32_t blocks, uint32_t threads, uint64_t shared,
+cudaError_t launch(void (*kernel)(Params), Params& params, uint32_t blocks, uint32_t threads, uint64_t shared,
                    cudaStream_t stream) {
-  void* args[] = {const_cast<Params*>(&params)};
+  if constexpr (requires { params.call; }) params.call.agreed_hash = agreed_hash(params.call.agreed);
+  void* args[] = {&params};
   return cudaLaunchKernel(kernel, dim3(blocks), dim3(threads), args, shared, stream);
 }
 
@@ -59,7 +60,6 @@ void agree(CallParams& call, const DispatchParams& params) {
   call.agreed[kAgreedTopkWeights] = args.topk_weights != 0 ? 1 : routing.num_tokens == 0 ? kNoOpinion : 0;
   call.agreed[kAgreedCached] = (args.flags & DEEPEP_FLAG_CACHED) != 0 ? 1 : 0;
   call.agreed[kAgreedFlags] = args.flags & DEEPEP_FLAG_SCALES_COLUMN_MAJOR;
-  call.agreed_hash = agreed_hash(call.agreed);
 }
 void agree(CallParams& call, const CombineParams& params) {
   call.agreed[kAgreedLayout] = params.routing.layout;
@@ -67,7 +67,6 @@ void agree(CallParams& call, const CombineParams& params) {
   call.agreed[kAgreedRowBytes] = params.args.hidden * 2;
   call.agreed[kAgreedNumTopk] = params.routing.num_topk;
   call.agreed[kAgreedTopkWeights] = params.args.topk_weights != 0 ? 1 : 0;
-  call.agreed_hash = agreed_hash(call.agreed);
 }
 void agree(CallParams& call, const LowLatencyDispatchParams& params) {
   constexpr uint32_t kFlags = DEEPEP_FLAG_SCALES_COLUMN_MAJOR | DEEPEP_FLAG_FP8 | DEEPEP_FLAG_ROUND_SCALE | DEEPEP_FLAG_UE8M0;
@@ -76,7 +75,6 @@ void agree(CallParams& call, const LowLatencyDispatchParams& params) {
   call.agreed[kAgreedNumScales] = args.num_scales;
   call.agreed[kAgreedScaleElemBytes] = args.num_scales != 0 ? args.scale_elem_bytes : 0;
   call.agreed[kAgreedFlags] = args.flags & kFlags;
-  call.agreed_hash = agreed_hash(call.agreed);
 }
 
 // A block of an operation needs room to count in, too.
@@ -103,8 +101,7 @@ cudaError_t load_kernels() {
   return cudaSuccess;
 }
 
-cudaError_t launch_dispatch(const DispatchParams& given, cudaStream_t stream) {
-  DispatchParams params = given;
+cudaError_t launch_dispatch(DispatchParams& params, cudaStream_t stream) {
   params.plan = with_room(params.plan);
   agree(params.call, params);
   const auto kernel = params.plan.tma != 0 ? dispatch_kernel<true> : dispatch_kernel<false>;
@@ -112,8 +109,7 @@ cudaError_t launch_dispatch(const DispatchParams& given, cudaStream_t stream) {
                 params.plan.block_bytes, stream);
 }
 
-cudaError_t launch_combine(const CombineParams& given, cudaStream_t stream) {
-  CombineParams params = given;
+cudaError_t launch_combine(CombineParams& params, cudaStream_t stream) {
   params.plan = with_room(params.plan);
   agree(params.call, params);
   params.copy = copy_plan(params.plan, params.args.hidden * 2);
@@ -124,8 +120,7 @@ cudaError_t launch_combine(const CombineParams& given, cudaStream_t stream) {
                 stream);
 }
 
-cudaError_t launch_low_latency_dispatch(const LowLatencyDispatchParams& given, cudaStream_t stream) {
-  LowLatencyDispatchParams params = given;
+cudaError_t launch_low_latency_dispatch(LowLatencyDispatchParams& params, cudaStream_t stream) {
   const deepep_low_latency_dispatch_args& args = params.args;
   agree(params.call, params);
   // Few tokens are spread over all warps; many are cut into pieces that a warp can hold.
@@ -146,11 +141,11 @@ cudaError_t launch_low_latency_dispatch(const LowLatencyDispatchParams& given, c
                 params.plan.block_bytes, stream);
 }
 
-cudaError_t launch_low_latency_receive(const LowLatencyReceiveParams& params, cudaStream_t stream) {
+cudaError_t launch_low_latency_receive(LowLatencyReceiveParams params, cudaStream_t stream) {
   return launch(low_latency_receive_kernel, params, 1, kReceiveWarps * kWarpLanes, 0, stream);
 }
 
-cudaError_t launch_low_latency_combine(const LowLatencyCombineParams& params, cudaStream_t stream) {
+cudaError_t launch_low_latency_combine(LowLatencyCombineParams& params, cudaStream_t stream) {
   const CallParams& call = params.call;
   const auto region =
       reinterpret_cast<uint64_t>(call.symmetric[call.rank]) + slot_offset(call.regions, call.slot) + call.regions.expert_output;
@@ -164,19 +159,19 @@ cudaError_t launch_low_latency_combine(const LowLatencyCombineParams& params, cu
                 params.plan.block_bytes, stream);
 }
 
-cudaError_t launch_low_latency_give_up(const LowLatencyReceiveParams& params, cudaStream_t stream) {
+cudaError_t launch_low_latency_give_up(LowLatencyReceiveParams params, cudaStream_t stream) {
   return launch(low_latency_give_up_kernel, params, 1, kWarpLanes, 0, stream);
 }
 
-cudaError_t launch_message(const MessageParams& params, cudaStream_t stream) {
+cudaError_t launch_message(MessageParams params, cudaStream_t stream) {
   return launch(message_kernel, params, 1, kSmallThreads, 0, stream);
 }
 
-cudaError_t launch_readers(const ReadersParams& params, cudaStream_t stream) {
+cudaError_t launch_readers(ReadersParams params, cudaStream_t stream) {
   return launch(readers_kernel, params, 1, kWarpLanes, 0, stream);
 }
 
-cudaError_t launch_layout(const LayoutParams& params, int32_t num_sms, cudaStream_t stream) {
+cudaError_t launch_layout(LayoutParams params, int32_t num_sms, cudaStream_t stream) {
   return launch(layout_kernel, params, static_cast<uint32_t>(num_sms), kMaxBlockThreads, kCountBytes, stream);
 }
 
@@ -185,7 +180,7 @@ cudaError_t launch_copy(void* dst, const void* src, uint64_t bytes, int32_t num_
   return cudaLaunchKernel(copy_kernel<kCopyVectors>, dim3(static_cast<uint32_t>(num_sms)), dim3(kCopyThreads), args, 0, stream);
 }
 
-cudaError_t launch_update(const UpdateParams& params, cudaStream_t stream) {
+cudaError_t launch_update(UpdateParams params, cudaStream_t stream) {
   return launch(update_kernel, params, 1, 1, 0, stream);
 }
 

@@ -1,8 +1,8 @@
 // The kernels, as host code sees them.
 //
-// In: a filled params struct and a stream. Out: one kernel enqueued, or the driver's error. Blocks of an operation stay on
-// their multiprocessors until it ends and wait for each other, so a grid never exceeds what fits on the device beside the
-// other ranks'. Every launch is graph-safe. Callers: cuda/host.
+// In: a params struct, of which a launch fills in what follows from the rest, and a stream. Out: one kernel enqueued, or the
+// driver's error. Blocks of an operation stay on their multiprocessors until it ends and wait for each other, so a grid never
+// exceeds what fits on the device beside the other ranks'. Every launch is graph-safe. Callers: cuda/host.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -15,18 +15,18 @@ namespace deepep {
 // spins is a deadlock. Call once a device, before any launch.
 cudaError_t load_kernels();
 
-cudaError_t launch_dispatch(const DispatchParams& params, cudaStream_t stream);
-cudaError_t launch_combine(const CombineParams& params, cudaStream_t stream);
+cudaError_t launch_dispatch(DispatchParams& params, cudaStream_t stream);
+cudaError_t launch_combine(CombineParams& params, cudaStream_t stream);
 // Low latency: the send half of a dispatch, or both halves; its receive half alone; a combine, by halves or whole; the end of a
 // combine that nobody will receive.
-cudaError_t launch_low_latency_dispatch(const LowLatencyDispatchParams& params, cudaStream_t stream);
-cudaError_t launch_low_latency_receive(const LowLatencyReceiveParams& params, cudaStream_t stream);
-cudaError_t launch_low_latency_combine(const LowLatencyCombineParams& params, cudaStream_t stream);
-cudaError_t launch_low_latency_give_up(const LowLatencyReceiveParams& params, cudaStream_t stream);
-cudaError_t launch_message(const MessageParams& params, cudaStream_t stream);
-cudaError_t launch_readers(const ReadersParams& params, cudaStream_t stream);
-cudaError_t launch_layout(const LayoutParams& params, int32_t num_sms, cudaStream_t stream);
-cudaError_t launch_update(const UpdateParams& params, cudaStream_t stream);
+cudaError_t launch_low_latency_dispatch(LowLatencyDispatchParams& params, cudaStream_t stream);
+cudaError_t launch_low_latency_receive(LowLatencyReceiveParams params, cudaStream_t stream);
+cudaError_t launch_low_latency_combine(LowLatencyCombineParams& params, cudaStream_t stream);
+cudaError_t launch_low_latency_give_up(LowLatencyReceiveParams params, cudaStream_t stream);
+cudaError_t launch_message(MessageParams params, cudaStream_t stream);
+cudaError_t launch_readers(ReadersParams params, cudaStream_t stream);
+cudaError_t launch_layout(LayoutParams params, int32_t num_sms, cudaStream_t stream);
+cudaError_t launch_update(UpdateParams params, cudaStream_t stream);
 // Copies `bytes`, a multiple of 16, with one block of the copy kernel on each of num_sms multiprocessors: the ceiling that
 // other figures are held against.
 cudaError_t launch_copy(void* dst, const void* src, uint64_t bytes, int32_t num_sms, cudaStream_t stream);

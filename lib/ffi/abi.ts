@@ -165,7 +165,11 @@ const stream = {
     "the caller's stream: the operation begins after what is enqueued there; 0 = none (CUDA's default stream is cudaStreamLegacy, 1)",
   ],
   previous_event: ["u64", "in", "wait for this event instead of `stream`'s present work; 0 = none"],
-  event: ["u64", "in", "event to record when the operation has ended; 0 = none"],
+  event: [
+    "u64",
+    "in",
+    "event to record when the operation has ended; 0 = none: deepep_event_create can make one for a done_id later",
+  ],
   done_id: ["u64", "in", "completion to queue when the operation has ended, with its status; 0 = none"],
   flags: ["u32", "in", "DEEPEP_FLAG_* bits; those that the call has no use for are refused"],
   timeout_ms: [
@@ -483,7 +487,16 @@ export const structs = {
   },
   deepep_event_create_args: {
     doc: "Arguments of deepep_event_create.",
-    fields: { size, reserved, event: ["u64", "out", "the event; counts as done until it is recorded"] },
+    fields: {
+      size,
+      reserved,
+      done_id: [
+        "u64",
+        "in",
+        "mark the end of the buffer's operation with this id, as if it had been given the event; done at once where no such operation is under way. 0 = none: done until it is recorded",
+      ],
+      event: ["u64", "out", "the event"],
+    },
   },
   deepep_event_args: {
     doc: "Arguments of deepep_event_record, deepep_event_wait, deepep_event_notify and deepep_event_query.",
@@ -893,7 +906,8 @@ export const functions = {
   deepep_event_create: {
     args: [["buffer", "u64"], ["args", "deepep_event_create_args"], ["error", "deepep_error"]],
     ret: "i32",
-    doc: "Makes an event.",
+    doc:
+      "Makes an event. With a done_id it need be made for those operations only that something is to wait for, also after they were enqueued.",
   },
   deepep_event_record: {
     args: [["event", "u64"], ["args", "deepep_event_args"], ["error", "deepep_error"]],
@@ -926,7 +940,7 @@ export const functions = {
     args: [["event", "u64"], ["args", "deepep_event_elapsed_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc:
-      "Time between the recorded points of two events, both of which must have been reached. On CUDA events of deepep_event_record keep the time, unless that was captured; those that an operation was given do not. Never blocks.",
+      "Time between the recorded points of two events, both of which must have been reached. Events of deepep_event_record keep the time, unless that was captured; those of operations do not. Never blocks.",
   },
   deepep_graph_begin: {
     args: [["buffer", "u64"], ["args", "deepep_graph_args"], ["error", "deepep_error"]],

@@ -39,6 +39,7 @@ export interface CompletionOptions {
 const CAPACITY = 64;
 const ENTRY_BYTES = 16; // deepep_completion: id u64, status i32, reserved u32
 const MAX_FAILURES = 65_536;
+const LEAST_SWEPT = 32;
 const FOREVER_MS = 0x3fff_ffff;
 const OK = constants.ERROR.OK[0];
 const CLOSED = constants.ERROR.CLOSED[0];
@@ -66,6 +67,7 @@ export class Completions implements AsyncDisposable {
   /** Statuses other than OK, for those who wait later. */
   readonly #failures = new Map<number, number>();
   #lastId = 0;
+  #sweepAt = LEAST_SWEPT;
   #scheduled = false;
   #timer: ReturnType<typeof setTimeout> | undefined;
   #closed = false;
@@ -112,6 +114,11 @@ export class Completions implements AsyncDisposable {
     return waiting.promise;
   }
 
+  /** Whether an id has completed, as far as the queue was read. */
+  has(id: number): boolean {
+    return !this.#inFlight.has(id);
+  }
+
   /** The status of an id that has completed, as far as the queue was read; OK when it has not. Does not wait. */
   statusOf(id: number): number {
     return this.#failures.get(id) ?? OK;
@@ -123,7 +130,17 @@ export class Completions implements AsyncDisposable {
     this.#failures.delete(id);
   }
 
-  /** Takes what has completed off the queue, so that a program which never waits does not let it grow. */
+  /**
+   * {@linkcode poll}, once twice as many ids are in flight as the last reading left: so that the queue of a program that never
+   * waits stays bounded, at next to no cost for each call.
+   */
+  sweep(): void {
+    if (this.#inFlight.size < this.#sweepAt) return;
+    this.poll();
+    this.#sweepAt = Math.max(LEAST_SWEPT, 2 * this.#inFlight.size);
+  }
+
+  /** Takes what has completed off the queue. */
   poll(): void {
     if (this.#closed) return;
     let taken = CAPACITY;

@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "c48e0196de43edaa927bd9b0698afe152e5ddd4cecddd10c92947e2845388139",
-    cuda: "095afd435e25b75db559a530eda13464d372431c02908207790b68fafab85d69",
+    cpu: "e223c774f8104816ea1cc69cb1efc9b9579263b83254cc186db9ab77315f844f",
+    cuda: "f404d8321360fbf7fe0e6a7816ef3fd916c0df382841f7e7e6342f6e0541a319",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -30,12 +30,12 @@ export const manifest: Manifest = {
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "a38832e892466b5ecb1105b1a9429c877bde29b9b11e77868a330714e8133282",
-      bytes: 510384,
+      sha256: "ff77a3a5eecea3e1f0cce6b086f3b48cada9746918921ec0b5c99e60b6f659b5",
+      bytes: 514480,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "a0912013e378df433e7c8ae8b717414ce5777b2dc0ddfbe39793e06d62babde1",
-      bytes: 3062488,
+      sha256: "f1e76978adb66d6899b601b69aa2fdf59732709301f974f50e87039e9beb75c9",
+      bytes: 3066584,
     },
   },
 };

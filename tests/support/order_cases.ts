@@ -8,9 +8,12 @@
 import { test } from "node:test";
 import { assert, assertEquals, assertThrows } from "@std/assert";
 import { bf16FromF32, type EpBuffer, EpError, type OperationOptions, Stream } from "@deepep/deepep";
+import { constants } from "../../lib/ffi/abi.ts";
+import { struct } from "../../lib/ffi/struct.ts";
 import { inject, ranksOf } from "./ranks.ts";
 import { type BackendSubject, suite } from "./suite.ts";
 
+const eventStruct = struct("deepep_event_args");
 const NUM_TOKENS = 4, HIDDEN = 16, NUM_RANKS = 2;
 const bits = (value: number) => bf16FromF32(Float32Array.of(value))[0]!;
 const filled = (value: number) => bf16FromF32(new Float32Array(NUM_TOKENS * HIDDEN).fill(value));
@@ -55,6 +58,57 @@ export function runOrderCases({ name, backend, skip }: BackendSubject): void {
           assertEquals(heads(await copy.read({ stream: other })), received(10 * round, 10 * round + 1));
         }
         await b.destroyStream(other);
+      });
+    });
+
+    test("an event that is asked for late marks the end of its own operation", async () => {
+      const turn = Promise.withResolvers<void>();
+      await ranks(NUM_RANKS, {}, async (b) => {
+        const first = b.barrier({ asyncFinish: true });
+        if (b.rank === 1) await turn.promise;
+        const second = b.barrier({ asyncFinish: true });
+        if (b.rank === 0) {
+          const other = b.createStream();
+          first.wait(other);
+          await b.record(other);
+          assertEquals([first.done, second.done], [true, false]); // rank 1 has not even called
+          second.wait(other);
+          const both = b.record(other);
+          turn.resolve();
+          await both;
+          assertEquals(second.done, true);
+          await b.destroyStream(other);
+        }
+        await second;
+        first.wait(b.stream); // over since long
+        await b.record();
+      });
+    });
+
+    test("a native event of an operation tells how it ended, made before or after", async () => {
+      await ranks(1, {}, async (b) => {
+        const query = (event: bigint) => {
+          eventStruct.pack({});
+          b.core.device.call("deepep_event_query", event, eventStruct, "event");
+          return [eventStruct.get("done"), eventStruct.get("status")];
+        };
+        const endOf = (id: number) => b.core.endOf(id);
+        const { INVALID_ARGUMENT, OK } = constants.ERROR;
+        using x = rows(b, 1), bad = b.tensor("i32", [NUM_TOKENS, 2], new Int32Array(2 * NUM_TOKENS).fill(99));
+        using good = b.tensor("i32", [NUM_TOKENS, 2], new Int32Array(2 * NUM_TOKENS));
+        for (
+          const [topkIdx, code] of [[bad, INVALID_ARGUMENT[0]], [good, OK[0]], [bad, INVALID_ARGUMENT[0]]] as const
+        ) {
+          inject(b, "DISPATCH", "NOTIFY", "DELAY", 2000);
+          const id = b.core.device.nextId() + 1; // the next but one, which the call takes
+          b.core.device.forget(id - 1);
+          using recv = await b.dispatch(x, { topkIdx, cpuSync: false });
+          const early = endOf(id);
+          const outcome = await recv.event.then(() => "ended", (error) => (error as EpError).code);
+          assertEquals(outcome, code === 0 ? "ended" : "invalidArgument");
+          assertEquals([query(early), query(endOf(id))], [[1, code], [1, code]]);
+        }
+        assertEquals(query(endOf(0)), [1, 0]);
       });
     });
 
@@ -116,6 +170,10 @@ export function runOrderCases({ name, backend, skip }: BackendSubject): void {
           const elapsed = after.elapsedSince(before);
           assert(elapsed > 19 && elapsed < 5000, `${elapsed} ms`);
           assertEquals(before.elapsedSince(before), 0);
+          const operation = b.barrier();
+          await operation;
+          assertThrows(() => operation.elapsedSince(before), EpError, "keeps no time");
+          assertThrows(() => after.elapsedSince(operation), EpError, "keeps no time");
           const end = b.record();
           await end;
           assert(end.elapsedSince(before) >= elapsed);
