@@ -149,14 +149,19 @@ export class Device {
   /** The failure that the completion `id` came with, after reading the queue; 0 for none, or none yet. */
   statusOf(id: number): number {
     if (id === 0) return 0;
-    this.#completions.poll();
+    this.poll();
     return this.#completions.statusOf(id);
   }
 
   /** Whether the completion `id` has come, after reading the queue. */
   hasCompleted(id: number): boolean {
-    this.#completions.poll();
+    this.poll();
     return this.#completions.has(id);
+  }
+
+  /** Reads the queue: promises of what has come are kept. */
+  poll(): void {
+    this.#completions.poll();
   }
 
   /** Now and then takes completions that nobody waits for off the queue, which a program that never awaits would grow. */

@@ -85,12 +85,11 @@ void Buffer::allocate(const deepep_buffer_create_args& args) {
   }
   call_.scratch = reinterpret_cast<uint32_t*>(local_->data() + layout.scratch);
   host_ = new (pinned_pool->allocate_own(sizeof(HostState))) HostState{};
-  const uint64_t counts_bytes = options.num_slots * num_counts() * sizeof(int32_t);
-  host_counts_ = static_cast<int32_t*>(pinned_pool->allocate_own(counts_bytes));
-  std::memset(host_counts_, 0, counts_bytes);
-  const uint64_t words_bytes = options.num_slots * num_counts() * sizeof(uint64_t);
-  host_count_words_ = static_cast<uint64_t*>(pinned_pool->allocate_own(words_bytes));
-  std::memset(host_count_words_, 0, words_bytes);
+  const size_t num_words = options.num_slots * num_counts();
+  const uint64_t counts_bytes = num_words * (sizeof(uint64_t) + sizeof(int32_t));
+  host_count_words_ = static_cast<uint64_t*>(pinned_pool->allocate_own(counts_bytes));
+  std::memset(host_count_words_, 0, counts_bytes);
+  host_counts_ = reinterpret_cast<int32_t*>(host_count_words_ + num_words);
   comm_ = make_comm_stream(weak_from_this());
   streams_.push_back(comm_);
   last_ = comm_;
@@ -199,7 +198,6 @@ void Buffer::destroy() {
   peers_->leave();
   local_ = nullptr;
   pinned_pool->recycle(reinterpret_cast<uint64_t>(host_));
-  pinned_pool->recycle(reinterpret_cast<uint64_t>(host_counts_));
   pinned_pool->recycle(reinterpret_cast<uint64_t>(host_count_words_));
   live_ = nullptr;
 }

@@ -212,8 +212,8 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   std::unique_ptr<Peers> peers_;
   std::shared_ptr<DeviceBlock> local_;    // what peers do not see: state, scratch, own routing
   HostState* host_ = nullptr;             // pinned, from pinned_pool, as is the next
-  int32_t* host_counts_ = nullptr;        // [num_slots, num_counts()]; the caller's
-  uint64_t* host_count_words_ = nullptr;  // likewise; the device's: host_count()
+  uint64_t* host_count_words_ = nullptr;  // [num_slots, num_counts()]; the device's: host_count()
+  int32_t* host_counts_ = nullptr;        // likewise, behind them in the same block; the caller's
   Seen seen_ = {};
   DeviceState* state_ = nullptr;
   RoutingParams own_routing_ = {};

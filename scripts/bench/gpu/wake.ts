@@ -1,12 +1,12 @@
 /**
  * How long after its counts are in host memory a dispatch's promise goes on.
  *
- * In: options. Out: figures. Called by bench.ts. The host cannot see both moments on one thread, so a worker reads the counts'
- * memory in a tight loop, where a value stands that no count is, and notes the time when it changes; the main thread notes the
- * time when `await dispatch()` goes on. Their difference is the figure: p50, and p99 beside it. The worker sees a change some 0.1 us
- * late, and the counts are stored before the word that says they are complete and that the library waits for: between the two
- * the device fences host memory, which counts against the library. What of the figure is the event loop's: `wake_asked` is the
- * same while the main thread asks the queue without pause, with no turn of the event loop between; `wake_turn` is a turn of it.
+ * In: options. Out: figures. Called by bench.ts. The host cannot see both moments on one thread, so a worker reads the first word
+ * that the device stores in a tight loop, where a value stands that no count is, and notes the time when it changes; the main
+ * thread notes the time when `await dispatch()` goes on. Their difference is the figure: p50, and p99 beside it. The worker sees
+ * a change some 0.1 us late; the words of the other counts come after the first, which counts against the library. What of the
+ * figure is the event loop's: `wake_asked` is the same while the main thread asks the queue without pause, with no turn of the
+ * event loop between; `wake_turn` is a turn of it.
  */
 import { setImmediate } from "node:timers";
 import type { EpBuffer } from "../../../mod.ts";
@@ -27,6 +27,8 @@ const TOKENS = 128;
 /** How long an operation is awaited of which turns of the event loop are counted: less than it is polled for each turn. */
 const LOOP_MS = 5;
 const ASKS = 200;
+/** Before the first kinds: a runtime compiles what it has run some thousand times. */
+const WARM_CALLS = 1000;
 
 /** The watcher. */
 class Watcher implements Disposable {
@@ -86,15 +88,21 @@ class Watcher implements Disposable {
 const at = (sorted: readonly number[], share: number): number =>
   sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))]!;
 
-/** The address that a buffer with one slot reads counts from. */
-async function countsAddress(buffer: EpBuffer, call: () => Promise<void>): Promise<bigint> {
-  const { device } = buffer.core, seen: bigint[] = [];
-  const original = device.hostRead;
+/**
+ * Where the device tells a buffer with one slot its counts: words of 64 bits, a number of the call above the count, which lie right
+ * before the counts that the library makes of them. Looked for, and seen to be what two dispatches have changed.
+ */
+async function wordsAddress(buffer: EpBuffer, call: () => Promise<void>): Promise<bigint> {
+  const { core } = buffer, { device } = core, seen: bigint[] = [], words: bigint[] = [];
+  const numCounts = BigInt(2 + core.numLocalExperts + core.numRanks), original = device.hostRead;
+  const word = new BigUint64Array(new ArrayBuffer(8));
   Object.defineProperty(device, "hostRead", {
     configurable: true,
     value: (address: bigint, into: ArrayBufferView) => {
-      seen.push(address);
+      seen.push(address - 8n * numCounts);
       original.call(device, address, into);
+      original.call(device, seen.at(-1)!, word);
+      words.push(word[0]!);
     },
   });
   try {
@@ -103,7 +111,10 @@ async function countsAddress(buffer: EpBuffer, call: () => Promise<void>): Promi
   } finally {
     delete (device as { hostRead?: unknown }).hostRead;
   }
-  if (seen.length !== 2 || seen[0] !== seen[1]) throw new Error(`the counts are at ${seen.join(" and ")}`);
+  const counts = words.map((word) => word & 0xffff_ffffn);
+  if (seen[0] !== seen[1] || counts.some((count) => count !== BigInt(TOKENS)) || words[1]! <= words[0]!) {
+    throw new Error(`the device's counts are not where they were looked for: ${words.join(" and ")}`);
+  }
   return seen[0]!;
 }
 
@@ -134,7 +145,7 @@ export async function wakePhase(report: Report, options: BenchOptions, samples: 
     using watcher = new Watcher();
     await watcher.start({ backend: device.backend, path: device.path });
     const now = monotonicNs(), word = Int32Array.of(SENTINEL);
-    const address = await countsAddress(buffer, async () => {
+    const address = await wordsAddress(buffer, async () => {
       const result = await buffer.dispatch(x, { topkIdx });
       await result.event;
       result.release();
@@ -158,7 +169,7 @@ export async function wakePhase(report: Report, options: BenchOptions, samples: 
     for (const [name, delayUs] of kinds) {
       if (delayUs > 0 && !ranks.hasGate) continue;
       const count = delayUs > 1000 ? Math.ceil(samples / 5) : samples, us: number[] = [];
-      for (let i = 0; i < 20; i++) await once(delayUs, name === "asked");
+      for (let i = 0; i < (delayUs > 0 ? 20 : WARM_CALLS); i++) await once(delayUs, name === "asked");
       for (let i = 0; i < count; i++) us.push(await once(delayUs, name === "asked"));
       const sorted = us.filter((one) => !Number.isNaN(one)).sort((a, b) => a - b);
       report.add({
@@ -177,9 +188,9 @@ export async function wakePhase(report: Report, options: BenchOptions, samples: 
     report.add({ ...facts, op: "wake_ask", us: ask });
   }
   report.say(
-    "  observed: from the first count in host memory (the word that completes them follows a fence later) to the promise; " +
-      "asked: the same, the queue asked without pause\n  turn: a turn of the event loop while an operation is awaited, which " +
-      "asks the queue once and runs one more callback; ask: asking the queue once",
+    "  observed: from the first count that the device has stored to the promise; asked: the same, the queue asked without " +
+      "pause\n  turn: a turn of the event loop while an operation is awaited, which asks the queue once and runs one more " +
+      "callback; ask: asking the queue once",
   );
   // The other way: the end of a barrier, awaited and asked for without pause. What awaiting adds is the difference of the two.
   const barrier = await wakeByBarrier(options, [0], () => buffer.barrier());
@@ -197,7 +208,7 @@ async function askedFor<T>(device: Device, promise: Promise<T>): Promise<T> {
   promise.then(note, note);
   for (const end = nowUs() + 5e6; !settled && nowUs() < end;) {
     for (let i = 0; i < 100 && !settled; i++) {
-      device.sweep();
+      device.poll();
       await undefined;
     }
   }
@@ -212,7 +223,7 @@ async function loopCosts(ranks: Ranks): Promise<{ turn: Spread; ask: Spread }> {
     let done = false, count = 0;
     const ended = event!.then(() => done = true);
     const asking = nowUs();
-    for (let ask = 0; ask < ASKS; ask++) device.sweep();
+    for (let ask = 0; ask < ASKS; ask++) device.poll();
     const begin = nowUs();
     asks.push((begin - asking) / ASKS);
     while (!done) {
