@@ -215,14 +215,10 @@ export class Core implements EventOwner, TensorOwner {
   }
 
   #mark(stream: Stream): EpEvent {
-    return new EpEvent(this, "event", 0, this.#recorded(stream));
-  }
-
-  #recorded(stream: Stream): bigint {
     const native = this.#event();
     eventStruct.pack({ stream: streamAddress("record an event", stream) });
     this.device.call("deepep_event_record", native, eventStruct, "event");
-    return native;
+    return new EpEvent(this, "event", 0, native);
   }
 
   /** Fields and event for an operation `op` that is about to be enqueued. */
@@ -288,15 +284,16 @@ export class Core implements EventOwner, TensorOwner {
     const address = streamAddress("launch a graph", stream);
     this.needsNoCapture("launch a graph");
     this.device.sweep();
-    const id = this.device.nextId();
+    const id = this.device.nextId(), native = this.#event();
     try {
-      args.pack({ stream: address, done_id: id });
+      args.pack({ stream: address, done_id: id, event: native });
       this.device.call("deepep_graph_launch", graph, args, "graph");
     } catch (error) {
       this.device.forget(id);
+      this.idleEvents.push(native);
       throw error;
     }
-    const event = new EpEvent(this, "graph", id, this.#recorded(stream));
+    const event = new EpEvent(this, "graph", id, native);
     this.#latest = { event, waits: address };
     return event;
   }

@@ -836,13 +836,16 @@ typedef struct deepep_graph_args {
   uint64_t graph;
   /* [in] launch: completion to queue when the replay has ended; 0 = none */
   uint64_t done_id;
+  /* [in] launch: event to record when the replay has ended, with the time; 0 = none */
+  uint64_t event;
 } deepep_graph_args;
-static_assert(sizeof(deepep_graph_args) == 32, "size");
+static_assert(sizeof(deepep_graph_args) == 40, "size");
 static_assert(offsetof(deepep_graph_args, size) == 0, "size");
 static_assert(offsetof(deepep_graph_args, reserved) == 4, "reserved");
 static_assert(offsetof(deepep_graph_args, stream) == 8, "stream");
 static_assert(offsetof(deepep_graph_args, graph) == 16, "graph");
 static_assert(offsetof(deepep_graph_args, done_id) == 24, "done_id");
+static_assert(offsetof(deepep_graph_args, event) == 32, "event");
 
 /* Arguments of deepep_get_dispatch_layout. */
 typedef struct deepep_dispatch_layout_args {
@@ -1594,7 +1597,8 @@ DEEPEP_API int32_t deepep_event_notify(uint64_t event, deepep_event_args* args, 
 DEEPEP_API int32_t deepep_event_destroy(uint64_t event, deepep_error* error);
 
 /* Time between the recorded points of two events, both of which must have been reached. Events of
- * deepep_event_record keep the time, unless that was captured; those of operations do not. Never blocks. */
+ * deepep_event_record and deepep_graph_launch keep the time, unless that was captured; those of operations do not.
+ * Never blocks. */
 DEEPEP_API int32_t deepep_event_elapsed(uint64_t event, deepep_event_elapsed_args* args, deepep_error* error);
 
 /* From now on operations on `stream` are recorded instead of run. They must be given no completion ids, and

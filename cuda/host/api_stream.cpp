@@ -221,9 +221,11 @@ int32_t deepep_event_query(uint64_t handle, deepep_event_args* args, deepep_erro
   return cross("query an event", DEEPEP_OP_COPY, error, [&](Call& call) {
     check(args);
     const auto event = find_event(call, handle);
-    reap(owner_of(event->owner));
+    const auto owner = owner_of(event->owner);
+    reap(owner);
     const auto record = event->latest();
     args->done = !record || record->done() ? 1 : 0;
+    if (record && args->done && !record->is_operation()) reap(owner);  // How a replay has ended is noted after its end.
     args->status = record && args->done ? record->status() : DEEPEP_OK;
   });
 }

@@ -109,10 +109,9 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   // itself has failed. True when it must look again soon.
   bool watch() noexcept;
 
-  // Queues `id` when the record is done, with its status, and keeps `needs` until then; an id of 0 does only that. The caller
-  // holds `mutex`.
-  void complete_when_done(std::shared_ptr<Record> record, uint64_t id, std::shared_ptr<void> needs = nullptr);
-  // Calls `done` when the record is done, or the buffer destroyed. The caller holds `mutex`.
+  // Queues `id` when the record is done, with its status. The caller holds `mutex`.
+  void complete_when_done(std::shared_ptr<Record> record, uint64_t id);
+  // Calls `done` when the record is done, or the buffer destroyed. The caller holds `mutex`, and has since it marked the record.
   void call_when_done(std::shared_ptr<Record> record, std::function<void()> done);
   // The failure with this id, or the latest for 0; nullptr when there is none.
   std::shared_ptr<const Status> status(uint64_t id);
@@ -170,6 +169,7 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   // Something that ends when a record is done.
   struct Watched {
     std::shared_ptr<Record> record = nullptr;
+    bool marked_last = false;  // after the records of all before it here that are of its stream
     uint64_t id = 0;
     std::shared_ptr<void> needs = nullptr;
     std::function<void()> done = nullptr;

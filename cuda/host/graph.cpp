@@ -74,6 +74,8 @@ void graph_launch(uint64_t id, deepep_graph_args& args) {
   buffer->enter();
   buffer->check_good();
   buffer->check_id(args.done_id, "done_id");
+  std::shared_ptr<Event> event;
+  if (args.event) event = find<Event>(Kind::event, args.event, "event");
   cudaStream_t stream = stream_of(args.stream, "stream");
   if (stream == buffer->comm()) stream = nullptr;
   if (buffer->present_capture() != 0 || (stream && capture_of(stream) != 0)) {
@@ -85,6 +87,7 @@ void graph_launch(uint64_t id, deepep_graph_args& args) {
   DEEPEP_CUDA("launch the graph", cudaGraphLaunch(graph->exec, buffer->comm()));
   ended->mark(buffer->comm(), 0);
   if (stream) ended->make_wait(stream, 0);
+  if (event) event->set(ended);
   buffer->note_replay(std::move(ended), args.done_id, graph, graph->num_collective);
 }
 

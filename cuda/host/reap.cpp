@@ -182,12 +182,16 @@ void Buffer::finish(Pending& op, std::shared_ptr<const Status> status, int32_t c
 
 void Buffer::poll_watched() {
   bool has_replay = false;
+  std::vector<unsigned long long> busy;  // streams that have not come to one of their records: nor to those marked later
   for (Watched& watched : watched_) {
+    const unsigned long long stream = watched.record->stream();
+    if (watched.marked_last && std::ranges::find(busy, stream) != busy.end()) continue;
     try {
       watched.ended = watched.record->done();
     } catch (const Rejected&) {
       watched.ended = true;  // CUDA has failed: nothing will come any more.
     }
+    if (!watched.ended) busy.push_back(stream);
     has_replay |= watched.ended && watched.is_replay;
   }
   // Once more: a replay that was not over at the last look may have failed since, and left its finding before its end.
@@ -202,7 +206,8 @@ void Buffer::poll_watched() {
     watched_.erase(watched_.begin() + static_cast<std::ptrdiff_t>(i));
   }
   for (Watched& watched : ended) {
-    const auto failure = watched.is_replay ? watched.failure : watched.record->failure();
+    if (watched.is_replay) watched.record->complete(watched.failure);
+    const auto failure = watched.record->failure();
     if (failure && watched.id != 0) statuses.keep(watched.id, 0, failure);
     watched.needs = nullptr;
     if (watched.done) watched.done();
@@ -220,14 +225,14 @@ std::shared_ptr<Record> Buffer::end_of(uint64_t done_id) {
   return ended;
 }
 
-void Buffer::complete_when_done(std::shared_ptr<Record> record, uint64_t id, std::shared_ptr<void> needs) {
-  watched_.push_back({.record = std::move(record), .id = id, .needs = std::move(needs)});
+void Buffer::complete_when_done(std::shared_ptr<Record> record, uint64_t id) {
+  watched_.push_back({.record = std::move(record), .id = id});
   note_pending();
   watchdog_wake();
 }
 
 void Buffer::call_when_done(std::shared_ptr<Record> record, std::function<void()> done) {
-  watched_.push_back({.record = std::move(record), .done = std::move(done)});
+  watched_.push_back({.record = std::move(record), .marked_last = true, .done = std::move(done)});
   note_pending();
   watchdog_wake();
 }
@@ -236,6 +241,7 @@ void Buffer::note_replay(std::shared_ptr<Record> ended, uint64_t done_id, std::s
                          uint64_t num_collective) {
   if (num_under_way() == 0) epoch_ = shown_epoch();  // Others may have started replays meanwhile.
   watched_.push_back({.record = std::move(ended),
+                      .marked_last = true,
                       .id = done_id,
                       .needs = std::move(graph),
                       .is_replay = true,

@@ -55,6 +55,8 @@ class Record {
   void complete(std::shared_ptr<const Status> failure);
 
   bool is_operation() const { return is_operation_; }
+  // That it was marked on, outside of captures; 0 = none. Streams have come to their records in the order of the marks.
+  unsigned long long stream() const { return stream_; }
   // Whether it was marked on the stream of that number, as far as the number tells: it may have been another one's before.
   bool is_marked_on(uint64_t stream) const { return stream != 0 && stream_number_ == stream; }
   cudaEvent_t event() const { return event_; }

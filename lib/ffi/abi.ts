@@ -534,6 +534,7 @@ export const structs = {
       ],
       graph: ["u64", "out", "end: the graph"],
       done_id: ["u64", "in", "launch: completion to queue when the replay has ended; 0 = none"],
+      event: ["u64", "in", "launch: event to record when the replay has ended, with the time; 0 = none"],
     },
   },
   deepep_dispatch_layout_args: {
@@ -940,7 +941,7 @@ export const functions = {
     args: [["event", "u64"], ["args", "deepep_event_elapsed_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc:
-      "Time between the recorded points of two events, both of which must have been reached. Events of deepep_event_record keep the time, unless that was captured; those of operations do not. Never blocks.",
+      "Time between the recorded points of two events, both of which must have been reached. Events of deepep_event_record and deepep_graph_launch keep the time, unless that was captured; those of operations do not. Never blocks.",
   },
   deepep_graph_begin: {
     args: [["buffer", "u64"], ["args", "deepep_graph_args"], ["error", "deepep_error"]],

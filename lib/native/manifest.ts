@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "e223c774f8104816ea1cc69cb1efc9b9579263b83254cc186db9ab77315f844f",
-    cuda: "f404d8321360fbf7fe0e6a7816ef3fd916c0df382841f7e7e6342f6e0541a319",
+    cpu: "b6051bfbf090a6ea50f479024f7957d52e06d5e55109de2b7b467873bb4055c6",
+    cuda: "03828d2c196027571e88a677b3e76390208c9aa016123342cd35eb479a29e768",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -30,11 +30,11 @@ export const manifest: Manifest = {
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "ff77a3a5eecea3e1f0cce6b086f3b48cada9746918921ec0b5c99e60b6f659b5",
+      sha256: "5e949598c4b20d05499a0ffa262c4fb3a2ae4107963183ec5db3dbc6c79326f8",
       bytes: 514480,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "f1e76978adb66d6899b601b69aa2fdf59732709301f974f50e87039e9beb75c9",
+      sha256: "c697ecff0eb8d2ddd0d4347f76bb8d8545ea7a942172839b1dd89d061c83d90b",
       bytes: 3066584,
     },
   },
