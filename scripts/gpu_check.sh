@@ -297,7 +297,7 @@ suite order tests/cuda_order_test.ts
 suite graph tests/cuda_graph_test.ts
 suite shape tests/cuda_graph_shape_test.ts
 suite decode tests/cuda_decode_test.ts DEEPEP_CUDA_TURN_SCALES=-1
-suite failure tests/cuda_failure_test.ts
+suite failure tests/cuda_failure_test.ts DEEPEP_CUDA_TURN_SCALES=11
 suite worker tests/cuda_worker_test.ts
 if wanted process; then
   [[ -n $with_mps ]] && start_mps
