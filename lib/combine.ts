@@ -65,7 +65,7 @@ export function combine(core: Core, y: Tensor, handle: DispatchHandle, o: Combin
 function enqueue(core: Core, y: Tensor, handle: DispatchHandle, o: CombineOptions): CombineResult {
   core.open("combine");
   if (!(handle instanceof DispatchHandle)) throw new TypeError("Cannot combine: handle is no handle of a dispatch");
-  const native = handle.use(core, "combine");
+  const { native } = handle.use(core, "combine");
   const hidden = checkShapes(core, y, handle, o);
   const { numTokens, numTopk, layout } = handle;
   const tokens = [numTokens, hidden], perEntry = [numTokens, numTopk];

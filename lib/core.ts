@@ -237,6 +237,7 @@ export class Core implements EventOwner, TensorOwner {
       throw new TypeError(`Cannot ${op}: previousEvent is no event`);
     }
     if (!captured) this.device.sweep();
+    const previous_event = previousEvent?.address ?? 0n;
     // A captured operation has no id by which its end could be found later.
     const native = captured ? this.#event() : 0n, id = captured ? 0 : this.device.nextId();
     this.#numCalls++;
@@ -245,7 +246,7 @@ export class Core implements EventOwner, TensorOwner {
       event: new EpEvent(this, op, captured ? "captured" : id, native),
       fields: {
         stream,
-        previous_event: previousEvent?.address ?? 0n,
+        previous_event,
         event: native,
         done_id: id,
         flags: flags | (options.asyncFinish ? constants.FLAG.ASYNC_FINISH[0] : 0),
@@ -284,7 +285,7 @@ export class Core implements EventOwner, TensorOwner {
     const address = streamAddress("launch a graph", stream);
     this.needsNoCapture("launch a graph");
     this.device.sweep();
-    const id = this.device.nextId(), native = this.#event();
+    const native = this.#event(), id = this.device.nextId();
     try {
       args.pack({ stream: address, done_id: id, event: native });
       this.device.call("deepep_graph_launch", graph, args, "graph");

@@ -215,7 +215,8 @@ function enqueue(core: Core, x: Payload, o: DispatchOptions) {
   const sync = o.cpuSync ?? (known === undefined && !core.captured);
   if (sync) core.needsNoCapture("dispatch with cpuSync");
   const slotWanted = core.wantSlot("dispatch");
-  const filled = cached === undefined ? core.routings.take(fields.num_tokens) : undefined;
+  const used = cached ?? core.routings.take(fields.num_tokens);
+  used.users++; // this call, until its result is: who released the handle meanwhile gives the routing to nobody else
   const counts_id = sync ? core.device.nextId() : 0;
   try {
     const operation = core.operation(
@@ -227,7 +228,7 @@ function enqueue(core: Core, x: Payload, o: DispatchOptions) {
     );
     const own = {
       layout: constants.LAYOUT[layout === "rank" ? "RANK" : "EXPERT"][0],
-      handle: cached ?? filled!.native,
+      handle: used.native,
       slot: slotWanted,
       expert_alignment: alignment,
       topk_weights,
@@ -236,10 +237,10 @@ function enqueue(core: Core, x: Payload, o: DispatchOptions) {
     };
     core.launch("deepep_dispatch", dispatchStruct, [own, fields, payload], operation);
     const facts = { layout, numTokens: fields.num_tokens, numTopk: fields.num_topk, expertAlignment: alignment };
-    return { operation, filled, known, sync, counts_id, facts };
+    return { operation, used, known, sync, counts_id, facts };
   } catch (error) {
     core.device.forget(counts_id);
-    if (filled) core.routings.give(filled);
+    core.routings.drop(used);
     throw error;
   }
 }
@@ -256,7 +257,7 @@ export async function dispatch<X extends Payload>(
     core.check(await core.status(sent.counts_id), sent.counts_id, "dispatch");
   } catch (error) {
     core.releaseSlot(taken.slot.index, taken.slot.hold);
-    if (sent.filled) core.routings.give(sent.filled);
+    core.routings.drop(sent.used);
     throw error;
   }
   return finish(core, x, o, sent, taken, readCounts(core, taken.out.host_counts));
@@ -283,15 +284,16 @@ function finish<X extends Payload>(
   core: Core,
   x: X,
   o: DispatchOptions,
-  { operation, filled, facts }: ReturnType<typeof enqueue>,
+  { operation, used, facts }: ReturnType<typeof enqueue>,
   { out, slot }: ReturnType<typeof take>,
   host: RecvCounts | undefined,
 ): DispatchResult<X> {
-  const handle = o.handle?.withSlot(slot, host) ?? new DispatchHandle(core, filled!, slot, {
+  const handle = o.handle?.withSlot(slot, host) ?? new DispatchHandle(core, used, slot, {
     ...facts,
     counts: host,
     topkIdxDtype: o.topkIdx?.dtype as "i32" | "i64" | undefined,
   });
+  core.routings.drop(used);
   return result(core, x, out, slot, operation.event, o, facts.layout, handle, host);
 }
 

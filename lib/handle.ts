@@ -43,6 +43,7 @@ export interface SharedRouting {
   readonly native: bigint;
   /** How many tokens it has room for. */
   readonly room: number;
+  /** Handles, graphs, and calls whose result is still awaited. */
   users: number;
 }
 
@@ -58,10 +59,13 @@ export class Routings {
     this.#core = core;
   }
 
-  /** A handle for so many tokens, without users. */
+  /** A handle for so many tokens, the smallest at rest that has the room. It has no users yet. */
   take(numTokens: number): SharedRouting {
-    const at = this.#idle.findLastIndex(({ room }) => room >= numTokens);
-    if (at >= 0) return this.#idle.splice(at, 1)[0]!;
+    const best = this.#idle.reduce<SharedRouting | undefined>(
+      (best, one) => one.room >= numTokens && one.room < (best?.room ?? Infinity) ? one : best,
+      undefined,
+    );
+    if (best) return this.#idle.splice(this.#idle.indexOf(best), 1)[0]!;
     // A power of two, so that it does for the next dispatch too.
     const { maxTokensPerRank, numTopk } = this.#core.options;
     const room = Math.min(maxTokensPerRank, 2 ** Math.ceil(Math.log2(Math.max(1, numTokens))));
@@ -70,13 +74,9 @@ export class Routings {
     return { native: handleStruct.get("handle"), room, users: 0 };
   }
 
-  /** One user less. */
+  /** One user less; after the last one the handle is at rest. */
   drop(routing: SharedRouting): void {
-    if (--routing.users === 0) this.give(routing);
-  }
-
-  /** Takes back a handle that nobody uses. */
-  give(routing: SharedRouting): void {
+    if (--routing.users > 0) return;
     if (this.#core.closed) return this.#free(routing);
     this.#idle.push(routing);
     if (this.#idle.length > this.#core.options.numSlots) this.#free(this.#idle.shift()!);
@@ -150,8 +150,8 @@ export class DispatchHandle implements Disposable {
     return this;
   }
 
-  /** @ignore The native handle, checked to belong to `core` and to be alive. */
-  use(core: Core, op: string): bigint {
+  /** @ignore The routing, checked to belong to `core` and to be alive. */
+  use(core: Core, op: string): SharedRouting {
     if (core !== this.#core) {
       throw new TypeError(`Cannot ${op}: the handle belongs to ${this.#core.label}, not to ${core.label}`);
     }
@@ -162,7 +162,7 @@ export class DispatchHandle implements Disposable {
       });
     }
     core.keeps(this.#routing);
-    return this.#routing.native;
+    return this.#routing;
   }
 
   /** @ignore The slot of the result while it is held, else -1. */

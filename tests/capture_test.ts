@@ -4,81 +4,16 @@
  */
 import { test } from "node:test";
 import { assert, assertEquals, assertRejects, assertThrows } from "@std/assert";
-import { EpError, type Tensor } from "@deepep/deepep";
-import { Core } from "../lib/core.ts";
-import type { Device } from "../lib/device.ts";
+import { EpError } from "@deepep/deepep";
 import { dispatch } from "../lib/dispatch.ts";
 import { constants } from "../lib/ffi/abi.ts";
-import type { StructCodec } from "../lib/ffi/struct.ts";
 import { capture } from "../lib/graph.ts";
-import { resolveOptions } from "../lib/plan.ts";
+import { fakeWorld } from "./support/fake_device.ts";
 
-const { FLAG, FEATURE } = constants;
-
-interface Call {
-  readonly name: string;
-  readonly self: bigint;
-  readonly args: Record<string, number | bigint | string>;
-}
-
-/** A library that answers every call with fresh objects, and fails those that `refuse` names. */
-class FakeDevice {
-  readonly backend = "cuda";
-  readonly calls: Call[] = [];
-  refuse = "";
-  #next = 256n;
-  #id = 0n;
-
-  call(name: string, self: bigint, args: StructCodec): void {
-    const values = args.read() as Record<string, number | bigint | string>;
-    this.calls.push({ name, self, args: values });
-    if (name === this.refuse) throw new EpError(`${name} is refused`, { code: "invalidArgument", op: "test" });
-    const set = args.set as (field: string, value: number | bigint) => void;
-    for (const field of ["stream", "event", "handle", "address", "graph"]) {
-      if (values[field] === 0n && !/dispatch|combine|begin|wait|query/.test(name)) set(field, this.#next += 256n);
-    }
-    if (name === "deepep_buffer_get_info") {
-      set("num_ranks", 2);
-      set("num_local_experts", 2);
-      set("free_slots", 0b10);
-    }
-    if (name === "deepep_dispatch") set("max_rows", 8);
-  }
-  end(name: string, self: bigint): void {
-    this.calls.push({ name, self, args: {} });
-  }
-  capabilities() {
-    return { features: FEATURE.NORMAL[0] | FEATURE.GRAPHS[0] };
-  }
-  nextId(): bigint {
-    return ++this.#id;
-  }
-  forget(): void {}
-  sweep(): void {}
-  hasCompleted(): boolean {
-    return false;
-  }
-  statusOf(): number {
-    return 0;
-  }
-  completed(): Promise<number> {
-    return Promise.resolve(0);
-  }
-  /** The calls of a name since the last look. */
-  of(name: string): Call[] {
-    return this.calls.filter((call) => call.name === name);
-  }
-}
-
-function world(): { device: FakeDevice; core: Core; x: Tensor<"bf16">; topkIdx: Tensor<"i32"> } {
-  const device = new FakeDevice();
-  const options = resolveOptions({ hidden: 16, numExperts: 4, numTopk: 2, maxTokensPerRank: 4, maxRecvTokens: 8 }, 2);
-  const core = new Core(device as unknown as Device, 7n, options);
-  return { device, core, x: core.alloc("bf16", [4, 16]), topkIdx: core.alloc("i32", [4, 2]) };
-}
+const { FLAG } = constants;
 
 test("captured operations have no ids, name a free slot, and take their shapes from the capacity", () => {
-  const { device, core, x, topkIdx } = world();
+  const { device, core, x, topkIdx } = fakeWorld();
   const graph = capture(core, core.stream, (operations) => {
     const recv = operations.dispatch(x, { topkIdx });
     return { recv, out: operations.combine(recv.x, recv.handle) };
@@ -94,7 +29,7 @@ test("captured operations have no ids, name a free slot, and take their shapes f
 });
 
 test("a launch completes with an id, on the captured stream unless told otherwise", async () => {
-  const { device, core, x, topkIdx } = world();
+  const { device, core, x, topkIdx } = fakeWorld();
   const graph = capture(core, core.stream, (operations) => operations.dispatch(x, { topkIdx }));
   await graph.launch();
   const other = core.createStream();
@@ -109,7 +44,7 @@ test("a launch completes with an id, on the captured stream unless told otherwis
 });
 
 test("a graph is not launched over memory that was given back, and keeps the routing it needs", async () => {
-  const { device, core, x, topkIdx } = world();
+  const { device, core, x, topkIdx } = fakeWorld();
   using graph = capture(core, core.stream, (operations) => operations.dispatch(x, { topkIdx }));
   topkIdx.release();
   assertThrows(() => graph.launch(), EpError, "given back by tensor.release()");
@@ -125,7 +60,7 @@ test("a graph is not launched over memory that was given back, and keeps the rou
 });
 
 test("a slot that is released in a capture goes to its later calls, then stays with the graph", () => {
-  const { device, core, x, topkIdx } = world();
+  const { device, core, x, topkIdx } = fakeWorld();
   const graph = capture(core, core.stream, (operations) => {
     for (let i = 0; i < 3; i++) operations.dispatch(x, { topkIdx }).release();
   });
@@ -139,7 +74,7 @@ test("a slot that is released in a capture goes to its later calls, then stays w
 });
 
 test("a capture that fails ends, releases what it made, and tells no peer", () => {
-  const { device, core, x, topkIdx } = world();
+  const { device, core, x, topkIdx } = fakeWorld();
   const failing: [RegExp, (() => unknown)][] = [
     [/my own/, () => {
       throw new Error("my own");
@@ -176,7 +111,7 @@ test("a capture that fails ends, releases what it made, and tells no peer", () =
 });
 
 test("what a replay could not repeat is refused", async () => {
-  const { core, x, topkIdx } = world();
+  const { core, x, topkIdx } = fakeWorld();
   const refused = (record: Parameters<typeof capture>[2], message: string) =>
     assertThrows(() => capture(core, core.stream, record), Error, message);
   refused(
@@ -206,7 +141,7 @@ test("what a replay could not repeat is refused", async () => {
 });
 
 test("memory that is given back in a capture goes in the order of its stream, for which nothing outside can wait", () => {
-  const { device, core, x } = world();
+  const { device, core, x } = fakeWorld();
   core.barrier({ asyncFinish: true });
   const address = x.address;
   using _graph = capture(core, core.stream, (operations) => {
@@ -221,7 +156,7 @@ test("memory that is given back in a capture goes in the order of its stream, fo
 });
 
 test("closing a buffer destroys its graphs first", async () => {
-  const { device, core } = world();
+  const { device, core } = fakeWorld();
   capture(core, core.stream, (operations) => void operations.barrier());
   await core.close();
   const ends = device.calls.map((call) => call.name).filter((name) => /destroy/.test(name));

@@ -15,6 +15,8 @@ import {
   type Tensor,
 } from "@deepep/deepep";
 import { bytesOf } from "../lib/dtype.ts";
+import { constants } from "../lib/ffi/abi.ts";
+import { struct } from "../lib/ffi/struct.ts";
 import { type RankOutput, referenceCombine, referenceDispatch, type RowLayout } from "../lib/reference/mod.ts";
 import { assertCombined, assertDispatched } from "./support/compare.ts";
 import { noCudaGraphs, noCudaLowLatency } from "./support/cuda.ts";
@@ -24,6 +26,7 @@ import { ranksOf, reasonOf, tiny } from "./support/ranks.ts";
 import { replayCount, suite } from "./support/suite.ts";
 import { makeWorld, type TestWorld, type WorldSpec } from "./support/worlds.ts";
 
+const eventStruct = struct("deepep_event_args");
 const spec: WorldSpec = {
   name: "replayed",
   numRanks: 4,
@@ -373,8 +376,11 @@ suite("cuda: graphs", noCudaGraphs, () => {
         }
       };
       await right();
-      const reason = await reasonOf(parts[0]!.graph.launch());
+      const replay = parts[0]!.graph.launch(), reason = await reasonOf(replay);
       assert(reason instanceof EpError && reason.code === "timeout" && reason.peer === 1, String(reason));
+      eventStruct.pack({});
+      all[0]!.core.device.call("deepep_event_query", replay.address, eventStruct, "event");
+      assertEquals([eventStruct.get("done"), eventStruct.get("status")], [1, constants.ERROR.TIMEOUT[0]]);
       assert(await reasonOf(parts[0]!.graph.results.x.read()) instanceof EpError);
       assertEquals(all[0]!.failed, true);
       await Promise.all(all.map((b) => b.recover()));

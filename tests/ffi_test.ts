@@ -207,6 +207,37 @@ test("a status can be asked for late, twice, or never", { skip: noCompiler }, as
   assertEquals(completions.numInFlight, 0);
 });
 
+test("a queue that nobody waits for is read now and then, and stays short", async () => {
+  const queued: number[] = [];
+  let reads = 0, longest = 0;
+  const drain = (out: Uint8Array, capacity: number): number => {
+    const view = new DataView(out.buffer, out.byteOffset), taken = queued.splice(0, capacity);
+    reads++;
+    taken.forEach((id, i) => {
+      view.setBigUint64(16 * i, BigInt(id), true);
+      view.setInt32(16 * i + 8, 0, true);
+    });
+    return taken.length;
+  };
+  await using completions = new Completions({ drain });
+  const call = (): void => {
+    completions.sweep();
+    queued.push(completions.nextId());
+    longest = Math.max(longest, queued.length);
+  };
+  for (let i = 0; i < 1000; i++) call();
+  assert(longest <= 64 && reads <= 1000 / 16, `${longest} at most, ${reads} reads`);
+  const slow = Array.from({ length: 300 }, () => completions.nextId()); // under way all the time
+  reads = longest = 0;
+  for (let i = 0; i < 1000; i++) call();
+  assert(longest <= 2 * 300 + 64 && reads <= 20, `${longest} at most, ${reads} reads`);
+  for (const id of slow) completions.forget(id);
+  completions.poll();
+  longest = 0;
+  for (let i = 0; i < 1000; i++) call();
+  assert(longest <= 64, `${longest} at most`);
+});
+
 test("an id that will not come is no endless wait", { skip: noCompiler }, async () => {
   const library = await openFake();
   const completions = completionsOf(library, { spinMs: 0 });

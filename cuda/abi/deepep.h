@@ -771,8 +771,9 @@ typedef struct deepep_event_create_args {
   uint32_t size;
   /* [in] 0 */
   uint32_t reserved;
-  /* [in] mark the end of the buffer's operation with this id, as if it had been given the event; done at once where
-   * no such operation is under way. 0 = none: done until it is recorded */
+  /* [in] mark the end of the buffer's operation with this id, no copy and no replay, as if it had been given the
+   * event; done at once where none such is under way, with its status as long as deepep_get_status has the record. 0
+   * = none: done until it is recorded */
   uint64_t done_id;
   /* [out] the event */
   uint64_t event;

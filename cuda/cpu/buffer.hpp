@@ -104,7 +104,7 @@ class Buffer : public BufferBase, public std::enable_shared_from_this<Buffer> {
   uint64_t epoch = 0;  // under mutex: collective calls enqueued so far
 
   // Runs `work` in order on the communication stream: first waits for previous_event, or for the present work of `stream`,
-  // and for the earlier readers of slots that this call took; then works; then completes the record that `event` names,
+  // and for the earlier readers of slots that this call took; then works; then completes its record, which `event` may name,
   // queues the ids, and unless ASYNC_FINISH `stream` waits for all that. Failures are kept for deepep_get_status.
   //   collective    takes the next epoch. A receive half passes false and the epoch of its send half.
   //   counts_id     queued by Operation::counts_ready, or at the end.
@@ -144,7 +144,8 @@ class Buffer : public BufferBase, public std::enable_shared_from_this<Buffer> {
   uint64_t masked_next_ = 0;         // what `masked` will be when the work enqueued so far has ended
   uint64_t generation_ = 0;          // recoveries so far
   uint64_t num_pending_ = 0;         // operations enqueued and not ended
-  std::unordered_map<uint64_t, std::shared_ptr<Record>> ends_;  // of those with a done_id, by it
+  uint64_t num_records_ = 0;         // operations enqueued, ever
+  std::unordered_map<uint64_t, std::shared_ptr<Record>> ends_;  // of the pending ones with a done_id, by it
   int32_t failed_peer_ = -1;
   Failure first_failure_;            // what made the buffer fail; of use while `failed`
   std::vector<std::shared_ptr<Stream>> streams_;

@@ -73,7 +73,7 @@ uint64_t Buffer::enqueue(int32_t op_kind, const StreamFields& fields, bool colle
                   .failure = {}};
   auto record = std::make_shared<Record>();
   record->ends_on = comm_.get();
-  if (fields.done_id != 0) ends_[fields.done_id] = record;  // finish() needs `mutex` to take it out again
+  record->nth = ++num_records_;
   const bool pushed = comm_->push(
       [this, op = std::move(op), work = std::move(work), waits = std::move(waits), record, borrowed_slot]() mutable {
         // Pairs with the caller's stream, its event, or the releaser of a slot: each completes by itself (stream.hpp).
@@ -87,6 +87,7 @@ uint64_t Buffer::enqueue(int32_t op_kind, const StreamFields& fields, bool colle
   if (!pushed) reject(DEEPEP_ERROR_CLOSED, "the buffer was destroyed");
 
   num_pending_ += 1;
+  if (fields.done_id != 0) ends_[fields.done_id] = record;  // finish() needs `mutex` to take it out again
   if (collective) epoch = this_epoch;
   slots.hold_taken(op_kind, this_epoch, borrowed_slot);
   if (event) event->set(record);

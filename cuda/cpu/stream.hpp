@@ -47,9 +47,10 @@ class Record {
   // Calls `watcher` once: now when the record is done, else from complete(). It must neither throw nor block.
   void watch(Watcher watcher);
 
-  // The stream whose work ends here, if it is known: its records complete in the order in which they were enqueued, so who
-  // waits for a later one need not wait for the earlier ones. Set before the record is shared.
+  // The stream whose work ends here, if it is known, and the how many-th of its records this is: they complete in this order,
+  // so who waits for a later one need not wait for the earlier ones. Set before the record is shared.
   const void* ends_on = nullptr;
+  uint64_t nth = 0;
 
  private:
   std::atomic<bool> done_{false};

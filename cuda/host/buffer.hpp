@@ -85,7 +85,7 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
 
   // Enqueues an operation behind the one before: on `stream` itself where that is this buffer's and waits for the operation,
   // else on the communication stream. First makes it wait for previous_event, or for the present work of `stream`, and for the
-  // earlier readers of slots that this call took; then launches; then marks the record that `event` names, and unless
+  // earlier readers of slots that this call took; then launches; then marks its record, which `event` may name, and unless
   // ASYNC_FINISH makes `stream` wait for all that. The ids are queued by reap(). On a stream that is captured
   // all this is recorded. Returns the operation's epoch as far as the host knows. Rejects with NEEDS_RECOVERY, CLOSED or
   // INVALID_ARGUMENT, and has then enqueued nothing. The caller holds `mutex`.
@@ -111,7 +111,7 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
 
   // Queues `id` when the record is done, with its status. The caller holds `mutex`.
   void complete_when_done(std::shared_ptr<Record> record, uint64_t id);
-  // Calls `done` when the record is done, or the buffer destroyed. The caller holds `mutex`, and has since it marked the record.
+  // Calls `done` when the record is done, or the buffer destroyed. The caller holds `mutex`, as when it marked the record.
   void call_when_done(std::shared_ptr<Record> record, std::function<void()> done);
   // The failure with this id, or the latest for 0; nullptr when there is none.
   std::shared_ptr<const Status> status(uint64_t id);

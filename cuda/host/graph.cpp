@@ -87,8 +87,8 @@ void graph_launch(uint64_t id, deepep_graph_args& args) {
   DEEPEP_CUDA("launch the graph", cudaGraphLaunch(graph->exec, buffer->comm()));
   ended->mark(buffer->comm(), 0);
   if (stream) ended->make_wait(stream, 0);
-  if (event) event->set(ended);
-  buffer->note_replay(std::move(ended), args.done_id, graph, graph->num_collective);
+  buffer->note_replay(ended, args.done_id, graph, graph->num_collective);
+  if (event) event->set(std::move(ended));  // Whoever asks now finds the replay noted.
 }
 
 void graph_destroy(uint64_t id) { retire(Kind::graph, id, "graph"); }

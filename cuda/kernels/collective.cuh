@@ -161,10 +161,12 @@ __device__ inline void call_end(const CallParams& p, CallShared& s, const CallEn
   const bool tells = p.seq != 0 || s.code != 0 || s.skipped;
   const bool is_dispatch = p.op == DEEPEP_OP_DISPATCH || p.op == DEEPEP_OP_LOW_LATENCY_DISPATCH;
   const uint32_t kind = is_dispatch ? 0 : 1;
-  for (uint32_t rank = lane; tells && end.needs_peers && rank < p.options.num_ranks; rank += kWarpLanes) {
-    p.host->wait_ns[kind * p.options.num_ranks + rank] = load_relaxed_gpu(&p.state->wait_ns[kind][rank]);
+  if (tells) {
+    for (uint32_t rank = lane; end.needs_peers && rank < p.options.num_ranks; rank += kWarpLanes) {
+      p.host->wait_ns[kind * p.options.num_ranks + rank] = load_relaxed_gpu(&p.state->wait_ns[kind][rank]);
+    }
+    __syncwarp();  // Not where nothing is told: for lanes that come apart it is a jump to code that nobody has fetched.
   }
-  __syncwarp();
   if (lane != 0) return;
   DeviceState& state = *p.state;
   HostState& host = *p.host;
@@ -187,13 +189,19 @@ __device__ inline void call_end(const CallParams& p, CallShared& s, const CallEn
   for (uint64_t& arrivals : state.arrivals) arrivals = s.meeting;
   if (end.collective) state.epoch = s.epoch;
   if (!tells) return;
-  host.epoch = state.epoch;
-  host.masked = state.masked;
-  host.num_dispatches = load_relaxed_gpu(&state.num_dispatches);
-  host.num_combines = load_relaxed_gpu(&state.num_combines);
-  host.rows_sent = load_relaxed_gpu(&state.rows_sent);
-  host.bytes_sent = load_relaxed_gpu(&state.bytes_sent);
-  host.rows_pulled = load_relaxed_gpu(&state.rows_pulled);
+  // All are read before the first is stored: one after another they would be a trip to the L2 cache each.
+  const uint64_t epoch = load_relaxed_gpu(&state.epoch), masked = load_relaxed_gpu(&state.masked);
+  const uint64_t num_dispatches = load_relaxed_gpu(&state.num_dispatches);
+  const uint64_t num_combines = load_relaxed_gpu(&state.num_combines);
+  const uint64_t rows_sent = load_relaxed_gpu(&state.rows_sent), bytes_sent = load_relaxed_gpu(&state.bytes_sent);
+  const uint64_t rows_pulled = load_relaxed_gpu(&state.rows_pulled);
+  host.epoch = epoch;
+  host.masked = masked;
+  host.num_dispatches = num_dispatches;
+  host.num_combines = num_combines;
+  host.rows_sent = rows_sent;
+  host.bytes_sent = bytes_sent;
+  host.rows_pulled = rows_pulled;
   if (s.code != 0) {
     host.findings[state.num_failures % kNumFailuresKept] = finding;
     state.num_failures += 1;

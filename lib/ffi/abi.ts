@@ -493,7 +493,7 @@ export const structs = {
       done_id: [
         "u64",
         "in",
-        "mark the end of the buffer's operation with this id, as if it had been given the event; done at once where no such operation is under way. 0 = none: done until it is recorded",
+        "mark the end of the buffer's operation with this id, no copy and no replay, as if it had been given the event; done at once where none such is under way, with its status as long as deepep_get_status has the record. 0 = none: done until it is recorded",
       ],
       event: ["u64", "out", "the event"],
     },

@@ -135,9 +135,7 @@ export class Completions implements AsyncDisposable {
    * waits stays bounded, at next to no cost for each call.
    */
   sweep(): void {
-    if (this.#inFlight.size < this.#sweepAt) return;
-    this.poll();
-    this.#sweepAt = Math.max(LEAST_SWEPT, 2 * this.#inFlight.size);
+    if (this.#inFlight.size >= this.#sweepAt) this.poll();
   }
 
   /** Takes what has completed off the queue. */
@@ -153,6 +151,7 @@ export class Completions implements AsyncDisposable {
       }
       if (taken > 0) this.#freshAt = performance.now();
     }
+    this.#sweepAt = Math.max(LEAST_SWEPT, 2 * this.#inFlight.size);
     if (taken < 0) this.#giveUp(-taken); // the queue is gone
   }
 

@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "b6051bfbf090a6ea50f479024f7957d52e06d5e55109de2b7b467873bb4055c6",
-    cuda: "03828d2c196027571e88a677b3e76390208c9aa016123342cd35eb479a29e768",
+    cpu: "a59c4a01a2096f339889690c10caaf483dc0d417e7026b8c3c4d65232bfe7ad1",
+    cuda: "8e105246b80b5fe08ae6a040deab1653d56e4544332f6ca31dea287f3045832c",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -30,11 +30,11 @@ export const manifest: Manifest = {
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "5e949598c4b20d05499a0ffa262c4fb3a2ae4107963183ec5db3dbc6c79326f8",
+      sha256: "873c5c5c95fc4beadabb8bd50a3285ca5ea9f469ecbbb336d39bcd4153ab5160",
       bytes: 514480,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "c697ecff0eb8d2ddd0d4347f76bb8d8545ea7a942172839b1dd89d061c83d90b",
+      sha256: "97b12c067c8e8c242d9331980b98a653faf3df7e8a56cf2ab41ef0fe24318cb6",
       bytes: 3066584,
     },
   },

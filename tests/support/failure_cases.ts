@@ -48,7 +48,7 @@ async function normalLayer(b: EpBuffer, gone: readonly number[] = [], call: Oper
   await check(b, x, out.x, gone, (t) => destinations(b.rank, t, b.numRanks, gone));
 }
 
-/** The same in low-latency mode with weights 1: a row per entry. With `cast` rows travel as FP8, which loses nothing of them. */
+/** The same in low-latency mode with weights 1: a row per entry. With `cast` rows travel as FP8, and lose nothing by it. */
 async function lowLatencyLayer(
   b: EpBuffer,
   gone: readonly number[] = [],

@@ -85,6 +85,33 @@ export function runOrderCases({ name, backend, skip }: BackendSubject): void {
       });
     });
 
+    test("a stream that waits for two operations waits for the later one, in whichever order it was told", async () => {
+      const turns = [Promise.withResolvers<void>(), Promise.withResolvers<void>()];
+      await ranks(NUM_RANKS, {}, async (b) => {
+        if (b.rank === 1) await turns[0]!.promise;
+        const first = b.barrier({ asyncFinish: true });
+        if (b.rank === 1) await turns[1]!.promise;
+        const second = b.barrier({ asyncFinish: true });
+        if (b.rank === 0) {
+          const others = [[first, second], [second, first], [second], [first]].map((events) => {
+            const other = b.createStream();
+            for (const event of events) event.wait(other);
+            return { other, point: b.record(other) };
+          });
+          turns[0]!.resolve();
+          await first;
+          await others[3]!.point;
+          assertEquals(others.map(({ point }) => point.done), [false, false, false, true]); // rank 1 has called once
+          turns[1]!.resolve();
+          for (const { other, point } of others) {
+            await point;
+            await b.destroyStream(other);
+          }
+        }
+        await second;
+      });
+    });
+
     test("a native event of an operation tells how it ended, made before or after", async () => {
       await ranks(1, {}, async (b) => {
         const query = (event: bigint) => {

@@ -153,6 +153,61 @@ function otherCases(ranks: Ranks): void {
     });
   });
 
+  test("a routing is filled anew when nobody uses it any more, and not before", async () => {
+    await ranks(2, { numSlots: 4 }, async (b) => {
+      using x = rows(b, 1), toBoth = topk(b), toFirst = b.tensor("i32", [2, 2], Int32Array.of(0, 1, -1, -1));
+      type Received = Awaited<ReturnType<typeof blind>>;
+      const blind = (topkIdx: Tensor) => b.dispatch(x as Tensor<"bf16">, { topkIdx, cpuSync: false });
+      const sums = async ({ x: y, handle }: Received) => {
+        using out = await b.combine(y, handle);
+        return [...await out.x.read()].filter((_, i) => i % 16 === 0);
+      };
+      const TWO = 0x4000, both = [TWO, TWO], first = [ONE, 0];
+      for (let round = 0; round < 3; round++) {
+        const early = await blind(toBoth);
+        const pending = b.dispatch(x as Tensor<"bf16">, { handle: early.handle }); // waits for its counts
+        early.release();
+        using between = await blind(toFirst);
+        using late = await pending;
+        assertEquals([await sums(late), await sums(between)], [both, first]);
+        late.release();
+        using again = await blind(toBoth), other = await blind(toFirst);
+        assertEquals([await sums(again), await sums(other), await sums(between)], [both, first, first]);
+      }
+      // A failed dispatch leaves no routing to who fills its handle next.
+      for (const topkIdx of [toBoth, toFirst]) {
+        using bad = b.tensor("i32", [2, 2], Int32Array.of(0, 99, 0, 0));
+        using failed = await blind(bad);
+        assert(await reasonOf(failed.event) instanceof EpError);
+        failed.release();
+        using next = await blind(topkIdx);
+        assertEquals(await sums(next), topkIdx === toBoth ? both : first);
+      }
+    });
+  });
+
+  test("what was recorded on a stream ends in its order, however it is asked for", async () => {
+    const turn = Promise.withResolvers<void>();
+    await ranks(2, {}, async (b, rank) => {
+      await b.record();
+      const before = b.record();
+      await b.record();
+      if (rank === 1) await turn.promise;
+      const barrier = b.barrier();
+      if (rank === 0) { // whose stream stands behind the barrier, since rank 1 has not called
+        using source = rows(b, 3), freed = rows(b, 1);
+        freed.release();
+        const copied = source.read(), after = b.record();
+        await before;
+        assertEquals([before.done, after.done], [true, false]);
+        turn.resolve();
+        assertEquals((await copied)[0], 0x4040);
+        await after;
+      }
+      await barrier;
+    });
+  });
+
   test("a failure that is asked for after close keeps its code", async () => {
     await ranks(2, { timeoutMs: 100 }, async (b, rank) => {
       if (rank === 1) return;

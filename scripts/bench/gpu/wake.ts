@@ -1,12 +1,12 @@
 /**
  * How long after its counts are in host memory a dispatch's promise goes on.
  *
- * In: options. Out: figures. Called by bench.ts. The host cannot see both moments on one thread, so a worker reads the first word
- * that the device stores in a tight loop, where a value stands that no count is, and notes the time when it changes; the main
- * thread notes the time when `await dispatch()` goes on. Their difference is the figure: p50, and p99 beside it. The worker sees
- * a change some 0.1 us late; the words of the other counts come after the first, which counts against the library. What of the
- * figure is the event loop's: `wake_asked` is the same while the main thread asks the queue without pause, with no turn of the
- * event loop between; `wake_turn` is a turn of it.
+ * In: options. Out: figures. Called by bench.ts. The host cannot see both moments on one thread, so a worker reads the first
+ * word that the device stores in a tight loop, where a value stands that no count is, and notes the time when it changes; the
+ * main thread notes the time when `await dispatch()` goes on. Their difference is the figure: p50, and p99 beside it. The worker
+ * sees a change some 0.1 us late; the words of the other counts come after the first, which counts against the library. What of
+ * the figure is the event loop's: `wake_asked` is the same while the main thread asks the queue without pause, with no turn of
+ * the event loop between; `wake_turn` is a turn of it.
  */
 import { setImmediate } from "node:timers";
 import type { EpBuffer } from "../../../mod.ts";
@@ -89,8 +89,8 @@ const at = (sorted: readonly number[], share: number): number =>
   sorted[Math.min(sorted.length - 1, Math.floor(share * sorted.length))]!;
 
 /**
- * Where the device tells a buffer with one slot its counts: words of 64 bits, a number of the call above the count, which lie right
- * before the counts that the library makes of them. Looked for, and seen to be what two dispatches have changed.
+ * Where the device tells a buffer with one slot its counts: words of 64 bits, a number of the call above the count, which lie
+ * right before the counts that the library makes of them. Looked for, and seen to be what two dispatches have changed.
  */
 async function wordsAddress(buffer: EpBuffer, call: () => Promise<void>): Promise<bigint> {
   const { core } = buffer, { device } = core, seen: bigint[] = [], words: bigint[] = [];

@@ -1,0 +1,54 @@
+/**
+ * Which native routing handles dispatches make, use again and free. In: a library that only notes its calls. That results are
+ * right meanwhile is shown by the ownership cases of each backend.
+ */
+import { test } from "node:test";
+import { assertEquals } from "@std/assert";
+import { dispatch } from "../lib/dispatch.ts";
+import { fakeWorld } from "./support/fake_device.ts";
+
+test("a handle is made with some room, and used again by dispatches that fit", async () => {
+  const { device, core, topkIdx, x } = fakeWorld();
+  const take = async (tokens: number) =>
+    (await dispatch(core, x.slice(0, tokens), { topkIdx: topkIdx.slice(0, tokens), cpuSync: false })).release();
+  for (const tokens of [1, 1, 3, 4, 2, 1]) await take(tokens);
+  const rooms = device.of("deepep_handle_create").map(({ args }) => [args.num_tokens, args.num_topk]);
+  assertEquals(rooms, [[1, 2], [4, 2]]);
+  const [small, large] = device.of("deepep_dispatch").filter((_, i) => i === 0 || i === 2).map(({ args }) =>
+    args.handle
+  );
+  assertEquals(device.of("deepep_dispatch").map(({ args }) => args.handle), [small, small, large, large, large, small]);
+});
+
+test("handles at rest are no more than slots, and go with the buffer", async () => {
+  const { device, core, x, topkIdx } = fakeWorld();
+  const kept = [];
+  for (let i = 0; i < 5; i++) {
+    const result = await dispatch(core, x, { topkIdx, cpuSync: false });
+    kept.push(result.handle.keep());
+    result.release();
+  }
+  const freed = () => device.of("deepep_handle_destroy").map(({ self }) => self);
+  const made = device.of("deepep_dispatch").map(({ args }) => args.handle);
+  assertEquals([new Set(made).size, freed().length], [5, 0]);
+  for (const handle of kept.slice(0, 4)) handle.release();
+  assertEquals(freed(), made.slice(0, 4 - core.options.numSlots));
+  await core.close();
+  assertEquals(freed().length, 4);
+  kept[4]!.release();
+  assertEquals(freed().toSorted(), made.toSorted());
+});
+
+test("who awaits a dispatch uses its routing, whoever releases the handle meanwhile", async () => {
+  const { device, core, x, topkIdx } = fakeWorld();
+  const first = await dispatch(core, x, { topkIdx, cpuSync: false });
+  const pending = dispatch(core, x, { handle: first.handle }); // awaits its counts
+  first.release();
+  const between = await dispatch(core, x, { topkIdx, cpuSync: false });
+  (await pending).release();
+  const after = await dispatch(core, x, { topkIdx, cpuSync: false });
+  const [a, b, c, d] = device.of("deepep_dispatch").map(({ args }) => args.handle);
+  assertEquals([b === a, c === a, d === a], [true, false, true]);
+  between.release();
+  after.release();
+});
