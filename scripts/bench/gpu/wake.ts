@@ -90,19 +90,20 @@ const at = (sorted: readonly number[], share: number): number =>
 
 /**
  * Where the device tells a buffer with one slot its counts: words of 64 bits, a number of the call above the count, which lie
- * right before the counts that the library makes of them. Looked for, and seen to be what two dispatches have changed.
+ * right before the counts that the library makes of them; on the cpu backend these counts themselves. Looked for, and seen to be
+ * what two dispatches have changed.
  */
 async function wordsAddress(buffer: EpBuffer, call: () => Promise<void>): Promise<bigint> {
-  const { core } = buffer, { device } = core, seen: bigint[] = [], words: bigint[] = [];
-  const numCounts = BigInt(2 + core.numLocalExperts + core.numRanks), original = device.hostRead;
-  const word = new BigUint64Array(new ArrayBuffer(8));
+  const { core } = buffer, { device } = core, original = device.hostRead, isCpu = buffer.backend === "cpu";
+  const before = isCpu ? 0n : 8n * BigInt(2 + core.numLocalExperts + core.numRanks);
+  const seen: { address: bigint; count: number; call: number }[] = [], word = new Int32Array(new ArrayBuffer(8));
   Object.defineProperty(device, "hostRead", {
     configurable: true,
-    value: (address: bigint, into: ArrayBufferView) => {
-      seen.push(address - 8n * numCounts);
-      original.call(device, address, into);
-      original.call(device, seen.at(-1)!, word);
-      words.push(word[0]!);
+    value: (counts: bigint, into: ArrayBufferView) => {
+      original.call(device, counts, into);
+      const address = counts - before;
+      original.call(device, address, word);
+      seen.push({ address, count: word[0]!, call: word[1]! });
     },
   });
   try {
@@ -111,12 +112,15 @@ async function wordsAddress(buffer: EpBuffer, call: () => Promise<void>): Promis
   } finally {
     delete (device as { hostRead?: unknown }).hostRead;
   }
-  const counts = words.map((word) => word & 0xffff_ffffn);
-  if (seen[0] !== seen[1] || counts.some((count) => count !== BigInt(TOKENS)) || words[1]! <= words[0]!) {
-    throw new Error(`the device's counts are not where they were looked for: ${words.join(" and ")}`);
+  const [first, second] = seen;
+  const found = first?.address === second?.address && seen.every(({ count }) => count === TOKENS) &&
+    (isCpu || second!.call > first!.call);
+  if (!first || !found) {
+    throw new Error(`the device's counts are not where they were looked for: ${JSON.stringify(seen, show)}`);
   }
-  return seen[0]!;
+  return first.address;
 }
+const show = (_: string, value: unknown): unknown => typeof value === "bigint" ? `0x${value.toString(16)}` : value;
 
 /** Wake-ups, seen by the watcher and, as a check, by another way. */
 export async function wakePhase(report: Report, options: BenchOptions, samples: number): Promise<void> {

@@ -38,16 +38,15 @@ export interface Size {
 
 /** Of the device's memory, what slots of all ranks may take. */
 const SLOTS_SHARE = 0.4;
-/** Multiprocessors that the library takes where it shares the device with nobody. */
-const UNSHARED_SMS = 32;
+const MANY_TOKENS = 1024;
 const MOST_SLOTS = 2; // a buffer's default: calls take turns in them
 
 /** Runs everything. */
 export async function lowLatencyPhase(run: LowLatencyRun): Promise<void> {
   const { options, report } = run, { ranks, gpu, lowLatencyTokens } = options;
-  const { features, totalBytes, numSms: all } = await lookUp(options);
+  const { features, totalBytes, numSms: all, alone } = await lookUp(options);
   if ((features & constants.FEATURE.LOW_LATENCY[0]) === 0) return report.say("  the backend has no low-latency mode");
-  const share = Math.ceil(ranks / report.machine.numDevices) === 1 ? UNSHARED_SMS : gpu.numSms[0] ?? UNSHARED_SMS;
+  const share = Math.ceil(ranks / report.machine.numDevices) === 1 ? alone : gpu.numSms[0] ?? alone;
   const numSms = gpu.lowLatencySms ?? share, main = lowLatencyTokens.toSorted((a, b) => b - a), largest = main[0]!;
   const sizeOf = (numRanks: number, tokens: number, sms = numSms): Size => {
     const room = Math.max(largest, tokens),
@@ -107,8 +106,13 @@ export async function lowLatencyPhase(run: LowLatencyRun): Promise<void> {
   }
 }
 
-/** What the device can do, as a small buffer sees it. */
-async function lookUp(options: BenchOptions): Promise<{ features: number; totalBytes: number; numSms: number }> {
+/**
+ * What the device can do, as a small buffer sees it; and how many multiprocessors a call of many tokens takes by default where no
+ * other rank has a share of them, 0 where they are no matter.
+ */
+async function lookUp(
+  options: BenchOptions,
+): Promise<{ features: number; totalBytes: number; numSms: number; alone: number }> {
   const { hidden, experts, topk } = options;
   await using ranks = await Ranks.create(1, { ...options, numSms: 0 }, {
     hidden,
@@ -116,7 +120,8 @@ async function lookUp(options: BenchOptions): Promise<{ features: number; totalB
     numTopk: topk,
     maxTokensPerRank: 1,
   });
-  return ranks.buffers[0]!.capabilities;
+  const buffer = ranks.buffers[0]!, many = { op: "lowLatencyDispatch", numTokens: MANY_TOKENS } as const;
+  return { ...buffer.capabilities, alone: buffer.backend === "cpu" ? 0 : buffer.plan(many).numSms };
 }
 
 /** Dispatch with the cast, combine in place, and a barrier, at one size. */
