@@ -2,7 +2,7 @@
  * DeepEP for TypeScript: expert-parallel dispatch and combine for Mixture-of-Experts models, for Bun and Deno.
  *
  * Tokens live on one rank, their top-k experts on others. `dispatch` sends every token to the ranks that own its
- * experts, `combine` brings the expert outputs back and reduces them. On NVIDIA GPUs (normal mode, CUDA graphs), or on the
+ * experts, `combine` brings the expert outputs back and reduces them. On NVIDIA GPUs, with CUDA graphs, or on the
  * CPU with threads and shared memory; the same code runs on either.
  *
  * @example Four ranks in one process, on the CPU backend

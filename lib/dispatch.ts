@@ -236,8 +236,24 @@ function enqueue(core: Core, x: Payload, o: DispatchOptions) {
       counts_id,
     };
     core.launch("deepep_dispatch", dispatchStruct, [own, fields, payload], operation);
-    const facts = { layout, numTokens: fields.num_tokens, numTopk: fields.num_topk, expertAlignment: alignment };
-    return { operation, used, known, sync, counts_id, facts };
+    const facts = {
+      layout,
+      numTokens: fields.num_tokens,
+      numTopk: fields.num_topk,
+      expertAlignment: alignment,
+      topkIdxDtype: o.handle ? o.handle.topkIdxDtype : o.topkIdx?.dtype as "i32" | "i64" | undefined,
+    };
+    // What the result will need of the arguments: the caller may change them while it awaits.
+    return {
+      operation,
+      used,
+      known,
+      sync,
+      counts_id,
+      facts,
+      ...parts("dispatch", x),
+      weighted: o.topkWeights !== undefined,
+    };
   } catch (error) {
     core.device.forget(counts_id);
     core.routings.drop(used);
@@ -252,21 +268,23 @@ export async function dispatch<X extends Payload>(
   o: DispatchOptions = {},
 ): Promise<DispatchResult<X>> {
   const sent = core.collective("DISPATCH", () => enqueue(core, x, o)), taken = take(core, sent);
-  if (!sent.sync) return finish(core, x, o, sent, taken, sent.known);
+  if (!sent.sync) return finish(core, sent, taken, sent.known);
+  let counts: RecvCounts;
   try {
     core.check(await core.status(sent.counts_id), sent.counts_id, "dispatch");
+    counts = readCounts(core, taken.out.host_counts);
   } catch (error) {
-    core.releaseSlot(taken.slot.index, taken.slot.hold);
     core.routings.drop(sent.used);
+    core.releaseSlot(taken.slot.index, taken.slot.hold);
     throw error;
   }
-  return finish(core, x, o, sent, taken, readCounts(core, taken.out.host_counts));
+  return finish(core, sent, taken, counts);
 }
 
 /** Records a dispatch in a capture: nothing is known of its counts, so there is nothing to await. */
 export function captureDispatch<X extends Payload>(core: Core, x: X, o: DispatchOptions): DispatchResult<X> {
   const sent = core.collective("DISPATCH", () => enqueue(core, x, o));
-  return finish(core, x, o, sent, take(core, sent), sent.known);
+  return finish(core, sent, take(core, sent), sent.known);
 }
 
 /** What the call wrote. */
@@ -282,19 +300,29 @@ function take(core: Core, { operation }: ReturnType<typeof enqueue>) {
 
 function finish<X extends Payload>(
   core: Core,
-  x: X,
-  o: DispatchOptions,
-  { operation, used, facts }: ReturnType<typeof enqueue>,
+  sent: ReturnType<typeof enqueue>,
   { out, slot }: ReturnType<typeof take>,
-  host: RecvCounts | undefined,
+  known: RecvCounts | undefined,
 ): DispatchResult<X> {
-  const handle = o.handle?.withSlot(slot, host) ?? new DispatchHandle(core, used, slot, {
-    ...facts,
-    counts: host,
-    topkIdxDtype: o.topkIdx?.dtype as "i32" | "i64" | undefined,
+  const { layout, numTopk, topkIdxDtype } = sent.facts;
+  const handle = new DispatchHandle(core, sent.used, slot, { ...sent.facts, counts: known });
+  core.routings.drop(sent.used); // the handle is its user now
+  const host: RecvCounts = known ??
+    { numTokens: out.max_rows, numRows: out.max_rows, numTokensPerExpert: [], numTokensPerRank: [] };
+  const rows = layout === "rank" ? host.numTokens : host.numRows;
+  const hold: { hold: Hold } = { hold: slot.hold };
+  return new DispatchResult<X>(core, slot, sent.operation.event, {
+    x: received(sent, rows, out, hold) as X,
+    topkIdx: numTopk > 0 && layout === "rank"
+      ? new Tensor(out.recv_topk_idx, topkIdxDtype ?? "i64", [rows, numTopk], hold)
+      : undefined,
+    topkWeights: sent.weighted
+      ? new Tensor(out.recv_topk_weights, "f32", layout === "rank" ? [rows, numTopk] : [rows], hold)
+      : undefined,
+    handle,
+    host,
+    out,
   });
-  core.routings.drop(used);
-  return result(core, x, out, slot, operation.event, o, facts.layout, handle, host);
 }
 
 function checkChoices(layout: RowLayout, alignment: number, o: DispatchOptions): void {
@@ -343,44 +371,13 @@ function readCounts(core: Core, address: bigint): RecvCounts {
   return new HostCounts(all, core.numLocalExperts);
 }
 
-function result<X extends Payload>(
-  core: Core,
-  x: X,
-  out: Outputs,
-  slot: HeldSlot,
-  event: EpEvent,
-  o: DispatchOptions,
-  layout: RowLayout,
-  handle: DispatchHandle,
-  known: RecvCounts | undefined,
-): DispatchResult<X> {
-  const host: RecvCounts = known ??
-    { numTokens: out.max_rows, numRows: out.max_rows, numTokensPerExpert: [], numTokensPerRank: [] };
-  const rows = layout === "rank" ? host.numTokens : host.numRows;
-  const hold: { hold: Hold } = { hold: slot.hold };
-  const topk = handle.numTopk > 0;
-  return new DispatchResult<X>(core, slot, event, {
-    x: received(x, rows, out, hold) as X,
-    topkIdx: topk && layout === "rank"
-      ? new Tensor(out.recv_topk_idx, handle.topkIdxDtype ?? "i64", [rows, handle.numTopk], hold)
-      : undefined,
-    topkWeights: o.topkWeights
-      ? new Tensor(out.recv_topk_weights, "f32", layout === "rank" ? [rows, handle.numTopk] : [rows], hold)
-      : undefined,
-    handle,
-    host,
-    out,
-  });
-}
-
 /** Views of the received rows and scales, shaped as what was sent. */
 function received(
-  x: Payload,
+  { data, scales }: ReturnType<typeof parts>,
   rows: number,
   out: { recv_x: bigint; recv_scales: bigint; recv_scales_row_stride: bigint; recv_scales_elem_stride: bigint },
   hold: { hold: Hold },
 ): Payload {
-  const { data, scales } = parts("dispatch", x);
   const recvX = new Tensor(out.recv_x, data.dtype, [rows, data.shape[1]!], hold);
   if (!scales) return recvX;
   const width = itemSize[scales.dtype];

@@ -53,6 +53,8 @@ export interface SharedRouting {
  */
 export class Routings {
   readonly #core: Core;
+  /** All that there are, whoever uses them. */
+  readonly #all = new Set<SharedRouting>();
   /** At rest, the latest last. */
   readonly #idle: SharedRouting[] = [];
   constructor(core: Core) {
@@ -71,24 +73,27 @@ export class Routings {
     const room = Math.min(maxTokensPerRank, 2 ** Math.ceil(Math.log2(Math.max(1, numTokens))));
     handleStruct.pack({ num_tokens: room, num_topk: numTopk });
     this.#core.call("deepep_handle_create", handleStruct, "dispatch");
-    return { native: handleStruct.get("handle"), room, users: 0 };
+    const made: SharedRouting = { native: handleStruct.get("handle"), room, users: 0 };
+    this.#all.add(made);
+    return made;
   }
 
   /** One user less; after the last one the handle is at rest. */
   drop(routing: SharedRouting): void {
-    if (--routing.users > 0) return;
-    if (this.#core.closed) return this.#free(routing);
+    if (--routing.users > 0 || this.#core.closed) return;
     this.#idle.push(routing);
     if (this.#idle.length > this.#core.options.numSlots) this.#free(this.#idle.shift()!);
   }
 
-  /** Frees what is at rest. */
+  /** Frees all, when the buffer has closed: nobody can use them any more. */
   clear(): void {
-    this.#idle.splice(0).forEach((routing) => this.#free(routing));
+    this.#idle.length = 0;
+    for (const routing of this.#all) this.#free(routing);
   }
 
-  #free({ native }: SharedRouting): void {
-    this.#core.device.end("deepep_handle_destroy", native, "release");
+  #free(routing: SharedRouting): void {
+    this.#all.delete(routing);
+    this.#core.device.end("deepep_handle_destroy", routing.native, "release");
   }
 }
 
@@ -134,13 +139,6 @@ export class DispatchHandle implements Disposable {
     this.topkIdxDtype = facts.topkIdxDtype;
     routing.users++;
     core.keeps(routing);
-  }
-
-  /** @ignore The same routing with the slot of a cached dispatch, and the counts if the host knows them by now. */
-  withSlot(slot: HeldSlot, counts: RecvCounts | undefined): DispatchHandle {
-    const { layout, numTokens, numTopk, expertAlignment, topkIdxDtype } = this;
-    const facts: HandleFacts = { layout, numTokens, numTopk, expertAlignment, counts, topkIdxDtype };
-    return new DispatchHandle(this.#core, this.#routing, slot, facts);
   }
 
   /** Keeps the handle after its result is released; release it yourself then. Returns it. */

@@ -3,8 +3,9 @@
  * right meanwhile is shown by the ownership cases of each backend.
  */
 import { test } from "node:test";
-import { assertEquals } from "@std/assert";
+import { assertEquals, assertRejects } from "@std/assert";
 import { dispatch } from "../lib/dispatch.ts";
+import { constants } from "../lib/ffi/abi.ts";
 import { fakeWorld } from "./support/fake_device.ts";
 
 test("a handle is made with some room, and used again by dispatches that fit", async () => {
@@ -34,9 +35,33 @@ test("handles at rest are no more than slots, and go with the buffer", async () 
   for (const handle of kept.slice(0, 4)) handle.release();
   assertEquals(freed(), made.slice(0, 4 - core.options.numSlots));
   await core.close();
-  assertEquals(freed().length, 4);
-  kept[4]!.release();
   assertEquals(freed().toSorted(), made.toSorted());
+  kept[4]!.release();
+  assertEquals(freed().length, 5);
+});
+
+test("a dispatch that fails while it is awaited gives its routing and its slot back", async () => {
+  const { device, core, x, topkIdx } = fakeWorld();
+  const fail = (what: "completed" | "hostRead", value: unknown) =>
+    Object.defineProperty(device, what, { configurable: true, value });
+  const failures: [() => void, () => void][] = [
+    [
+      () => fail("completed", () => Promise.resolve(constants.ERROR.TIMEOUT[0])),
+      () => fail("completed", () => Promise.resolve(0)),
+    ],
+    [() =>
+      fail("hostRead", () => {
+        throw new Error("no memory");
+      }), () => fail("hostRead", () => {})],
+  ];
+  for (const [begin, end] of failures) {
+    begin();
+    await assertRejects(() => dispatch(core, x, { topkIdx }));
+    end();
+    (await dispatch(core, x, { topkIdx })).release();
+  }
+  assertEquals(new Set(device.of("deepep_dispatch").map(({ args }) => args.handle)).size, 1);
+  assertEquals(device.of("deepep_slot_release").length, 4);
 });
 
 test("who awaits a dispatch uses its routing, whoever releases the handle meanwhile", async () => {

@@ -119,10 +119,11 @@ bool Stream::push_wait(std::shared_ptr<Record> record) {
   const std::lock_guard lock(mutex_);
   if (closed_) return false;
   idle_locked();  // drops fulfilled waits, which nothing else may do for long
-  const std::shared_ptr<Record>* last = entries_.empty() ? nullptr : &entries_.back().wait;
-  if (last && *last && record->ends_on && (*last)->ends_on == record->ends_on) {
-    if (record->nth <= (*last)->nth) return true;  // implied by that one
-    entries_.pop_back();                           // implied by this one
+  // While a record is pending its stream lives, so that no other has its address.
+  const Record* const last = entries_.empty() ? nullptr : entries_.back().wait.get();
+  if (last && !last->done() && record->ends_on && last->ends_on == record->ends_on) {
+    if (record->nth <= last->nth) return true;  // implied by that one
+    entries_.pop_back();                        // implied by this one
   }
   entries_.push_back({nullptr, std::move(record)});
   return true;

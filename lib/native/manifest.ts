@@ -21,7 +21,7 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "a59c4a01a2096f339889690c10caaf483dc0d417e7026b8c3c4d65232bfe7ad1",
+    cpu: "2d78ac13928637b88788c3cad2e39001d3dad9beee93b39f089f8a6d03ecf512",
     cuda: "8e105246b80b5fe08ae6a040deab1653d56e4544332f6ca31dea287f3045832c",
   },
   compilers: {
@@ -30,7 +30,7 @@ export const manifest: Manifest = {
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "873c5c5c95fc4beadabb8bd50a3285ca5ea9f469ecbbb336d39bcd4153ab5160",
+      sha256: "11f66d8ceec44d8ea5b07c3692d7ae3e8156f54dda0478d5d8c9ac1b036e8102",
       bytes: 514480,
     },
     "linux-x64/libdeepep_cuda.so": {

@@ -145,7 +145,7 @@ function nvshmem(facts: Facts): Line[] {
   if (facts.nvshmem.length > 0) return facts.nvshmem.map((file) => ({ ok: true, text: file }));
   return [{
     text: "not found; only ranks on several machines need it",
-    advice: "install it (pip install nvidia-nvshmem-cu13), or name its folder with DEEPEP_NVSHMEM",
+    advice: "nothing to do: no backend of this version uses it",
   }];
 }
 

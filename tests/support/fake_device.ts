@@ -52,6 +52,9 @@ export class FakeDevice {
   }
   forget(): void {}
   hostRead(): void {}
+  failure(): EpError {
+    return new EpError("the call has failed", { code: "timeout", op: "test" });
+  }
   sweep(): void {}
   hasCompleted(): boolean {
     return false;

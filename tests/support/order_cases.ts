@@ -7,10 +7,10 @@
  */
 import { test } from "node:test";
 import { assert, assertEquals, assertThrows } from "@std/assert";
-import { bf16FromF32, type EpBuffer, EpError, type OperationOptions, Stream } from "@deepep/deepep";
+import { bf16FromF32, EpBuffer, EpError, Group, type OperationOptions, Stream } from "@deepep/deepep";
 import { constants } from "../../lib/ffi/abi.ts";
 import { struct } from "../../lib/ffi/struct.ts";
-import { inject, ranksOf } from "./ranks.ts";
+import { inject, ranksOf, tiny } from "./ranks.ts";
 import { type BackendSubject, suite } from "./suite.ts";
 
 const eventStruct = struct("deepep_event_args");
@@ -110,6 +110,36 @@ export function runOrderCases({ name, backend, skip }: BackendSubject): void {
         }
         await second;
       });
+    });
+
+    test("a wait for a buffer that was closed stands for none of a later buffer's", async () => {
+      const world = () =>
+        Promise.all(
+          Group.local(NUM_RANKS).map((group) => EpBuffer.create(group, { ...tiny, backend, timeoutMs: 20_000 })),
+        );
+      const closed = (all: readonly EpBuffer[]) => Promise.all(all.map((b) => b.close()));
+      const call = (b: EpBuffer) => b.barrier({ asyncFinish: true });
+      for (let round = 0; round < 8; round++) {
+        const [front, silent] = await world(), first = await world(), other = front!.createStream();
+        for (let i = 0; i < 20; i++) await Promise.all(first.map((b) => b.barrier())); // its operations have high numbers
+        const held = call(front!);
+        held.wait(other); // the stream stands until `silent` calls
+        const early = first.map(call);
+        early[0]!.wait(other);
+        await Promise.all(early);
+        await closed(first);
+        const later = await world(); // which may get the memory of the one before
+        const late = call(later[0]!);
+        late.wait(other);
+        await silent!.barrier();
+        await held;
+        const point = front!.record(other);
+        assertEquals([point.done, late.done], [false, false]); // its peer has not called
+        await later[1]!.barrier();
+        await point;
+        await front!.destroyStream(other);
+        await closed([front!, silent!, ...later]);
+      }
     });
 
     test("a native event of an operation tells how it ended, made before or after", async () => {

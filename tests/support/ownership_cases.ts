@@ -186,6 +186,24 @@ function otherCases(ranks: Ranks): void {
     });
   });
 
+  test("a dispatch's options may be changed while it is awaited", async () => {
+    await ranks(2, { numSlots: 4 }, async (b) => {
+      using x = rows(b, 1), toBoth = topk(b), toFirst = b.tensor("i32", [2, 2], Int32Array.of(0, 1, -1, -1));
+      using both = await b.dispatch(x, { topkIdx: toBoth, cpuSync: false });
+      using first = await b.dispatch(x, { topkIdx: toFirst, cpuSync: false });
+      const options = { handle: both.handle };
+      const one = b.dispatch(x, options);
+      options.handle = first.handle;
+      const two = b.dispatch(x, options);
+      const sums = async (recv: Awaited<typeof one>) => {
+        using out = await b.combine(recv.x, recv.handle);
+        return [...await out.x.read()].filter((_, i) => i % 16 === 0);
+      };
+      using late = await one, later = await two;
+      assertEquals([await sums(late), await sums(later)], [[0x4000, 0x4000], [ONE, 0]]);
+    });
+  });
+
   test("what was recorded on a stream ends in its order, however it is asked for", async () => {
     const turn = Promise.withResolvers<void>();
     await ranks(2, {}, async (b, rank) => {
