@@ -24,6 +24,8 @@ const refuseStruct = struct("deepep_refuse_args");
 const barrierStruct = struct("deepep_barrier_args");
 const infoStruct: StructCodec<"deepep_buffer_info"> = struct("deepep_buffer_info");
 
+const MOST_IDLE_EVENTS = 64;
+
 /** Options that every operation takes. */
 export interface OperationOptions {
   /** The caller's stream: the operation begins after what is enqueued there. Default: the buffer's own stream. */
@@ -76,7 +78,8 @@ export class Core implements EventOwner, TensorOwner {
   readonly label: string;
   readonly stream: Stream;
   readonly commStream: Stream;
-  readonly idleEvents: bigint[] = [];
+  /** Native events at rest, for points of streams to come; those of operations are made as such. */
+  readonly #idleEvents: bigint[] = [];
   readonly routings: Routings = new Routings(this);
   /** Graphs that were not released. */
   readonly graphs: Set<Disposable> = new Set();
@@ -198,7 +201,13 @@ export class Core implements EventOwner, TensorOwner {
 
   /** A native event, used before or new. */
   #event(): bigint {
-    return this.idleEvents.pop() ?? this.endOf(0);
+    return this.#idleEvents.pop() ?? this.endOf(0);
+  }
+
+  giveEvent(native: bigint): void {
+    if (this.closed) return; // it has gone with the buffer, or will
+    if (this.#idleEvents.length < MOST_IDLE_EVENTS) this.#idleEvents.push(native);
+    else this.device.end("deepep_event_destroy", native, "event");
   }
 
   /** A new native event: of the end of the operation with this completion id, or, for 0, of nothing yet. */
@@ -291,7 +300,7 @@ export class Core implements EventOwner, TensorOwner {
       this.device.call("deepep_graph_launch", graph, args, "graph");
     } catch (error) {
       this.device.forget(id);
-      this.idleEvents.push(native);
+      this.giveEvent(native);
       throw error;
     }
     const event = new EpEvent(this, "graph", id, native);
@@ -470,7 +479,7 @@ export class Core implements EventOwner, TensorOwner {
     while (this.#pending.size > 0) await Promise.allSettled([...this.#pending.values()]);
     for (const graph of this.graphs) graph[Symbol.dispose]();
     this.routings.clear();
-    this.idleEvents.length = 0;
+    this.#idleEvents.length = 0;
     this.device.end("deepep_buffer_destroy", this.native, "close");
   }
 }

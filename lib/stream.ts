@@ -37,15 +37,15 @@ export function streamAddress(op: string, stream: Stream): bigint {
 export interface EventOwner {
   readonly device: Device;
   readonly native: bigint;
-  /** Native events at rest, to be used again. */
-  readonly idleEvents: bigint[];
+  /** Takes back a native event that nobody can use any more. */
+  giveEvent(native: bigint): void;
   /** A native event of the end of an operation, found by its completion id. */
   endOf(id: number): bigint;
 }
 
 // A native event at rest is a small host object; giving it back late costs nothing, so collection may do it.
 const collected = new FinalizationRegistry<{ owner: EventOwner; native: bigint }>(({ owner, native }) => {
-  owner.idleEvents.push(native);
+  owner.giveEvent(native);
 });
 
 /**
