@@ -138,7 +138,7 @@ async function heapLeft(
   const left = used.slice(1).map((after, round) => (after - used[round]!) / count),
     { median, min, max } = spreadOf(left);
   return {
-    perCall: { median: Math.max(0, median), min, max },
+    perCall: { median: Math.max(0, median), min, max: Math.max(0, max) }, // what a round has freed is no call's
     more: {
       calls: count * (HEAP_ROUNDS + 1),
       rssFirst: (rss[1]! - rss[0]!) / count,
