@@ -224,8 +224,8 @@ export class Core implements EventOwner, TensorOwner {
   }
 
   #mark(stream: Stream): EpEvent {
-    const native = this.#event();
-    eventStruct.pack({ stream: streamAddress("record an event", stream) });
+    const address = streamAddress("record an event", stream), native = this.#event();
+    eventStruct.pack({ stream: address });
     this.device.call("deepep_event_record", native, eventStruct, "event");
     return new EpEvent(this, "event", 0, native);
   }

@@ -61,7 +61,7 @@ export class EpEvent implements PromiseLike<void> {
   readonly #id: number | "captured";
   #settled: Promise<void> | undefined;
   /** 0 until it is asked for: most operations are waited for by their stream, or by the host, which needs their id alone. */
-  #native: bigint;
+  #native = 0n;
 
   /**
    * @ignore Operations and `buffer.record()` make events. `id` is the operation's completion id, 0 for none; an operation
@@ -71,16 +71,17 @@ export class EpEvent implements PromiseLike<void> {
     this.#owner = owner;
     this.#op = op;
     this.#id = id;
+    if (native !== 0n) this.#hold(native);
+  }
+
+  #hold(native: bigint): void {
     this.#native = native;
-    if (native !== 0n) collected.register(this, { owner, native });
+    collected.register(this, { owner: this.#owner, native });
   }
 
   /** The native event, made when it is first asked for. */
   get address(): bigint {
-    if (this.#native === 0n) {
-      this.#native = this.#owner.endOf(this.#id as number);
-      collected.register(this, { owner: this.#owner, native: this.#native });
-    }
+    if (this.#native === 0n) this.#hold(this.#owner.endOf(this.#id as number));
     return this.#native;
   }
 
@@ -97,7 +98,7 @@ export class EpEvent implements PromiseLike<void> {
 
   /** Whether the point has been reached. @throws {EpError} `invalidArgument` when it was captured */
   get done(): boolean {
-    if (this.#native === 0n) return this.#owner.device.hasCompleted(this.#id as number);
+    if (typeof this.#id === "number" && this.#id !== 0) return this.#owner.device.hasCompleted(this.#id);
     eventStruct.pack({});
     this.#owner.device.call("deepep_event_query", this.address, eventStruct, "event");
     return eventStruct.get("done") === 1;

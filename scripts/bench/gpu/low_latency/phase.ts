@@ -38,6 +38,7 @@ export interface Size {
 
 /** Of the device's memory, what slots of all ranks may take. */
 const SLOTS_SHARE = 0.4;
+/** Of a call that makes use of all multiprocessors that it is given. */
 const MANY_TOKENS = 1024;
 const MOST_SLOTS = 2; // a buffer's default: calls take turns in them
 
