@@ -23,6 +23,7 @@ const outputStruct = struct("deepep_expert_output_args");
 const refuseStruct = struct("deepep_refuse_args");
 const barrierStruct = struct("deepep_barrier_args");
 const infoStruct: StructCodec<"deepep_buffer_info"> = struct("deepep_buffer_info");
+const statsStruct: StructCodec<"deepep_buffer_stats"> = struct("deepep_buffer_stats");
 
 const MOST_IDLE_EVENTS = 64;
 
@@ -113,12 +114,20 @@ export class Core implements EventOwner, TensorOwner {
     this.stream = this.createStream();
   }
 
-  /** Facts and counters, as the library has them now. */
+  /** Facts, as the library has them now. */
   info(): ReturnType<typeof infoStruct.read> {
     this.open("look at the buffer");
     infoStruct.pack({});
     this.call("deepep_buffer_get_info", infoStruct, "info");
     return infoStruct.read();
+  }
+
+  /** Counters. */
+  stats(): ReturnType<typeof statsStruct.read> {
+    this.open("look at the buffer");
+    statsStruct.pack({});
+    this.call("deepep_buffer_get_stats", statsStruct, "stats");
+    return statsStruct.read();
   }
 
   /** One call on this buffer. */

@@ -585,23 +585,8 @@ typedef struct deepep_buffer_info {
   uint32_t ranks_on_device;
   /* [out] the communication stream; an event recorded on it stands for every operation so far, wherever it ran */
   uint64_t comm_stream;
-  /* [out] host address of i64 [2, num_ranks]: nanoseconds waited for each peer in dispatch and combine; where graphs
-   * replay calls, as of this call */
-  uint64_t wait_ns;
-  /* [out] dispatches that ended, either mode */
-  uint64_t num_dispatches;
-  /* [out] combines that ended, either mode */
-  uint64_t num_combines;
-  /* [out] rows pushed to all ranks, this one included */
-  uint64_t rows_sent;
-  /* [out] their payload and scale bytes */
-  uint64_t bytes_sent;
-  /* [out] expert-output rows read */
-  uint64_t rows_pulled;
-  /* [out] operations that failed */
-  uint64_t num_failures;
 } deepep_buffer_info;
-static_assert(sizeof(deepep_buffer_info) == 120, "size");
+static_assert(sizeof(deepep_buffer_info) == 64, "size");
 static_assert(offsetof(deepep_buffer_info, size) == 0, "size");
 static_assert(offsetof(deepep_buffer_info, rank) == 4, "rank");
 static_assert(offsetof(deepep_buffer_info, num_ranks) == 8, "num_ranks");
@@ -615,13 +600,39 @@ static_assert(offsetof(deepep_buffer_info, epoch) == 40, "epoch");
 static_assert(offsetof(deepep_buffer_info, num_sms) == 48, "num_sms");
 static_assert(offsetof(deepep_buffer_info, ranks_on_device) == 52, "ranks_on_device");
 static_assert(offsetof(deepep_buffer_info, comm_stream) == 56, "comm_stream");
-static_assert(offsetof(deepep_buffer_info, wait_ns) == 64, "wait_ns");
-static_assert(offsetof(deepep_buffer_info, num_dispatches) == 72, "num_dispatches");
-static_assert(offsetof(deepep_buffer_info, num_combines) == 80, "num_combines");
-static_assert(offsetof(deepep_buffer_info, rows_sent) == 88, "rows_sent");
-static_assert(offsetof(deepep_buffer_info, bytes_sent) == 96, "bytes_sent");
-static_assert(offsetof(deepep_buffer_info, rows_pulled) == 104, "rows_pulled");
-static_assert(offsetof(deepep_buffer_info, num_failures) == 112, "num_failures");
+
+/* What a connected buffer has counted, as of the call that asks. */
+typedef struct deepep_buffer_stats {
+  /* [in] sizeof this struct */
+  uint32_t size;
+  /* [in] 0 */
+  uint32_t reserved;
+  /* [out] host address of i64 [2, num_ranks]: nanoseconds waited for each peer in dispatch and combine; the next
+   * call writes it anew */
+  uint64_t wait_ns;
+  /* [out] dispatches that ended, either mode */
+  uint64_t num_dispatches;
+  /* [out] combines that ended, either mode */
+  uint64_t num_combines;
+  /* [out] rows pushed to all ranks, this one included */
+  uint64_t rows_sent;
+  /* [out] their payload and scale bytes */
+  uint64_t bytes_sent;
+  /* [out] expert-output rows read */
+  uint64_t rows_pulled;
+  /* [out] operations that failed */
+  uint64_t num_failures;
+} deepep_buffer_stats;
+static_assert(sizeof(deepep_buffer_stats) == 64, "size");
+static_assert(offsetof(deepep_buffer_stats, size) == 0, "size");
+static_assert(offsetof(deepep_buffer_stats, reserved) == 4, "reserved");
+static_assert(offsetof(deepep_buffer_stats, wait_ns) == 8, "wait_ns");
+static_assert(offsetof(deepep_buffer_stats, num_dispatches) == 16, "num_dispatches");
+static_assert(offsetof(deepep_buffer_stats, num_combines) == 24, "num_combines");
+static_assert(offsetof(deepep_buffer_stats, rows_sent) == 32, "rows_sent");
+static_assert(offsetof(deepep_buffer_stats, bytes_sent) == 40, "bytes_sent");
+static_assert(offsetof(deepep_buffer_stats, rows_pulled) == 48, "rows_pulled");
+static_assert(offsetof(deepep_buffer_stats, num_failures) == 56, "num_failures");
 
 /* Arguments of deepep_buffer_recover. */
 typedef struct deepep_buffer_recover_args {
@@ -1535,8 +1546,12 @@ DEEPEP_API int32_t deepep_buffer_import(uint64_t buffer, deepep_peer_handle* arg
  * all connected. */
 DEEPEP_API int32_t deepep_buffer_connect(uint64_t buffer, deepep_error* error);
 
-/* Facts and counters. Local. */
+/* Facts. Local. */
 DEEPEP_API int32_t deepep_buffer_get_info(uint64_t buffer, deepep_buffer_info* args, deepep_error* error);
+
+/* Counters. Local. The cuda backend looks at the device, some 10 microseconds, unless nothing has run since; a
+ * device that does not answer for 100 ms counts as it did at the last look. */
+DEEPEP_API int32_t deepep_buffer_get_stats(uint64_t buffer, deepep_buffer_stats* args, deepep_error* error);
 
 /* After a failure: forgets it and continues at an epoch agreed by the survivors. Every survivor calls it with the
  * same arguments; INVALID_ARGUMENT while work is enqueued, or when `epoch` is below this rank's. */

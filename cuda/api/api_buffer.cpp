@@ -44,6 +44,11 @@ int32_t deepep_buffer_get_info(uint64_t handle, deepep_buffer_info* args, deepep
                [&](Call& call) { find_buffer(call, handle)->info(check(args)); });
 }
 
+int32_t deepep_buffer_get_stats(uint64_t handle, deepep_buffer_stats* args, deepep_error* error) {
+  return cross("read a buffer's counters", DEEPEP_OP_NONE, error,
+               [&](Call& call) { find_buffer(call, handle)->stats(check(args)); });
+}
+
 int32_t deepep_buffer_recover(uint64_t handle, const deepep_buffer_recover_args* args, deepep_error* error) {
   return cross("recover a buffer", DEEPEP_OP_NONE, error, [&](Call& call) {
     check(args);

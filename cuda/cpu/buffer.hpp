@@ -53,7 +53,7 @@ struct Operation {
   void counts_ready();
 };
 
-// What deepep_buffer_info counts. num_dispatches, num_combines and num_failures are kept by the buffer, the others by the
+// What deepep_buffer_stats counts. num_dispatches, num_combines and num_failures are kept by the buffer, the others by the
 // operations.
 struct Counters {
   std::atomic<uint64_t> num_dispatches{0};
@@ -77,6 +77,7 @@ class Buffer : public BufferBase, public std::enable_shared_from_this<Buffer> {
   void connect();
   void destroy();
   void info(deepep_buffer_info& out);
+  void stats(deepep_buffer_stats& out);
   uint64_t present_capture() const { return 0; }  // Nothing is captured on this backend.
   void recover(const deepep_buffer_recover_args& args);
   void mask(const deepep_mask_args& args);

@@ -206,33 +206,33 @@ void Buffer::info(deepep_buffer_info& out) {
   const std::lock_guard lock(mutex);
   check_open();
   reap();
-  const DeviceState* const state = look();
   fill_facts(out);
   out.failed = failed_ ? 1 : 0;
-  out.masked_ranks = shown_masked(state);
-  out.epoch = shown_epoch(state);
+  out.masked_ranks = shown_masked();
+  out.epoch = exact_epoch();
   out.num_sms = default_sms;
   out.ranks_on_device = topology.ranks_on_device;
   out.comm_stream = reinterpret_cast<uint64_t>(comm_);
-  out.wait_ns = reinterpret_cast<uint64_t>(state ? seen_.wait_ns : host_->wait_ns);
-  const auto count = [&out](const auto& counted) {
-    out.num_dispatches = counted.num_dispatches;
-    out.num_combines = counted.num_combines;
-    out.rows_sent = counted.rows_sent;
-    out.bytes_sent = counted.bytes_sent;
-    out.rows_pulled = counted.rows_pulled;
-    out.num_failures = counted.num_failures;
-  };
-  if (state)
-    count(*state);
-  else
-    count(*host_);
+}
+
+void Buffer::stats(deepep_buffer_stats& out) {
+  const std::lock_guard lock(mutex);
+  check_open();
+  reap();
+  look();
+  out.wait_ns = reinterpret_cast<uint64_t>(seen_.wait_ns);
+  out.num_dispatches = seen_.state.num_dispatches;
+  out.num_combines = seen_.state.num_combines;
+  out.rows_sent = seen_.state.rows_sent;
+  out.bytes_sent = seen_.state.bytes_sent;
+  out.rows_pulled = seen_.state.rows_pulled;
+  out.num_failures = std::atomic_ref<uint64_t>(host_->num_failures).load(std::memory_order_relaxed);
 }
 
 void Buffer::recover(const deepep_buffer_recover_args& args) {
   const std::lock_guard lock(mutex);
   enter();
-  check_recovery(*this, args, shown_epoch(look()), num_under_way());
+  check_recovery(*this, args, exact_epoch(), num_under_way());
   update({.state = nullptr,
           .host = nullptr,
           .mask = args.masked_ranks,
@@ -254,7 +254,7 @@ void Buffer::mask(const deepep_mask_args& args) {
   const bool mask_it = args.masked != 0;
   // What was enqueued before still ends with NEEDS_RECOVERY: the update comes after it.
   const bool forgives = mask_it && failed_ && failed_peer_ == static_cast<int32_t>(args.rank);
-  const uint64_t before = shown_masked(look());
+  const uint64_t before = shown_masked();
   update({.state = nullptr,
           .host = nullptr,
           .mask = mask_it ? bit : 0,

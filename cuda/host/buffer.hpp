@@ -28,6 +28,7 @@
 #include "../api/queue.hpp"
 #include "../common/describe.hpp"
 #include "../common/failure.hpp"
+#include "../kernels/launch.hpp"
 #include "device.hpp"
 #include "memory.hpp"
 #include "params.hpp"
@@ -54,7 +55,7 @@ struct Enqueued {
 };
 
 // Launches an operation's kernel with the params that concern every operation.
-using Launch = std::function<cudaError_t(const CallParams&, cudaStream_t)>;
+using Launch = std::function<cudaError_t(const CallParams&, Place)>;
 
 class Buffer : public BufferBase, public Source, public std::enable_shared_from_this<Buffer> {
  public:
@@ -65,6 +66,7 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   void connect();
   void destroy();
   void info(deepep_buffer_info& out);
+  void stats(deepep_buffer_stats& out);
   void recover(const deepep_buffer_recover_args& args);
   void mask(const deepep_mask_args& args);
   ~Buffer() override;
@@ -164,7 +166,8 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   // What look() has seen of the device.
   struct Seen {
     DeviceState state;
-    int64_t wait_ns[2 * DEEPEP_MAX_RANKS];  // as HostState's
+    int64_t wait_ns[2 * DEEPEP_MAX_RANKS];  // the state's as [2, num_ranks], dense
+    uint64_t ended;                         // all operations up to this one had ended, and none was under way
   };
   // Something that ends when a record is done.
   struct Watched {
@@ -201,11 +204,11 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   void note_pending();
   // The end of the operation with this done_id; one that is not pending has ended.
   std::shared_ptr<Record> end_of(uint64_t done_id);
-  const DeviceState* look();
+  bool look();
   uint64_t epoch_beyond(uint64_t ended) const;
   uint64_t shown_epoch() const;
-  uint64_t shown_epoch(const DeviceState* state) const;
-  uint64_t shown_masked(const DeviceState* state);
+  uint64_t exact_epoch();
+  uint64_t shown_masked();
   uint64_t num_under_way() const;
   void update(UpdateParams params);
 

@@ -33,12 +33,12 @@ void dispatch(Buffer& buffer, deepep_dispatch_args& args) {
   const uint64_t epoch = buffer.enqueue(
       stream_fields(args),
       {.op = DEEPEP_OP_DISPATCH, .collective = true, .counts_id = args.counts_id, .counts_slot = slot, .needs = handle},
-      [&](const CallParams& call, cudaStream_t stream) {
+      [&](const CallParams& call, Place place) {
         DispatchParams params = {
             .call = call, .args = out, .routing = routing_for(memory, routing, buffer.options.num_ranks), .plan = plan};
         params.call.slot = static_cast<uint32_t>(slot);
         params.args.host_counts = reinterpret_cast<uint64_t>(buffer.host_count_words(params.call.slot));
-        return launch_dispatch(params, stream);
+        return launch_dispatch(params, place);
       });
   if (routing.epoch == 0) routing.epoch = epoch;
   if (handle) handle->plan = routing;
@@ -63,7 +63,7 @@ void combine(Buffer& buffer, const deepep_combine_args& args) {
   const int32_t borrowed = has_slot ? -1 : buffer.slots.take(-1, stream_before(args));
   const auto slot = static_cast<uint32_t>(has_slot ? args.slot : borrowed);
   buffer.enqueue(stream_fields(args), {.op = DEEPEP_OP_COMBINE, .collective = true, .borrowed_slot = borrowed, .needs = handle},
-                 [&](const CallParams& call, cudaStream_t stream) {
+                 [&](const CallParams& call, Place place) {
                    CombineParams params = {.call = call,
                                            .args = args,
                                            .routing = routing_for(handle->memory, routing, buffer.options.num_ranks),
@@ -72,7 +72,7 @@ void combine(Buffer& buffer, const deepep_combine_args& args) {
                                            .plan = plan,
                                            .copy = {}};
                    params.call.slot = slot;
-                   return launch_combine(params, stream);
+                   return launch_combine(params, place);
                  });
 }
 

@@ -68,7 +68,7 @@ Plan plan_combine(const Buffer& buffer, const LowLatencyFacts& facts, uint32_t f
 }
 
 cudaError_t launch_combine(const Buffer& buffer, const CallParams& call, const LowLatencySlot& slot,
-                           const deepep_low_latency_combine_args& args, Halves halves, const Plan& plan, cudaStream_t stream) {
+                           const deepep_low_latency_combine_args& args, Halves halves, const Plan& plan, Place place) {
   const auto index = static_cast<uint32_t>(args.slot);
   LowLatencyCombineParams params = {.call = call,
                                     .args = args,
@@ -77,7 +77,7 @@ cudaError_t launch_combine(const Buffer& buffer, const CallParams& call, const L
                                     .receives = halves != Halves::send ? 1u : 0u,
                                     .plan = plan};
   params.call.slot = index;
-  return launch_low_latency_combine(params, stream);
+  return launch_low_latency_combine(params, place);
 }
 
 }  // namespace
@@ -113,7 +113,7 @@ uint64_t enqueue_dispatch(Buffer& buffer, const deepep_low_latency_dispatch_args
   const auto index = static_cast<uint32_t>(args.slot);
   const uint64_t epoch =
       buffer.enqueue(stream_fields(args), {.op = DEEPEP_OP_LOW_LATENCY_DISPATCH, .collective = true, .halves = halves},
-                     [&](const CallParams& call, cudaStream_t stream) {
+                     [&](const CallParams& call, Place place) {
                        LowLatencyDispatchParams params = {.call = call,
                                                           .args = args,
                                                           .routing = routing_of(buffer, index, *slot),
@@ -126,7 +126,7 @@ uint64_t enqueue_dispatch(Buffer& buffer, const deepep_low_latency_dispatch_args
                                                           .row_pieces = 0,
                                                           .turns_scales_of = turns_scales_of(buffer, call, args, *slot)};
                        params.call.slot = index;
-                       return launch_low_latency_dispatch(params, stream);
+                       return launch_low_latency_dispatch(params, place);
                      });
   slot->dispatch_capture = buffer.present_capture();
   return epoch;
@@ -136,8 +136,8 @@ void enqueue_dispatch_receive(Buffer& buffer, const deepep_receive_args& args, c
   buffer.sms(args.num_sms);
   buffer.enqueue(stream_fields(args),
                  {.op = DEEPEP_OP_LOW_LATENCY_DISPATCH, .halves = Halves::receive, .send_capture = slot->dispatch_capture},
-                 [&](const CallParams& call, cudaStream_t stream) {
-                   return launch_low_latency_receive(receive_params(buffer, call, args.slot, *slot, slot->wait_stats), stream);
+                 [&](const CallParams& call, Place place) {
+                   return launch_low_latency_receive(receive_params(buffer, call, args.slot, *slot, slot->wait_stats), place);
                  });
 }
 
@@ -147,8 +147,8 @@ uint64_t enqueue_combine(Buffer& buffer, const deepep_low_latency_combine_args& 
   const Halves halves = (args.flags & DEEPEP_FLAG_RECEIVE_HOOK) == 0 ? Halves::both : Halves::send;
   const uint64_t epoch =
       buffer.enqueue(stream_fields(args), {.op = DEEPEP_OP_LOW_LATENCY_COMBINE, .collective = true, .halves = halves},
-                     [&](const CallParams& call, cudaStream_t stream) {
-                       return launch_combine(buffer, call, *slot, args, halves, plan, stream);
+                     [&](const CallParams& call, Place place) {
+                       return launch_combine(buffer, call, *slot, args, halves, plan, place);
                      });
   slot->combine = args;
   slot->combine_capture = buffer.present_capture();
@@ -159,8 +159,8 @@ void enqueue_combine_receive(Buffer& buffer, const deepep_receive_args& args, co
   const Plan plan = plan_combine(buffer, *slot, slot->combine.flags, args.num_sms);
   buffer.enqueue(stream_fields(args),
                  {.op = DEEPEP_OP_LOW_LATENCY_COMBINE, .halves = Halves::receive, .send_capture = slot->combine_capture},
-                 [&](const CallParams& call, cudaStream_t stream) {
-                   return launch_combine(buffer, call, *slot, slot->combine, Halves::receive, plan, stream);
+                 [&](const CallParams& call, Place place) {
+                   return launch_combine(buffer, call, *slot, slot->combine, Halves::receive, plan, place);
                  });
 }
 
@@ -171,8 +171,8 @@ void enqueue_combine_give_up(Buffer& buffer, int32_t index, const std::shared_pt
            "the buffer's calls are being captured, and the receive half of a combine of slot %d is still to come", index);
   }
   buffer.enqueue({}, {.op = DEEPEP_OP_LOW_LATENCY_COMBINE, .halves = Halves::none},
-                 [&](const CallParams& call, cudaStream_t stream) {
-                   return launch_low_latency_give_up(receive_params(buffer, call, index, *slot, 0), stream);
+                 [&](const CallParams& call, Place place) {
+                   return launch_low_latency_give_up(receive_params(buffer, call, index, *slot, 0), place);
                  });
 }
 

@@ -15,33 +15,33 @@ namespace deepep {
 void get_dispatch_layout(Buffer& buffer, const deepep_dispatch_layout_args& args) {
   check_layout(buffer, args);
   const int32_t sms = buffer.sms(args.num_sms);
-  buffer.enqueue(stream_fields(args), {.op = DEEPEP_OP_LAYOUT}, [&](const CallParams& call, cudaStream_t stream) {
-    return launch_layout({.call = call, .args = args}, sms, stream);
+  buffer.enqueue(stream_fields(args), {.op = DEEPEP_OP_LAYOUT}, [&](const CallParams& call, Place place) {
+    return launch_layout({.call = call, .args = args}, sms, place);
   });
 }
 
 void barrier(Buffer& buffer, const deepep_barrier_args& args) {
   buffer.sms(args.num_sms);  // One block whatever is asked for; what could not be had is refused as elsewhere.
   buffer.enqueue(stream_fields(args), {.op = DEEPEP_OP_BARRIER, .collective = true},
-                 [](const CallParams& call, cudaStream_t stream) {
-                   return launch_message({.call = call, .refusal = 0, .reserved = 0}, stream);
+                 [](const CallParams& call, Place place) {
+                   return launch_message({.call = call, .refusal = 0, .reserved = 0}, place);
                  });
 }
 
 void refuse_call(Buffer& buffer, const deepep_refuse_args& args) {
   check_refusal(args);
-  buffer.enqueue({}, {.op = args.op, .collective = true}, [&](const CallParams& call, cudaStream_t stream) {
-    return launch_message({.call = call, .refusal = args.code, .reserved = 0}, stream);
+  buffer.enqueue({}, {.op = args.op, .collective = true}, [&](const CallParams& call, Place place) {
+    return launch_message({.call = call, .refusal = args.code, .reserved = 0}, place);
   });
 }
 
 void expert_output(Buffer& buffer, deepep_expert_output_args& args) {
   check_no_pending_combine(buffer, args.slot);
   const auto slot = static_cast<uint32_t>(args.slot);
-  buffer.enqueue(stream_fields(args), {.op = DEEPEP_OP_EXPERT_OUTPUT}, [&](const CallParams& call, cudaStream_t stream) {
+  buffer.enqueue(stream_fields(args), {.op = DEEPEP_OP_EXPERT_OUTPUT}, [&](const CallParams& call, Place place) {
     ReadersParams params = {.call = call};
     params.call.slot = slot;
-    return launch_readers(params, stream);
+    return launch_readers(params, place);
   });
   args.address = reinterpret_cast<uint64_t>(buffer.symmetric(buffer.rank)) + slot_offset(buffer.regions, slot) +
                  buffer.regions.expert_output;

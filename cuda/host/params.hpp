@@ -45,14 +45,12 @@ struct DeviceState {
 // Pinned. Each word has one writer.
 struct HostState {
   // By the device.
-  uint64_t ended_seq;  // the latest operation that has ended; stored after everything else below
-  uint64_t epoch;      // as DeviceState's
-  uint64_t masked;
+  uint64_t ended_seq;     // the latest operation that has ended; stored after everything else below
+  uint64_t epoch;         // as DeviceState's, but for calls of replays
+  uint64_t masked;        // as DeviceState's
   uint64_t num_failures;  // findings written so far: the i-th is findings[i % kNumFailuresKept]
-  uint64_t num_dispatches, num_combines, rows_sent, bytes_sent, rows_pulled;
   uint32_t exit_requested;  // deepep_inject EXIT: the phase was reached, the process shall end
   uint32_t reserved;
-  int64_t wait_ns[2 * DEEPEP_MAX_RANKS];  // [2, num_ranks], dense
   Finding findings[kNumFailuresKept];
   // By the host.
   alignas(256) uint64_t lost;  // bit r: rank r's process has ended, or its buffer was destroyed

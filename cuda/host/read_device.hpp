@@ -1,6 +1,6 @@
 // A look at device memory beside everything that runs.
 //
-// In: a few kilobytes of device memory. Out: their present content. Callers: a buffer whose graphs tell the host nothing.
+// In: a few kilobytes of device memory. Out: their present content. Callers: a buffer, for what its kernels have counted.
 #pragma once
 
 #include <cstdint>

@@ -65,6 +65,13 @@ __device__ inline uint64_t all_ranks(const CallParams& p) {
 __device__ inline uint64_t rank_bit(uint32_t rank) { return uint64_t{1} << rank; }
 __device__ inline uint8_t* own_memory(const CallParams& p) { return p.symmetric[p.rank]; }
 
+// The first thing in a kernel, by all threads, before they touch memory.
+template <class Params>
+__device__ __forceinline__ void kernel_begin(const Params& params) {
+  fetch_params(params);
+  await_kernel_before();
+}
+
 // What a call finds in the state. Loads that are under way until something is used.
 struct CallFound {
   uint64_t epoch, base_epoch, launches, num_blocks, masked, lost;
@@ -105,7 +112,7 @@ __device__ inline void say_routing(CallShared& s, uint64_t epoch) {
   s.said_hash += agreed_term(kAgreedRouting, s.said_routing);
 }
 
-// The first thing in a kernel, by all threads.
+// The first thing after that, by all threads.
 __device__ inline void call_begin(const CallParams& p, CallShared& s, bool collective, bool needs_peers) {
   if (threadIdx.x == 0) read_call(p, s, collective, needs_peers);
   __syncthreads();
@@ -154,20 +161,13 @@ struct CallEnd {
 };
 
 // The last thing in a kernel, one warp of the leader's block, when all blocks have met at kMeetEnd: moves the state on and
-// tells the host. What went well in a graph is not told: a store to the host's memory holds up the next kernel, and whoever
-// asks reads the state itself.
+// tells the host. A store to the host's memory holds up the next kernel, and so does a trip to the L2 cache for what would be
+// stored: what went well in a graph is not told, else no more than that the call has ended. Whoever asks for more looks at the
+// state itself.
 __device__ inline void call_end(const CallParams& p, CallShared& s, const CallEnd& end) {
-  const uint32_t lane = threadIdx.x % kWarpLanes;
   const bool tells = p.seq != 0 || s.code != 0 || s.skipped;
-  const bool is_dispatch = p.op == DEEPEP_OP_DISPATCH || p.op == DEEPEP_OP_LOW_LATENCY_DISPATCH;
-  const uint32_t kind = is_dispatch ? 0 : 1;
-  if (tells) {
-    for (uint32_t rank = lane; end.needs_peers && rank < p.options.num_ranks; rank += kWarpLanes) {
-      p.host->wait_ns[kind * p.options.num_ranks + rank] = load_relaxed_gpu(&p.state->wait_ns[kind][rank]);
-    }
-    __syncwarp();  // Not where nothing is told: for lanes that come apart it is a jump to code that nobody has fetched.
-  }
-  if (lane != 0) return;
+  if (tells) __syncwarp();  // What the other lanes have counted is told too, and what they have looked at changes now.
+  if (lane_id() != 0) return;
   DeviceState& state = *p.state;
   HostState& host = *p.host;
   if (s.skipped) {
@@ -179,6 +179,7 @@ __device__ inline void call_end(const CallParams& p, CallShared& s, const CallEn
     finding.reason = Reason::needs_recovery;
   }
   const Finding& finding = state.finding;
+  const bool is_dispatch = p.op == DEEPEP_OP_DISPATCH || p.op == DEEPEP_OP_LOW_LATENCY_DISPATCH;
   const bool half_way = s.code == DEEPEP_ERROR_TIMEOUT || s.code == DEEPEP_ERROR_PEER_LOST || s.code == DEEPEP_ERROR_ABORTED;
   if (s.code != 0 && end.needs_peers && half_way && finding.agreed == 0) state.failed = 1;
   if (s.code == 0 && end.counts) reduce_add_relaxed_gpu(is_dispatch ? &state.num_dispatches : &state.num_combines, 1);
@@ -189,19 +190,7 @@ __device__ inline void call_end(const CallParams& p, CallShared& s, const CallEn
   for (uint64_t& arrivals : state.arrivals) arrivals = s.meeting;
   if (end.collective) state.epoch = s.epoch;
   if (!tells) return;
-  // All are read before the first is stored: one after another they would be a trip to the L2 cache each.
-  const uint64_t epoch = load_relaxed_gpu(&state.epoch), masked = load_relaxed_gpu(&state.masked);
-  const uint64_t num_dispatches = load_relaxed_gpu(&state.num_dispatches);
-  const uint64_t num_combines = load_relaxed_gpu(&state.num_combines);
-  const uint64_t rows_sent = load_relaxed_gpu(&state.rows_sent), bytes_sent = load_relaxed_gpu(&state.bytes_sent);
-  const uint64_t rows_pulled = load_relaxed_gpu(&state.rows_pulled);
-  host.epoch = epoch;
-  host.masked = masked;
-  host.num_dispatches = num_dispatches;
-  host.num_combines = num_combines;
-  host.rows_sent = rows_sent;
-  host.bytes_sent = bytes_sent;
-  host.rows_pulled = rows_pulled;
+  if (end.collective) host.epoch = s.epoch;
   if (s.code != 0) {
     host.findings[state.num_failures % kNumFailuresKept] = finding;
     state.num_failures += 1;

@@ -330,7 +330,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, 1) combine_kernel(const __gr
   extern __shared__ __align__(128) uint8_t dynamic_shared[];
   __shared__ CombineShared s;
   __shared__ uint64_t barriers[kMaxBarriers];
-  fetch_params(params);
+  kernel_begin(params);
   Combine combine{params, s, dynamic_shared, barriers};
   if (threadIdx.x == kWarpLanes) combine.read_known();
   call_begin(params.call, s.call, true, true);

@@ -564,7 +564,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads + kClerks * kWarpLanes, 1)
   extern __shared__ __align__(128) uint8_t dynamic_shared[];
   __shared__ DispatchShared s;
   __shared__ uint64_t barriers[kMaxBarriers];
-  fetch_params(params);
+  kernel_begin(params);
   Dispatch dispatch{params, s, dynamic_shared};
   if (threadIdx.x == kWarpLanes) dispatch.read_known();
   call_begin(params.call, s.call, true, true);

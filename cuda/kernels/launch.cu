@@ -39,11 +39,19 @@ const void* const kKernels[] = {
 constexpr size_t kNumWithDynamicShared = 13;  // the first of them
 
 template <class Params>
-cudaError_t launch(void (*kernel)(Params), Params& params, uint32_t blocks, uint32_t threads, uint64_t shared,
-                   cudaStream_t stream) {
-  if constexpr (requires { params.call; }) params.call.agreed_hash = agreed_hash(params.call.agreed);
-  void* args[] = {&params};
-  return cudaLaunchKernel(kernel, dim3(blocks), dim3(threads), args, shared, stream);
+cudaError_t launch(void (*kernel)(Params), Params& params, uint32_t blocks, uint32_t threads, uint64_t shared, Place place) {
+  params.call.agreed_hash = agreed_hash(params.call.agreed);
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(blocks);
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared;
+  config.stream = place.stream;
+  config.attrs = &early;
+  config.numAttrs = place.early ? 1 : 0;
+  return cudaLaunchKernelEx(&config, kernel, params);
 }
 
 // What all ranks must say alike of a call, the epoch of a known routing left out. `call` has what goes for every call.
@@ -101,15 +109,15 @@ cudaError_t load_kernels() {
   return cudaSuccess;
 }
 
-cudaError_t launch_dispatch(DispatchParams& params, cudaStream_t stream) {
+cudaError_t launch_dispatch(DispatchParams& params, Place place) {
   params.plan = with_room(params.plan);
   agree(params.call, params);
   const auto kernel = params.plan.tma != 0 ? dispatch_kernel<true> : dispatch_kernel<false>;
   return launch(kernel, params, static_cast<uint32_t>(params.plan.sms), (params.plan.warps + kClerks) * kWarpLanes,
-                params.plan.block_bytes, stream);
+                params.plan.block_bytes, place);
 }
 
-cudaError_t launch_combine(CombineParams& params, cudaStream_t stream) {
+cudaError_t launch_combine(CombineParams& params, Place place) {
   params.plan = with_room(params.plan);
   agree(params.call, params);
   params.copy = copy_plan(params.plan, params.args.hidden * 2);
@@ -117,10 +125,10 @@ cudaError_t launch_combine(CombineParams& params, cudaStream_t stream) {
   const auto kernel = params.plan.tma != 0 ? (weighted ? combine_kernel<true, true> : combine_kernel<true, false>)
                                            : (weighted ? combine_kernel<false, true> : combine_kernel<false, false>);
   return launch(kernel, params, static_cast<uint32_t>(params.plan.sms), params.plan.warps * kWarpLanes, params.plan.block_bytes,
-                stream);
+                place);
 }
 
-cudaError_t launch_low_latency_dispatch(LowLatencyDispatchParams& params, cudaStream_t stream) {
+cudaError_t launch_low_latency_dispatch(LowLatencyDispatchParams& params, Place place) {
   const deepep_low_latency_dispatch_args& args = params.args;
   agree(params.call, params);
   // Few tokens are spread over all warps; many are cut into pieces that a warp can hold.
@@ -138,14 +146,14 @@ cudaError_t launch_low_latency_dispatch(LowLatencyDispatchParams& params, cudaSt
                       : params.turns_scales_of != 0 ? low_latency_dispatch_kernel<true, true>
                                                     : low_latency_dispatch_kernel<true, false>;
   return launch(kernel, params, static_cast<uint32_t>(params.plan.sms), (params.plan.warps + 1) * kWarpLanes,
-                params.plan.block_bytes, stream);
+                params.plan.block_bytes, place);
 }
 
-cudaError_t launch_low_latency_receive(LowLatencyReceiveParams params, cudaStream_t stream) {
-  return launch(low_latency_receive_kernel, params, 1, kReceiveWarps * kWarpLanes, 0, stream);
+cudaError_t launch_low_latency_receive(LowLatencyReceiveParams params, Place place) {
+  return launch(low_latency_receive_kernel, params, 1, kReceiveWarps * kWarpLanes, 0, place);
 }
 
-cudaError_t launch_low_latency_combine(LowLatencyCombineParams& params, cudaStream_t stream) {
+cudaError_t launch_low_latency_combine(LowLatencyCombineParams& params, Place place) {
   const CallParams& call = params.call;
   const auto region =
       reinterpret_cast<uint64_t>(call.symmetric[call.rank]) + slot_offset(call.regions, call.slot) + call.regions.expert_output;
@@ -156,23 +164,23 @@ cudaError_t launch_low_latency_combine(LowLatencyCombineParams& params, cudaStre
   const auto kernel = casts ? (weighted ? low_latency_combine_kernel<true, true> : low_latency_combine_kernel<false, true>)
                             : (weighted ? low_latency_combine_kernel<true, false> : low_latency_combine_kernel<false, false>);
   return launch(kernel, params, moves ? static_cast<uint32_t>(params.plan.sms) : 1, (params.plan.warps + 1) * kWarpLanes,
-                params.plan.block_bytes, stream);
+                params.plan.block_bytes, place);
 }
 
-cudaError_t launch_low_latency_give_up(LowLatencyReceiveParams params, cudaStream_t stream) {
-  return launch(low_latency_give_up_kernel, params, 1, kWarpLanes, 0, stream);
+cudaError_t launch_low_latency_give_up(LowLatencyReceiveParams params, Place place) {
+  return launch(low_latency_give_up_kernel, params, 1, kWarpLanes, 0, place);
 }
 
-cudaError_t launch_message(MessageParams params, cudaStream_t stream) {
-  return launch(message_kernel, params, 1, kSmallThreads, 0, stream);
+cudaError_t launch_message(MessageParams params, Place place) {
+  return launch(message_kernel, params, 1, kSmallThreads, 0, place);
 }
 
-cudaError_t launch_readers(ReadersParams params, cudaStream_t stream) {
-  return launch(readers_kernel, params, 1, kWarpLanes, 0, stream);
+cudaError_t launch_readers(ReadersParams params, Place place) {
+  return launch(readers_kernel, params, 1, kWarpLanes, 0, place);
 }
 
-cudaError_t launch_layout(LayoutParams params, int32_t num_sms, cudaStream_t stream) {
-  return launch(layout_kernel, params, static_cast<uint32_t>(num_sms), kMaxBlockThreads, kCountBytes, stream);
+cudaError_t launch_layout(LayoutParams params, int32_t num_sms, Place place) {
+  return launch(layout_kernel, params, static_cast<uint32_t>(num_sms), kMaxBlockThreads, kCountBytes, place);
 }
 
 cudaError_t launch_copy(void* dst, const void* src, uint64_t bytes, int32_t num_sms, cudaStream_t stream) {
@@ -181,7 +189,8 @@ cudaError_t launch_copy(void* dst, const void* src, uint64_t bytes, int32_t num_
 }
 
 cudaError_t launch_update(UpdateParams params, cudaStream_t stream) {
-  return launch(update_kernel, params, 1, 1, 0, stream);
+  void* args[] = {&params};
+  return cudaLaunchKernel(update_kernel, dim3(1), dim3(1), args, 0, stream);
 }
 
 }  // namespace deepep

@@ -1,6 +1,6 @@
 // The kernels, as host code sees them.
 //
-// In: a params struct, of which a launch fills in what follows from the rest, and a stream. Out: one kernel enqueued, or the
+// In: a params struct, of which a launch fills in what follows from the rest, and a place. Out: one kernel enqueued, or the
 // driver's error. Blocks of an operation stay on their multiprocessors until it ends and wait for each other, so a grid never
 // exceeds what fits on the device beside the other ranks'. Every launch is graph-safe. Callers: cuda/host.
 #pragma once
@@ -15,17 +15,25 @@ namespace deepep {
 // spins is a deadlock. Call once a device, before any launch.
 cudaError_t load_kernels();
 
-cudaError_t launch_dispatch(DispatchParams& params, cudaStream_t stream);
-cudaError_t launch_combine(CombineParams& params, cudaStream_t stream);
+// Where a kernel is enqueued. `early`: the device may place its blocks as soon as those of the kernel before it have gone, and
+// not only when all that they wrote is seen; the kernel waits for that itself (kernel_begin). From sm_90 on. Not in a capture:
+// a graph orders such kernels by a slower way.
+struct Place {
+  cudaStream_t stream;
+  bool early;
+};
+
+cudaError_t launch_dispatch(DispatchParams& params, Place place);
+cudaError_t launch_combine(CombineParams& params, Place place);
 // Low latency: the send half of a dispatch, or both halves; its receive half alone; a combine, by halves or whole; the end of a
 // combine that nobody will receive.
-cudaError_t launch_low_latency_dispatch(LowLatencyDispatchParams& params, cudaStream_t stream);
-cudaError_t launch_low_latency_receive(LowLatencyReceiveParams params, cudaStream_t stream);
-cudaError_t launch_low_latency_combine(LowLatencyCombineParams& params, cudaStream_t stream);
-cudaError_t launch_low_latency_give_up(LowLatencyReceiveParams params, cudaStream_t stream);
-cudaError_t launch_message(MessageParams params, cudaStream_t stream);
-cudaError_t launch_readers(ReadersParams params, cudaStream_t stream);
-cudaError_t launch_layout(LayoutParams params, int32_t num_sms, cudaStream_t stream);
+cudaError_t launch_low_latency_dispatch(LowLatencyDispatchParams& params, Place place);
+cudaError_t launch_low_latency_receive(LowLatencyReceiveParams params, Place place);
+cudaError_t launch_low_latency_combine(LowLatencyCombineParams& params, Place place);
+cudaError_t launch_low_latency_give_up(LowLatencyReceiveParams params, Place place);
+cudaError_t launch_message(MessageParams params, Place place);
+cudaError_t launch_readers(ReadersParams params, Place place);
+cudaError_t launch_layout(LayoutParams params, int32_t num_sms, Place place);
 cudaError_t launch_update(UpdateParams params, cudaStream_t stream);
 // Copies `bytes`, a multiple of 16, with one block of the copy kernel on each of num_sms multiprocessors: the ceiling that
 // other figures are held against.

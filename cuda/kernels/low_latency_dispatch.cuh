@@ -609,7 +609,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads + kWarpLanes, 1)
     low_latency_dispatch_kernel(const __grid_constant__ LowLatencyDispatchParams params) {
   extern __shared__ __align__(128) uint8_t dynamic_shared[];
   __shared__ LowLatencyShared s;
-  fetch_params(params);
+  kernel_begin(params);
   LowLatencyDispatch dispatch(params, s, dynamic_shared);
   if (is_worker())
     dispatch.template work<kCast, kTurns>();

@@ -231,6 +231,14 @@ __device__ __forceinline__ void fetch_params(const Params& params) {
   }
 }
 
+// By all threads of a kernel that was launched early (Place), before they touch memory: waits until the kernel before it in the
+// stream has ended and what that has written is seen. In another kernel it returns at once. PTX ISA: griddepcontrol.
+__device__ __forceinline__ void await_kernel_before() {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // ---- shared memory and TMA: sm_90 ------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint32_t shared_address(const void* pointer) {

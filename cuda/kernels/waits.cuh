@@ -69,6 +69,7 @@ struct Waits {
     if (lane == 0) {
       s.masked |= rank_bit(peer);
       p.state->masked = s.masked;
+      p.host->masked = s.masked;
     }
     __syncwarp();
   }

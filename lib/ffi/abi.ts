@@ -394,10 +394,17 @@ export const structs = {
         "out",
         "the communication stream; an event recorded on it stands for every operation so far, wherever it ran",
       ],
+    },
+  },
+  deepep_buffer_stats: {
+    doc: "What a connected buffer has counted, as of the call that asks.",
+    fields: {
+      size,
+      reserved,
       wait_ns: [
         "u64",
         "out",
-        "host address of i64 [2, num_ranks]: nanoseconds waited for each peer in dispatch and combine; where graphs replay calls, as of this call",
+        "host address of i64 [2, num_ranks]: nanoseconds waited for each peer in dispatch and combine; the next call writes it anew",
       ],
       num_dispatches: ["u64", "out", "dispatches that ended, either mode"],
       num_combines: ["u64", "out", "combines that ended, either mode"],
@@ -843,7 +850,13 @@ export const functions = {
   deepep_buffer_get_info: {
     args: [["buffer", "u64"], ["args", "deepep_buffer_info"], ["error", "deepep_error"]],
     ret: "i32",
-    doc: "Facts and counters. Local.",
+    doc: "Facts. Local.",
+  },
+  deepep_buffer_get_stats: {
+    args: [["buffer", "u64"], ["args", "deepep_buffer_stats"], ["error", "deepep_error"]],
+    ret: "i32",
+    doc:
+      "Counters. Local. The cuda backend looks at the device, some 10 microseconds, unless nothing has run since; a device that does not answer for 100 ms counts as it did at the last look.",
   },
   deepep_buffer_recover: {
     args: [["buffer", "u64"], ["args", "deepep_buffer_recover_args"], ["error", "deepep_error"]],

@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "2d78ac13928637b88788c3cad2e39001d3dad9beee93b39f089f8a6d03ecf512",
-    cuda: "8e105246b80b5fe08ae6a040deab1653d56e4544332f6ca31dea287f3045832c",
+    cpu: "946070ca453c79a5ad18c3b3d5830fa90ac0cf626588d89335a53accacce4516",
+    cuda: "2c669de0bae53148994c229e7d4a2f109c2c33714c7d8ed27d7e0eaea4f80d4a",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -30,12 +30,12 @@ export const manifest: Manifest = {
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "11f66d8ceec44d8ea5b07c3692d7ae3e8156f54dda0478d5d8c9ac1b036e8102",
+      sha256: "e2f781a07ff5a1caa2dd8d666692ec3c29d835486f91b7248dbcbd79ebfb983d",
       bytes: 514480,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "97b12c067c8e8c242d9331980b98a653faf3df7e8a56cf2ab41ef0fe24318cb6",
-      bytes: 3066584,
+      sha256: "1e781bfc6a3851ee6c0dc9e04cb3ec0162f8dc9f630b7047ec968dffda9957a4",
+      bytes: 3062488,
     },
   },
 };

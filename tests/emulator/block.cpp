@@ -169,6 +169,7 @@ Block::Block(const Grid& launched, uint3 index_)
   for (uint32_t i = 0; i < num_threads_; ++i) {
     Fiber& fiber = fibers_[i];
     fiber.block = this;
+    fiber.is_early = launched.early;
     fiber.index = i;
     fiber.thread = {i % grid.threads.x, i / grid.threads.x % grid.threads.y, i / grid.threads.x / grid.threads.y};
     auto* const words = static_cast<uint64_t*>(stacks_[i]);
@@ -219,8 +220,11 @@ void Block::begin() {
   this_block().end();
 }
 
+void Block::await_kernel_before() { this_fiber().is_early = false; }
+
 void Block::end() {
   Fiber& self = this_fiber();
+  if (self.is_early) fail("it has not waited for the kernel before, although it was launched early");
   if (!self.stores.empty()) fail("it ends with bulk stores that it has not waited for");
   if (*static_cast<uint64_t*>(stacks_[self.index]) != kCanary) fail("it has used more stack than an emulated thread has");
   if (!barriers_[0].waiting.empty()) fail("it ends while threads wait for it at __syncthreads");

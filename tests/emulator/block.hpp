@@ -40,6 +40,7 @@ struct Grid {
   dim3 blocks;
   dim3 threads;
   size_t shared_bytes;
+  bool early;                  // it may begin before the kernel before it has ended, and must wait for that itself
   std::function<void()> body;  // of a thread
 };
 
@@ -76,6 +77,7 @@ struct Fiber {
   uint3 thread = {};
   uint32_t index = 0;
   const char* waits_for = nullptr;
+  bool is_early = false;                   // it has not waited yet for the kernel before
   std::array<const void*, 8> met_at = {};  // addresses in the kernel where it has met others, the latest first
   uint64_t result = 0;             // of a meeting
   // What it brings to a meeting of lanes.
@@ -110,6 +112,8 @@ class Block {
   void race(const Deed& now, const Deed& before, const void* address, const char* words);
   // Whether it is a block's thread that asks.
   static bool runs();
+  // Now the kernel before has ended.
+  void await_kernel_before();
   // The block has done something that others may wait for.
   void progress() { polls_ = 0, naps_ = 0; }
   [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 2, 3)));

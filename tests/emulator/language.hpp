@@ -28,8 +28,17 @@
 
 #define threadIdx (emulator::this_fiber().thread)
 #define blockIdx (emulator::this_block().index)
-#define blockDim (emulator::this_block().grid.threads)
-#define gridDim (emulator::this_block().grid.blocks)
+// No macros, since fields of cudaLaunchConfig_t have the same names.
+inline constexpr struct {
+  struct {
+    operator uint32_t() const { return emulator::this_block().grid.threads.x; }
+  } x;
+} blockDim = {};
+inline constexpr struct {
+  struct {
+    operator uint32_t() const { return emulator::this_block().grid.blocks.x; }
+  } x;
+} gridDim = {};
 
 // ---- vectors
 
@@ -178,7 +187,7 @@ T atomicCAS(T* address, std::type_identity_t<T> expected, std::type_identity_t<T
 #define EMULATED_HERE __builtin_extract_return_addr(__builtin_return_address(0))
 
 [[gnu::noinline]] inline uint64_t emulated_barrier(emulator::Vote vote, bool value) {
-  const dim3& threads = blockDim;
+  const dim3& threads = emulator::this_block().grid.threads;
   return emulator::this_block().synchronize(0, threads.x * threads.y * threads.z, vote, value, EMULATED_HERE);
 }
 inline void __syncthreads() { emulated_barrier(emulator::Vote::none, false); }
@@ -251,15 +260,21 @@ inline void __nanosleep(uint32_t) { emulator::this_block().poll(); }
 
 // ---- launches
 
-// As in CUDA's cuda_runtime.h: the kernel's type says what `args` point to.
-template <class... Args>
-cudaError_t cudaLaunchKernel(void (*kernel)(Args...), dim3 blocks, dim3 threads, void** args, size_t shared_bytes,
+// As in CUDA's cuda_runtime.h. Of attributes there is only that a kernel is launched early.
+template <class... Params, class... Args>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Args&&... args) {
+  std::tuple<std::remove_cv_t<Params>...> copies(args...);
+  return emulator::launch(reinterpret_cast<const void*>(kernel),
+                          {emulator::name_of<Params...>(), config->gridDim, config->blockDim, config->dynamicSmemBytes,
+                           config->numAttrs != 0, [kernel, copies = std::move(copies)] { std::apply(kernel, copies); }},
+                          config->stream);
+}
+// The same: the kernel's type says what `args` point to.
+template <class... Params>
+cudaError_t cudaLaunchKernel(void (*kernel)(Params...), dim3 blocks, dim3 threads, void** args, size_t shared_bytes,
                              cudaStream_t stream) {
-  const auto body = [&]<size_t... kIndex>(std::index_sequence<kIndex...>) {
-    std::tuple copies(*static_cast<std::remove_cv_t<Args>*>(args[kIndex])...);
-    return [kernel, copies = std::move(copies)] { std::apply(kernel, copies); };
-  };
-  return emulator::launch(
-      reinterpret_cast<const void*>(kernel),
-      {emulator::name_of<Args...>(), blocks, threads, shared_bytes, body(std::index_sequence_for<Args...>())}, stream);
+  const cudaLaunchConfig_t config = {blocks, threads, shared_bytes, stream, nullptr, 0};
+  return [&]<size_t... kIndex>(std::index_sequence<kIndex...>) {
+    return cudaLaunchKernelEx(&config, kernel, *static_cast<std::remove_cv_t<Params>*>(args[kIndex])...);
+  }(std::index_sequence_for<Params...>());
 }

@@ -204,6 +204,8 @@ inline void reduce_add_release_block(uint32_t* shared, uint32_t value) { reduce_
 template <class Params>
 void fetch_params(const Params&) {}
 
+inline void await_kernel_before() { emulator::this_block().await_kernel_before(); }
+
 // ---- shared memory and TMA -------------------------------------------------------------------------------------------------
 
 inline void barrier_init(uint64_t* barrier, uint32_t arrivals) { emulator::barrier_init(barrier, arrivals); }

@@ -255,6 +255,9 @@ void look_at(const void* address, size_t bytes, uint32_t how, const void* at) {
   if ((begin ^ stack) < kStackBytes || !Block::runs()) return;
   Fiber& self = this_fiber();
   if (!self.block->races || self.block->races->cell_of(begin) == nullptr) return;
+  if (self.is_early && device_cell(begin) != nullptr) {
+    self.block->fail("it is at %p before it has waited for the kernel before, although it was launched early", address);
+  }
   self.block->races->access(self.index, address, bytes, how, at);
   self.block->maybe_switch();
 }

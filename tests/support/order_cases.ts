@@ -61,6 +61,43 @@ export function runOrderCases({ name, backend, skip }: BackendSubject): void {
       });
     });
 
+    test("each call reads what the one before has written", async () => {
+      const hidden = 4096, numLayers = 60;
+      const all = (exponent: number) => new Uint16Array(NUM_TOKENS * hidden).fill(bits(2 ** exponent));
+      await ranks(NUM_RANKS, { hidden }, async (b) => {
+        const at = [b.tensor("bf16", [NUM_TOKENS, hidden], all(0)), b.tensor("bf16", [NUM_TOKENS, hidden])] as const;
+        using topkIdx = both(b);
+        for (let layer = 0; layer < numLayers; layer++) {
+          using recv = await b.dispatch(at[layer % 2]!, { topkIdx, cpuSync: false });
+          using _ = await b.combine(recv.x, recv.handle, { out: at[(layer + 1) % 2]! }); // the sum of two equal rows
+        }
+        assertEquals(await at[0].read(), all(numLayers));
+        at.forEach((tensor) => tensor.release());
+      });
+    });
+
+    test("what has ended is counted, and asking twice changes nothing", async () => {
+      await ranks(NUM_RANKS, {}, async (b) => {
+        using x = rows(b, 1), topkIdx = both(b);
+        const counted = () => {
+          const { dispatchWaitNs, combineWaitNs, ...counts } = b.stats();
+          assertEquals([dispatchWaitNs.length, combineWaitNs.length], [NUM_RANKS, NUM_RANKS]);
+          assertEquals([dispatchWaitNs[b.rank], combineWaitNs[b.rank]], [0n, 0n]);
+          return Object.values(counts);
+        };
+        assertEquals(counted(), [0, 0, 0, 0, 0, 0]);
+        for (let i = 1; i <= 2; i++) {
+          using recv = await b.dispatch(x, { topkIdx });
+          await recv.event;
+          const sent = i * NUM_RANKS * NUM_TOKENS, before = (i - 1) * NUM_RANKS * NUM_TOKENS;
+          for (const _ of "12") assertEquals(counted(), [i, i - 1, 0, sent, 2 * HIDDEN * sent, before]);
+          using out = await b.combine(recv.x, recv.handle);
+          await out.event;
+          for (const _ of "12") assertEquals(counted(), [i, i, 0, sent, 2 * HIDDEN * sent, sent]);
+        }
+      });
+    });
+
     test("an event that is asked for late marks the end of its own operation", async () => {
       const turn = Promise.withResolvers<void>();
       await ranks(NUM_RANKS, {}, async (b) => {
