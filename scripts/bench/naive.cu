@@ -28,6 +28,7 @@ enum Op : uint64_t {
   kCompare = 7,  // a, b = n bytes each, c = u64 counter: words of 16 bytes that differ are added to it
   kWork = 8,     // a = f32 to write to, n = blocks, m = steps of arithmetic that touch no memory
   kStream = 9,   // a = dst, b = src, n = bytes, k = blocks: a copy kernel
+  kStore = 10,   // a = dst, n = bytes, k = blocks: a kernel that stores and loads nothing
 };
 
 // A row's parts, payload and scales.
@@ -164,6 +165,12 @@ __global__ void stream_kernel(uint4* dst, const uint4* src, uint64_t words) {
   }
 }
 
+__global__ void store_kernel(uint4* dst, uint64_t words) {
+  const uint64_t step = uint64_t(gridDim.x) * blockDim.x;
+  const uint4 value = make_uint4(threadIdx.x, blockIdx.x, 0, 0);
+  for (uint64_t i = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x; i < words; i += step) __stcg(dst + i, value);
+}
+
 // Keeps multiprocessors busy for a time that does not depend on memory.
 __global__ void work_kernel(float* out, uint64_t steps) {
   float a = float(threadIdx.x), b = float(blockIdx.x);
@@ -259,6 +266,7 @@ cudaError_t run(const Command& c) {
     case kScatter: return scatter(c, stream);
     case kStream:
       return launch(stream_kernel, c.k, kStreamThreads, stream, at<uint4>(c.a), at<const uint4>(c.b), c.n / 16);
+    case kStore: return launch(store_kernel, c.k, kStreamThreads, stream, at<uint4>(c.a), c.n / 16);
     case kWork: return launch(work_kernel, c.n, kThreads, stream, at<float>(c.a), c.m);
     case kCompare:
       return launch(compare_kernel, 1024, 256, stream, at<const uint4>(c.a), at<const uint4>(c.b),
@@ -324,6 +332,7 @@ NAIVE_API int32_t naive_open(int32_t devices) {
     if (!error) error = load(reduce_kernel);
     if (!error) error = load(scatter_kernel);
     if (!error) error = load(stream_kernel);
+    if (!error) error = load(store_kernel);
     if (!error) error = load(work_kernel);
     if (!error) error = load(compare_kernel);
   }

@@ -170,7 +170,7 @@ export async function benchGpu(options: BenchOptions, machine: Machine): Promise
   await run.phase("ceiling", "what copies move, read and written", () => ceilings(run, "before"));
   if (typeof naive !== "string") {
     await run.phase("ceiling", "what plain kernels move that scatter and pull the rows of the calls", async () => {
-      await plainCeilings(() => run.context(shape), main);
+      await plainCeilings(() => run.context(shape), main, gpu.numSms);
     });
   }
   if (typeof naive !== "string") {

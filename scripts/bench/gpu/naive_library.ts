@@ -48,6 +48,7 @@ export const OP = {
   compare: 7,
   work: 8,
   stream: 9,
+  store: 10,
 } as const;
 
 /** A command: an operation on a stream. */

@@ -4,11 +4,12 @@
  * In: a stage of the main size. Out: figures, each compared with the naive way byte by byte before it is timed. Called by bench.ts,
  * before the calls. A copy reads and writes one stream of memory; a dispatch writes several rows for each that it reads, which the
  * memory does faster or slower. So the best kernel of either kind is what shares are taken of, see report.ts. Between devices a combine
- * could push its rows, too, to where their owner sums them: that is timed beside the pull. The kernels run one a
- * rank, without any word between the ranks: some blocks that stay, and a block a token, of which the faster counts.
+ * could push its rows, too, to where their owner sums them: that is timed beside the pull. Few multiprocessors end at what they can
+ * store, however fast the memory is: that is timed as well, on one device. The kernels run one a rank, without any word between
+ * the ranks: some blocks that stay, and a block a token, of which the faster counts.
  */
 import { NaiveCombine, NaiveDispatch } from "./naive.ts";
-import { PlainPull, PlainPush, PlainScatter } from "./plain_kernels.ts";
+import { PlainPull, PlainPush, PlainScatter, PlainStore } from "./plain_kernels.ts";
 import type { NaiveWork } from "./work.ts";
 import { type NewContext, World } from "./main_phase.ts";
 import type { GpuFigure } from "./report.ts";
@@ -17,9 +18,14 @@ import type { Routing } from "./routes.ts";
 /** Blocks of a rank's kernel: a few that stay on its share of the multiprocessors, or one a token. */
 const RESIDENT_BLOCKS_A_SM = 4;
 const BLOCK_A_TOKEN = 65535;
+const STORED_BYTES = 2 ** 30;
 
-/** All patterns that goals are about. */
-export async function plainCeilings(newContext: NewContext, routing: Routing): Promise<void> {
+/** All patterns that goals are about; what `numSms` multiprocessors a rank can store. */
+export async function plainCeilings(
+  newContext: NewContext,
+  routing: Routing,
+  numSms: readonly number[],
+): Promise<void> {
   for (const layout of ["rank", "expert"] as const) {
     const context = await newContext(), { naive: library, stage } = context;
     if (typeof library === "string") return;
@@ -28,6 +34,7 @@ export async function plainCeilings(newContext: NewContext, routing: Routing): P
     try {
       for (const dtype of ["bf16", "fp8"] as const) await scatters(world, work, dtype);
       await pulls(world, work);
+      if (layout === "rank") await stores(world, work, numSms);
       world.release();
     } catch (error) {
       context.failed(`ceiling: ${layout} layout`, error);
@@ -53,6 +60,15 @@ async function scatters(world: World, work: NaiveWork, dtype: "bf16" | "fp8"): P
     await plain.once();
     await plain.compare(`plain scatter of ${dtype}, ${route.layout} layout`, world.context.verifier, naive);
     await world.time(plain.chain, { op: "plain_scatter", ...facts, more: { blocks } });
+  }
+}
+
+async function stores(world: World, work: NaiveWork, numSms: readonly number[]): Promise<void> {
+  const { ranksOnDevice } = work.stage.ranks.buffers[0]!;
+  for (const sms of numSms) {
+    using plain = new PlainStore(work, STORED_BYTES, sms * ranksOnDevice);
+    const facts = { numSms: sms, dtype: "none", layout: "none", bytes: STORED_BYTES } as const;
+    await world.time(plain.chain, { op: "plain_store", ...facts });
   }
 }
 

@@ -58,6 +58,14 @@ export class PlainScatter extends Work {
   }
 }
 
+/** A ceiling of everything that few multiprocessors store: a kernel on one device that does nothing else. */
+export class PlainStore extends Work {
+  constructor(work: Pick<NaiveWork, "library" | "stage">, bytes: number, blocks: number) {
+    super(work);
+    this.use([[{ op: "store", on: this.lanes[0]!, a: this.bytes(0, bytes), n: bytes, k: blocks }]]);
+  }
+}
+
 /** Sums of a rank's tokens, a row each. */
 abstract class PlainSum extends Work {
   protected readonly result: readonly bigint[];
