@@ -353,11 +353,10 @@ export class EpBuffer implements AsyncDisposable {
     core.open("recover");
     for (const rank of options.masked ?? []) this.#checkPeer("recover without", rank);
     await Promise.allSettled([core.record(core.commStream), core.record()]);
-    const info = core.info();
-    const masked = new Set([...bits(info.masked_ranks, this.numRanks), ...options.masked ?? []]);
+    const masked = new Set([...bits(core.info().masked_ranks, this.numRanks), ...options.masked ?? []]);
     const ranks = Array.from({ length: this.numRanks }, (_, r) => r).filter((r) => !masked.has(r));
     const mine = new BigUint64Array(new ArrayBuffer(16));
-    mine[0] = info.epoch;
+    mine[0] = core.stats().epoch;
     mine[1] = [...masked].reduce((mask, r) => mask | 1n << BigInt(r), 0n);
     const wait = options.timeoutMs === undefined ? {} : { timeoutMs: options.timeoutMs };
     const all = await this.#group.allGather(new Uint8Array(mine.buffer), { ranks, ...wait });
@@ -377,7 +376,12 @@ export class EpBuffer implements AsyncDisposable {
     await this.#group.allGather(new Uint8Array(1), { ranks, ...wait });
   }
 
-  /** Counters, and how long each peer was waited for: a look at the GPU, some 10 µs where something has run since the last. */
+  /**
+   * Counters, and how long each peer was waited for. On cuda that is a look at the GPU, some 10 µs, unless nothing can have run
+   * since the last one.
+   *
+   * @throws {EpError} `timeout` when the GPU's copies to the host have other work for 100 ms, `system` when CUDA has failed
+   */
   stats(): BufferStats {
     const stats = this.#core.stats();
     const waits = new BigInt64Array(new ArrayBuffer(16 * this.numRanks));

@@ -122,7 +122,7 @@ export class Core implements EventOwner, TensorOwner {
     return infoStruct.read();
   }
 
-  /** Counters. */
+  /** Counters, see {@linkcode EpBuffer.stats}. */
   stats(): ReturnType<typeof statsStruct.read> {
     this.open("look at the buffer");
     statsStruct.pack({});

@@ -27,7 +27,7 @@ const importMap = ["--import-map", "tests/support/import_map.json"];
 const patience = ["--timeout", "60000"];
 const rebuilt = join("build", "native");
 /** The tests of the emulated device: those that say most for their time. */
-const emulated = "^cuda: (low latency" +
+const emulated = "^cuda: (low latency|order (each|what) " +
   "|(dispatch|combine) (tiny|skewed|eight|wide|fp8|random|experts|more|many)" +
   "|peers that are late, silent or gone, low latency (silent )?in " +
   "|peers that are late, silent or gone (ranks|three ranks,|a late rank|a rank) )";
@@ -105,7 +105,17 @@ const steps: readonly Step[] = [
   {
     // The kernels themselves, on threads whose order is drawn; two that race end the run. A part of it, for the time it takes.
     name: "tests (emulated cuda)",
-    command: [bun, "test", ...patience, "cuda_test", "cuda_failure_test", "-t", emulated],
+    command: [
+      bun,
+      "test",
+      ...patience,
+      "cuda_test",
+      "cuda_failure_test",
+      "cuda_low_latency_graph",
+      "cuda_order_test",
+      "-t",
+      emulated,
+    ],
     tests: "bun",
     after: "compile emulated cuda",
     skip: noCompiler,

@@ -44,7 +44,7 @@ suite("cuda: low latency in graphs", noCudaLowLatency || noCudaGraphs, () => {
           const stats = b.stats();
           assertEquals([stats.numDispatches, stats.numCombines, stats.numFailures], [i, i, 0]);
           assertEquals([stats.rowsSent, stats.bytesSent, stats.rowsPulled], [6 * i, 6 * i * 2 * HIDDEN, 6 * i]);
-          assertEquals(b.core.info().epoch, BigInt(2 * i));
+          assertEquals(b.core.stats().epoch, BigInt(2 * i));
           assertEquals([stats.dispatchWaitNs[b.rank], stats.combineWaitNs[b.rank]], [0n, 0n]);
         }
         // A call between replays, of which the host hears, goes on from there.
@@ -52,7 +52,7 @@ suite("cuda: low latency in graphs", noCudaLowLatency || noCudaGraphs, () => {
         await recv.received();
         await graph.launch();
         const { numDispatches, numCombines, bytesSent } = b.stats();
-        assertEquals([numDispatches, numCombines, b.core.info().epoch], [5, 4, 9n]);
+        assertEquals([numDispatches, numCombines, b.core.stats().epoch], [5, 4, 9n]);
         assertEquals(bytesSent, 4 * 6 * 2 * HIDDEN + 6 * (HIDDEN + 4));
         recv.release();
         graph.results.recv.release();
@@ -61,6 +61,29 @@ suite("cuda: low latency in graphs", noCudaLowLatency || noCudaGraphs, () => {
         end();
       }));
   }
+
+  test("a rank that does not replay is masked, and everybody knows it at once", async () => {
+    const masking = { ...shape, maskOnTimeout: true, timeoutMs: 300 };
+    await ranksOf("cuda")(3, masking, async (b) => {
+      const { x, topkIdx, topkWeights, end } = inputsOf(b);
+      const graph = b.capture(b.stream, (operations) => {
+        const recv = operations.lowLatencyDispatch(x, { topkIdx, fp8: false });
+        const out = operations.lowLatencyCombine(recv.x, { topkIdx, topkWeights, handle: recv.handle });
+        return { recv, out };
+      });
+      if (b.rank < 2) {
+        await graph.launch();
+        const { epoch } = b.core.stats();
+        assertEquals([b.maskedRanks, b.failed, epoch], [[2], false, 2n]);
+        await graph.launch();
+        assertEquals([b.maskedRanks, b.stats().numCombines, b.stats().numFailures], [[2], 2, 0]);
+      }
+      graph.results.recv.release();
+      graph.results.out[Symbol.dispose]();
+      graph.release();
+      end();
+    });
+  });
 
   test("both halves are part of the same graph, or of none", () =>
     onRanks(async (b) => {

@@ -576,8 +576,6 @@ typedef struct deepep_buffer_info {
   uint32_t max_recv_tokens;
   /* [out] bit r is set when rank r is masked */
   uint64_t masked_ranks;
-  /* [out] collective calls made so far; where graphs replay them, as the device counts */
-  uint64_t epoch;
   /* [out] multiprocessors an operation of normal mode uses unless it says, one of low latency at least; 0 on the cpu
    * backend */
   int32_t num_sms;
@@ -586,7 +584,7 @@ typedef struct deepep_buffer_info {
   /* [out] the communication stream; an event recorded on it stands for every operation so far, wherever it ran */
   uint64_t comm_stream;
 } deepep_buffer_info;
-static_assert(sizeof(deepep_buffer_info) == 64, "size");
+static_assert(sizeof(deepep_buffer_info) == 56, "size");
 static_assert(offsetof(deepep_buffer_info, size) == 0, "size");
 static_assert(offsetof(deepep_buffer_info, rank) == 4, "rank");
 static_assert(offsetof(deepep_buffer_info, num_ranks) == 8, "num_ranks");
@@ -596,19 +594,20 @@ static_assert(offsetof(deepep_buffer_info, failed) == 20, "failed");
 static_assert(offsetof(deepep_buffer_info, free_slots) == 24, "free_slots");
 static_assert(offsetof(deepep_buffer_info, max_recv_tokens) == 28, "max_recv_tokens");
 static_assert(offsetof(deepep_buffer_info, masked_ranks) == 32, "masked_ranks");
-static_assert(offsetof(deepep_buffer_info, epoch) == 40, "epoch");
-static_assert(offsetof(deepep_buffer_info, num_sms) == 48, "num_sms");
-static_assert(offsetof(deepep_buffer_info, ranks_on_device) == 52, "ranks_on_device");
-static_assert(offsetof(deepep_buffer_info, comm_stream) == 56, "comm_stream");
+static_assert(offsetof(deepep_buffer_info, num_sms) == 40, "num_sms");
+static_assert(offsetof(deepep_buffer_info, ranks_on_device) == 44, "ranks_on_device");
+static_assert(offsetof(deepep_buffer_info, comm_stream) == 48, "comm_stream");
 
-/* What a connected buffer has counted, as of the call that asks. */
+/* What a connected buffer has counted. */
 typedef struct deepep_buffer_stats {
   /* [in] sizeof this struct */
   uint32_t size;
   /* [in] 0 */
   uint32_t reserved;
-  /* [out] host address of i64 [2, num_ranks]: nanoseconds waited for each peer in dispatch and combine; the next
-   * call writes it anew */
+  /* [out] collective calls made so far, those of replays of its graphs included */
+  uint64_t epoch;
+  /* [out] host address of i64 [2, num_ranks]: nanoseconds waited for each peer in dispatch and combine; changes with
+   * later calls */
   uint64_t wait_ns;
   /* [out] dispatches that ended, either mode */
   uint64_t num_dispatches;
@@ -623,16 +622,17 @@ typedef struct deepep_buffer_stats {
   /* [out] operations that failed */
   uint64_t num_failures;
 } deepep_buffer_stats;
-static_assert(sizeof(deepep_buffer_stats) == 64, "size");
+static_assert(sizeof(deepep_buffer_stats) == 72, "size");
 static_assert(offsetof(deepep_buffer_stats, size) == 0, "size");
 static_assert(offsetof(deepep_buffer_stats, reserved) == 4, "reserved");
-static_assert(offsetof(deepep_buffer_stats, wait_ns) == 8, "wait_ns");
-static_assert(offsetof(deepep_buffer_stats, num_dispatches) == 16, "num_dispatches");
-static_assert(offsetof(deepep_buffer_stats, num_combines) == 24, "num_combines");
-static_assert(offsetof(deepep_buffer_stats, rows_sent) == 32, "rows_sent");
-static_assert(offsetof(deepep_buffer_stats, bytes_sent) == 40, "bytes_sent");
-static_assert(offsetof(deepep_buffer_stats, rows_pulled) == 48, "rows_pulled");
-static_assert(offsetof(deepep_buffer_stats, num_failures) == 56, "num_failures");
+static_assert(offsetof(deepep_buffer_stats, epoch) == 8, "epoch");
+static_assert(offsetof(deepep_buffer_stats, wait_ns) == 16, "wait_ns");
+static_assert(offsetof(deepep_buffer_stats, num_dispatches) == 24, "num_dispatches");
+static_assert(offsetof(deepep_buffer_stats, num_combines) == 32, "num_combines");
+static_assert(offsetof(deepep_buffer_stats, rows_sent) == 40, "rows_sent");
+static_assert(offsetof(deepep_buffer_stats, bytes_sent) == 48, "bytes_sent");
+static_assert(offsetof(deepep_buffer_stats, rows_pulled) == 56, "rows_pulled");
+static_assert(offsetof(deepep_buffer_stats, num_failures) == 64, "num_failures");
 
 /* Arguments of deepep_buffer_recover. */
 typedef struct deepep_buffer_recover_args {
@@ -1549,8 +1549,9 @@ DEEPEP_API int32_t deepep_buffer_connect(uint64_t buffer, deepep_error* error);
 /* Facts. Local. */
 DEEPEP_API int32_t deepep_buffer_get_info(uint64_t buffer, deepep_buffer_info* args, deepep_error* error);
 
-/* Counters. Local. The cuda backend looks at the device, some 10 microseconds, unless nothing has run since; a
- * device that does not answer for 100 ms counts as it did at the last look. */
+/* Counters. Local. The cuda backend looks at the device, some 10 microseconds, unless nothing can have run since the
+ * last look. It waits for that 100 ms at most, then TIMEOUT: copies to the host stand in a queue; SYSTEM when CUDA
+ * has failed. */
 DEEPEP_API int32_t deepep_buffer_get_stats(uint64_t buffer, deepep_buffer_stats* args, deepep_error* error);
 
 /* After a failure: forgets it and continues at an epoch agreed by the survivors. Every survivor calls it with the

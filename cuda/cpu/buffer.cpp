@@ -107,13 +107,13 @@ void Buffer::info(deepep_buffer_info& out) {
   out.num_sms = 0;
   out.ranks_on_device = options.num_ranks;  // one PID namespace, so one machine
   out.masked_ranks = masked_next_;
-  out.epoch = epoch;
   out.comm_stream = comm_->id;
 }
 
 void Buffer::stats(deepep_buffer_stats& out) {
   const std::lock_guard lock(mutex);
   check_open();
+  out.epoch = epoch;
   out.wait_ns = reinterpret_cast<uint64_t>(wait_ns_);
   out.num_dispatches = counters.num_dispatches;
   out.num_combines = counters.num_combines;

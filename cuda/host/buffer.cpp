@@ -131,8 +131,9 @@ void Buffer::connect() {
   const uint64_t here = peers_->ranks_on_device();
   topology = device->topology(static_cast<uint32_t>(std::popcount(here)));
   // For tests of the kernels that serve older devices: rows go by loads and stores here too.
-  const char* const tma = getenv("DEEPEP_CUDA_TMA");
+  const char* const tma = getenv("DEEPEP_CUDA_TMA"), *const early = getenv("DEEPEP_CUDA_EARLY");
   if (tma && std::strcmp(tma, "0") == 0 && topology.compute_capability >= 90) topology.compute_capability = 89;
+  launches_early = device->launches_early && !(early && std::strcmp(early, "0") == 0);
   const uint64_t others = (~uint64_t{0} >> (64 - options.num_ranks)) & ~(uint64_t{1} << rank);
   turned_with = others & ~here;
   turned_tokens = kTurnedTokens;
@@ -209,7 +210,6 @@ void Buffer::info(deepep_buffer_info& out) {
   fill_facts(out);
   out.failed = failed_ ? 1 : 0;
   out.masked_ranks = shown_masked();
-  out.epoch = exact_epoch();
   out.num_sms = default_sms;
   out.ranks_on_device = topology.ranks_on_device;
   out.comm_stream = reinterpret_cast<uint64_t>(comm_);
@@ -220,6 +220,7 @@ void Buffer::stats(deepep_buffer_stats& out) {
   check_open();
   reap();
   look();
+  out.epoch = seen_epoch();
   out.wait_ns = reinterpret_cast<uint64_t>(seen_.wait_ns);
   out.num_dispatches = seen_.state.num_dispatches;
   out.num_combines = seen_.state.num_combines;
@@ -232,7 +233,8 @@ void Buffer::stats(deepep_buffer_stats& out) {
 void Buffer::recover(const deepep_buffer_recover_args& args) {
   const std::lock_guard lock(mutex);
   enter();
-  check_recovery(*this, args, exact_epoch(), num_under_way());
+  if (is_captured_) look();
+  check_recovery(*this, args, seen_epoch(), num_under_way());
   update({.state = nullptr,
           .host = nullptr,
           .mask = args.masked_ranks,

@@ -74,10 +74,11 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   // Facts. They do not change; from `topology` on they are known once connected.
   const Device* device = nullptr;
   Topology topology;
-  uint64_t turned_with = 0;    // ranks with which low latency exchanges scales in columns as rows: those on other GPUs
-  uint32_t turned_tokens = 0;  // from how many tokens on that are theirs, were they spread evenly
-  int32_t wanted_sms = 0;      // deepep_buffer_create_args.num_sms
-  int32_t default_sms = 0;     // of an operation that says nothing
+  bool launches_early = false;  // calls that are not captured: see Place
+  uint64_t turned_with = 0;     // ranks with which low latency exchanges scales in columns as rows: those on other GPUs
+  uint32_t turned_tokens = 0;   // from how many tokens on that are theirs, were they spread evenly
+  int32_t wanted_sms = 0;       // deepep_buffer_create_args.num_sms
+  int32_t default_sms = 0;      // of an operation that says nothing
 
   // Rank r's symmetric memory as this device sees it: regions' offsets count from it.
   uint8_t* symmetric(uint32_t r) const { return peers_->symmetric(r); }
@@ -204,10 +205,10 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   void note_pending();
   // The end of the operation with this done_id; one that is not pending has ended.
   std::shared_ptr<Record> end_of(uint64_t done_id);
-  bool look();
+  void look();
   uint64_t epoch_beyond(uint64_t ended) const;
   uint64_t shown_epoch() const;
-  uint64_t exact_epoch();
+  uint64_t seen_epoch() const;
   uint64_t shown_masked();
   uint64_t num_under_way() const;
   void update(UpdateParams params);

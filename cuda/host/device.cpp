@@ -4,6 +4,8 @@
 
 #include "device.hpp"
 
+#include "read_device.hpp"
+
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -135,7 +137,7 @@ const Device& prepare_device(uint64_t index) {
   const Relaxed relaxed;
   use_device(device.index);
   if (all.prepared[index]) return device;
-  const cudaError_t error = load_kernels();
+  const cudaError_t error = load_kernels(all.devices[index].launches_early);
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||
       error == cudaErrorUnsupportedPtxVersion) {
     cudaGetLastError();
@@ -144,6 +146,7 @@ const Device& prepare_device(uint64_t index) {
            device_name(device).c_str(), device.compute_capability / 10, device.compute_capability % 10);
   }
   DEEPEP_CUDA("load the kernels", error);
+  prepare_reads(device.index);
   all.prepared[index] = true;
   return device;
 }

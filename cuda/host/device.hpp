@@ -47,6 +47,7 @@ struct Device {
   int32_t compute_capability = 0;  // 10 * major + minor
   uint32_t shared_bytes = 0;       // a block can have
   bool mps = false;                // processes share it through CUDA MPS
+  bool launches_early = false;     // its kernels can wait for the one before themselves; once prepared
 
   Topology topology(uint32_t ranks) const { return {num_sms, ranks, compute_capability, shared_bytes}; }
 };

@@ -40,32 +40,33 @@ Glass& glass_of(int device) {
 }
 
 // Pairs with the copies before, which wait for nothing.
-bool is_idle(cudaStream_t stream) {
-  const auto end = std::chrono::steady_clock::now() + kPatience;
+void await_idle(cudaStream_t stream, std::chrono::steady_clock::time_point deadline) {
   for (;;) {
     const cudaError_t status = cudaStreamQuery(stream);
-    if (status == cudaSuccess) return true;
-    if (status != cudaErrorNotReady || std::chrono::steady_clock::now() >= end) return false;
+    if (status == cudaSuccess) return;
+    if (status != cudaErrorNotReady) reject_cuda(status, "read the device");
+    cudaGetLastError();
+    if (std::chrono::steady_clock::now() >= deadline) {
+      reject(DEEPEP_ERROR_TIMEOUT, "the device has not been read within %lld ms: other copies to the host hold it up",
+             static_cast<long long>(kPatience.count()));
+    }
   }
 }
 
 }  // namespace
 
-bool read_device(int device, void* dst, const void* src, uint64_t bytes) noexcept {
+void prepare_reads(int device) { glass_of(device); }
+
+void read_device(int device, void* dst, const void* src, uint64_t bytes) {
   const Relaxed relaxed;
-  try {
-    use_device(device);
-    Glass& glass = glass_of(device);
-    const std::lock_guard lock(glass.mutex);
-    const bool done = is_idle(glass.stream) &&
-                      cudaMemcpyAsync(glass.landing, src, bytes, cudaMemcpyDeviceToHost, glass.stream) == cudaSuccess &&
-                      is_idle(glass.stream);
-    if (done) std::memcpy(dst, glass.landing, bytes);
-    cudaGetLastError();
-    return done;
-  } catch (...) {
-    return false;
-  }
+  use_device(device);
+  Glass& glass = glass_of(device);
+  const std::lock_guard lock(glass.mutex);
+  const auto deadline = std::chrono::steady_clock::now() + kPatience;
+  await_idle(glass.stream, deadline);
+  DEEPEP_CUDA("read the device", cudaMemcpyAsync(glass.landing, src, bytes, cudaMemcpyDeviceToHost, glass.stream));
+  await_idle(glass.stream, deadline);
+  std::memcpy(dst, glass.landing, bytes);
 }
 
 }  // namespace deepep

@@ -273,8 +273,8 @@ uint64_t Buffer::epoch_beyond(uint64_t ended) const {
 // As far as the host has heard.
 uint64_t Buffer::shown_epoch() const { return is_captured_ ? epoch_beyond(load(host_->epoch)) : epoch_; }
 
-// As of now, where replays tell the host nothing: low latency has no time for it.
-uint64_t Buffer::exact_epoch() { return is_captured_ && look() ? epoch_beyond(seen_.state.epoch) : shown_epoch(); }
+// As of the last look, where replays tell the host nothing: low latency has no time for it.
+uint64_t Buffer::seen_epoch() const { return is_captured_ ? epoch_beyond(seen_.state.epoch) : epoch_; }
 
 // The device knows best, but for what is still under way to it.
 uint64_t Buffer::shown_masked() {
@@ -283,22 +283,20 @@ uint64_t Buffer::shown_masked() {
 }
 
 // What the device has counted, as of now, into seen_: a call's end tells the host no more than it must, because the next kernel
-// waits for that. False when the device does not answer. The copy needs no multiprocessor, so kernels that spin do not hold it
-// up; should something else do, what was seen last must serve.
-bool Buffer::look() {
+// waits for that. The copy needs no multiprocessor, so kernels that spin do not hold it up; rejects when something else does.
+void Buffer::look() {
   constexpr uint64_t kUnknown = ~uint64_t{0};
-  if (is_lost_) return false;
+  if (is_lost_) reject(DEEPEP_ERROR_SYSTEM, "%s", first_failure_.message);
   const uint64_t ended = pending_.empty() && !is_captured_ ? seq_ : kUnknown;
-  if (ended == seen_.ended && ended != kUnknown) return true;
+  if (ended == seen_.ended && ended != kUnknown) return;
   static_assert(sizeof(DeviceState) <= kMostRead);
-  if (!read_device(device->index, &seen_.state, state_, sizeof(DeviceState))) return false;
+  read_device(device->index, &seen_.state, state_, sizeof(DeviceState));
   for (uint32_t kind = 0; kind < 2; ++kind) {
     for (uint32_t r = 0; r < options.num_ranks; ++r) {
       seen_.wait_ns[kind * options.num_ranks + r] = seen_.state.wait_ns[kind][r];
     }
   }
   seen_.ended = ended;
-  return true;
 }
 
 bool Buffer::watch() noexcept {

@@ -167,7 +167,7 @@ uint64_t Buffer::enqueue(const StreamFields& fields, Enqueued what, const Launch
   } else {
     keep_for_capture(std::move(what.needs));
   }
-  const Place place = {where, capture == 0 && device->compute_capability >= 90};
+  const Place place = {where, capture == 0 && launches_early};
   if (const cudaError_t error = launch(call, place); error != cudaSuccess) {
     if (capture == 0) pending_.pop_back();
     reject_cuda(error, "launch the kernel");

@@ -93,13 +93,15 @@ Plan with_room(Plan plan) {
 
 }  // namespace
 
-cudaError_t load_kernels() {
+cudaError_t load_kernels(bool& launch_early) {
+  launch_early = true;
   int device = 0, most = 0;
   if (const cudaError_t error = cudaGetDevice(&device)) return error;
   if (const cudaError_t error = cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device)) return error;
   for (size_t i = 0; i < std::size(kKernels); ++i) {
     cudaFuncAttributes attributes;
     if (const cudaError_t error = cudaFuncGetAttributes(&attributes, kKernels[i])) return error;
+    launch_early = launch_early && attributes.ptxVersion >= 90 && attributes.binaryVersion >= 90;
     if (i >= kNumWithDynamicShared) continue;
     const int dynamic = most - static_cast<int>(attributes.sharedSizeBytes);
     if (const cudaError_t error = cudaFuncSetAttribute(kKernels[i], cudaFuncAttributeMaxDynamicSharedMemorySize, dynamic)) {

@@ -12,12 +12,12 @@
 namespace deepep {
 
 // Loads every kernel of the present device and raises their shared-memory limits: a kernel that is loaded while another one
-// spins is a deadlock. Call once a device, before any launch.
-cudaError_t load_kernels();
+// spins is a deadlock. Call once a device, before any launch. Tells whether they may be launched early: see Place.
+cudaError_t load_kernels(bool& launch_early);
 
 // Where a kernel is enqueued. `early`: the device may place its blocks as soon as those of the kernel before it have gone, and
-// not only when all that they wrote is seen; the kernel waits for that itself (kernel_begin). From sm_90 on. Not in a capture:
-// a graph orders such kernels by a slower way.
+// not only when all that they wrote is seen; the kernel waits for that itself (kernel_begin), when it was compiled for sm_90 or
+// later. Not in a capture: a graph orders such kernels by a slower way.
 struct Place {
   cudaStream_t stream;
   bool early;

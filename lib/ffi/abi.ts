@@ -382,7 +382,6 @@ export const structs = {
       free_slots: ["u32", "out", "bit s is set when slot s is free"],
       max_recv_tokens: ["u32", "out", "rows a slot holds"],
       masked_ranks: ["u64", "out", "bit r is set when rank r is masked"],
-      epoch: ["u64", "out", "collective calls made so far; where graphs replay them, as the device counts"],
       num_sms: [
         "i32",
         "out",
@@ -397,14 +396,15 @@ export const structs = {
     },
   },
   deepep_buffer_stats: {
-    doc: "What a connected buffer has counted, as of the call that asks.",
+    doc: "What a connected buffer has counted.",
     fields: {
       size,
       reserved,
+      epoch: ["u64", "out", "collective calls made so far, those of replays of its graphs included"],
       wait_ns: [
         "u64",
         "out",
-        "host address of i64 [2, num_ranks]: nanoseconds waited for each peer in dispatch and combine; the next call writes it anew",
+        "host address of i64 [2, num_ranks]: nanoseconds waited for each peer in dispatch and combine; changes with later calls",
       ],
       num_dispatches: ["u64", "out", "dispatches that ended, either mode"],
       num_combines: ["u64", "out", "combines that ended, either mode"],
@@ -856,7 +856,7 @@ export const functions = {
     args: [["buffer", "u64"], ["args", "deepep_buffer_stats"], ["error", "deepep_error"]],
     ret: "i32",
     doc:
-      "Counters. Local. The cuda backend looks at the device, some 10 microseconds, unless nothing has run since; a device that does not answer for 100 ms counts as it did at the last look.",
+      "Counters. Local. The cuda backend looks at the device, some 10 microseconds, unless nothing can have run since the last look. It waits for that 100 ms at most, then TIMEOUT: copies to the host stand in a queue; SYSTEM when CUDA has failed.",
   },
   deepep_buffer_recover: {
     args: [["buffer", "u64"], ["args", "deepep_buffer_recover_args"], ["error", "deepep_error"]],

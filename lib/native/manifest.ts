@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "946070ca453c79a5ad18c3b3d5830fa90ac0cf626588d89335a53accacce4516",
-    cuda: "2c669de0bae53148994c229e7d4a2f109c2c33714c7d8ed27d7e0eaea4f80d4a",
+    cpu: "19a2e540a42235d4e031f15acbfaace27285df8555027556df2718d4e52ac63f",
+    cuda: "5d9eaf3adebd0b92a6f8f44275819ab99d9ae4dbf9495a81519c65b097d5f75f",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -30,11 +30,11 @@ export const manifest: Manifest = {
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "e2f781a07ff5a1caa2dd8d666692ec3c29d835486f91b7248dbcbd79ebfb983d",
+      sha256: "ad5a30decf9d48e40747274bd3cbe3c6a49c842c3f836341a8f471e934a1a5ca",
       bytes: 514480,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "1e781bfc6a3851ee6c0dc9e04cb3ec0162f8dc9f630b7047ec968dffda9957a4",
+      sha256: "24fbf20ef342abf25b53a7e718b44d9561cad2a71a27c187ef34b1da44a364f9",
       bytes: 3062488,
     },
   },

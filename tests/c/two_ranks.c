@@ -42,7 +42,7 @@ static void must(const char* what, int32_t code) {
 #define FUNCTIONS(X)                                                                                               \
   X(deepep_abi_version) X(deepep_host_read) X(deepep_host_write) X(deepep_queue_create) X(deepep_queue_drain)      \
   X(deepep_queue_destroy) X(deepep_buffer_create) X(deepep_buffer_export) X(deepep_buffer_import)                  \
-  X(deepep_buffer_connect) X(deepep_buffer_get_info) X(deepep_buffer_destroy) X(deepep_alloc) X(deepep_free)       \
+  X(deepep_buffer_connect) X(deepep_buffer_get_stats) X(deepep_buffer_destroy) X(deepep_alloc) X(deepep_free)      \
   X(deepep_handle_create) X(deepep_handle_destroy) X(deepep_dispatch) X(deepep_combine) X(deepep_slot_release)     \
   X(deepep_low_latency_dispatch) X(deepep_low_latency_combine) X(deepep_stream_create) X(deepep_stream_destroy)    \
   X(deepep_stream_synchronize) X(deepep_get_status)
@@ -158,6 +158,17 @@ static void normal(uint64_t x, uint64_t topk_idx) {
   deepep_host_read_(out, result, sizeof result);
   expect("token 0, on two ranks", (long)bf16(result[0]), 2 * (1 + 2 * rank));
   expect("token 1, on one rank", (long)bf16(result[kHidden]), 2 + 2 * rank);
+
+  deepep_buffer_stats stats = {.size = sizeof stats};
+  must("buffer_get_stats", deepep_buffer_get_stats_(buffer, &stats, &error));
+  expect("collective calls", (long)stats.epoch, 2);
+  expect("dispatches and combines", (long)(10 * stats.num_dispatches + stats.num_combines), 11);
+  expect("rows sent", (long)stats.rows_sent, 3);
+  expect("bytes sent", (long)stats.bytes_sent, 3 * 2 * kHidden);
+  expect("rows pulled", (long)stats.rows_pulled, 3);
+  int64_t wait_ns[2][kRanks];
+  deepep_host_read_(stats.wait_ns, wait_ns, sizeof wait_ns);
+  expect("waits for oneself", wait_ns[0][rank] + wait_ns[1][rank], 0);
 
   deepep_slot_release_args release = {.size = sizeof release, .slot = d.slot};
   must("slot_release", deepep_slot_release_(buffer, &release, &error));

@@ -59,6 +59,7 @@ cudaError_t launch(const void* kernel, Grid grid, cudaStream_t stream) {
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   attributes->sharedSizeBytes = emulator::kReservedShared;
+  attributes->ptxVersion = attributes->binaryVersion = 90;
   return cudaSuccess;
 }
 

@@ -110,6 +110,7 @@ struct cudaDeviceProp {
 };
 struct cudaFuncAttributes {
   size_t sharedSizeBytes;
+  int ptxVersion, binaryVersion;
 };
 struct cudaIpcMemHandle_t {
   char reserved[64];
