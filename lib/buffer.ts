@@ -347,16 +347,19 @@ export class EpBuffer implements AsyncDisposable {
    * their group to be alive. Results held before stay readable, but their handles must not be combined any more.
    *
    * @param options `masked`: ranks to leave out from now on, the same on every survivor
+   * @throws {EpError} `mismatch` when ranks leave out different ones, `aborted` when another rank could not recover, `system` when
+   * CUDA has failed; all ranks may try again
    */
   async recover(options: { masked?: readonly number[]; timeoutMs?: number } = {}): Promise<void> {
     const core = this.#core;
     core.open("recover");
     for (const rank of options.masked ?? []) this.#checkPeer("recover without", rank);
     await Promise.allSettled([core.record(core.commStream), core.record()]);
-    const masked = new Set([...bits(core.info().masked_ranks, this.numRanks), ...options.masked ?? []]);
+    const info = core.info();
+    const masked = new Set([...bits(info.masked_ranks, this.numRanks), ...options.masked ?? []]);
     const ranks = Array.from({ length: this.numRanks }, (_, r) => r).filter((r) => !masked.has(r));
     const mine = new BigUint64Array(new ArrayBuffer(16));
-    mine[0] = core.stats().epoch;
+    mine[0] = info.captured === 1 ? core.stats().epoch : info.epoch;
     mine[1] = [...masked].reduce((mask, r) => mask | 1n << BigInt(r), 0n);
     const wait = options.timeoutMs === undefined ? {} : { timeoutMs: options.timeoutMs };
     const all = await this.#group.allGather(new Uint8Array(mine.buffer), { ranks, ...wait });
@@ -371,16 +374,32 @@ export class EpBuffer implements AsyncDisposable {
       );
     }
     recoverStruct.pack({ epoch: words.reduce((most, w) => w[0]! > most ? w[0]! : most, 0n), masked_ranks: mine[1] });
-    core.call("deepep_buffer_recover", recoverStruct, "recover");
+    let refused: unknown;
+    try {
+      core.call("deepep_buffer_recover", recoverStruct, "recover");
+    } catch (error) {
+      refused = error;
+    }
     // Nobody may send on the new epochs before everybody has left the old ones.
-    await this.#group.allGather(new Uint8Array(1), { ranks, ...wait });
+    const refusals = await this.#group.allGather(Uint8Array.of(refused === undefined ? 0 : 1), { ranks, ...wait });
+    if (refused !== undefined) throw refused;
+    const refuser = ranks.find((r) => refusals[r]![0] !== 0);
+    if (refuser !== undefined) {
+      throw new EpError(`Cannot recover: rank ${refuser} could not, and says why there`, {
+        code: "aborted",
+        op: "recover",
+        rank: this.rank,
+        peer: refuser,
+      });
+    }
   }
 
   /**
    * Counters, and how long each peer was waited for. On cuda that is a look at the GPU, some 10 µs, unless nothing can have run
    * since the last one.
    *
-   * @throws {EpError} `timeout` when the GPU's copies to the host have other work for 100 ms, `system` when CUDA has failed
+   * @throws {EpError} `system` when the GPU does not answer within 100 ms, since its copies to the host have other work, or when
+   * CUDA has failed
    */
   stats(): BufferStats {
     const stats = this.#core.stats();

@@ -12,10 +12,10 @@ usage() {
 Usage: [BUN=/path/bun] [DENO=/path/deno] scripts/gpu_check.sh [options]
 
   --quick           fewer random worlds, a shorter bench, one round under the sanitizer
-  --only A,B,...    of: doctor local load_store size order graph shape decode failure worker process kill kill_mps native soak serve
-                    bench sanitizer; and bench_low_latency, the part of the bench that is in its name; with 2 to 7 GPUs bench is
-                    also made with as many ranks, a GPU each (bench_links.jsonl). kill is without MPS, where processes take turns
-                    on a GPU, and takes minutes; kill_mps needs --mps
+  --only A,B,...    of: doctor local load_store size order graph low_latency_graph shape decode failure worker process kill kill_mps
+                    native soak serve bench sanitizer; and bench_low_latency, the part of the bench that is in its name; with 2 to
+                    7 GPUs bench is also made with as many ranks, a GPU each (bench_links.jsonl). kill is without MPS, where
+                    processes take turns on a GPU, and takes minutes; kill_mps needs --mps
   --soak N          decode steps of the step "soak", default 200000, each runtime for a minute at most; more without that limit
   --mps             start CUDA MPS privately for the steps "process" and "kill_mps", and stop it after
   --programs DIR    compiled programs of tests/cuda (small_world, overlap, ...), and scripts/decode/decode.cu as libdecode.so,
@@ -295,6 +295,7 @@ suite load_store tests/cuda_test.ts DEEPEP_CUDA_TMA=0 DEEPEP_CUDA_TURN_SCALES=11
 suite size tests/cuda_size_test.ts
 suite order tests/cuda_order_test.ts
 suite graph tests/cuda_graph_test.ts
+suite low_latency_graph tests/cuda_low_latency_graph_test.ts
 suite shape tests/cuda_graph_shape_test.ts
 suite decode tests/cuda_decode_test.ts DEEPEP_CUDA_TURN_SCALES=-1
 suite failure tests/cuda_failure_test.ts DEEPEP_CUDA_TURN_SCALES=11

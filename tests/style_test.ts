@@ -2,7 +2,7 @@
  * House style that no formatter checks.
  *
  * In: the files of the repository. Each source file opens with a comment that says what it is for; none has a forbidden
- * word; the lock file names no registry; the package's files have names that JSR takes.
+ * word; the lock file names no registry; the package's files have names that JSR takes; no test of CUDA is forgotten.
  */
 
 import { readdirSync, readFileSync } from "node:fs";
@@ -44,6 +44,13 @@ test("no file has a forbidden word", () => {
     )
   );
   assertEquals(found, []);
+});
+
+test("the check of a GPU machine runs every test of the CUDA backend", () => {
+  const check = read("scripts/gpu_check.sh");
+  const tests = files.filter((path) => /^tests\/cuda_\w+_test\.ts$|^tests\/cuda_test\.ts$/.test(path));
+  assertEquals(tests.filter((path) => !check.includes(` ${path}`)), []);
+  assertEquals(tests.length > 5, true);
 });
 
 test("the lock file names no host", () => {

@@ -576,6 +576,10 @@ typedef struct deepep_buffer_info {
   uint32_t max_recv_tokens;
   /* [out] bit r is set when rank r is masked */
   uint64_t masked_ranks;
+  /* [out] collective calls made so far; where calls are `captured`, deepep_buffer_get_stats knows */
+  uint64_t epoch;
+  /* [out] 1 when calls of the buffer have been captured: replays tell the host nothing */
+  uint32_t captured;
   /* [out] multiprocessors an operation of normal mode uses unless it says, one of low latency at least; 0 on the cpu
    * backend */
   int32_t num_sms;
@@ -584,7 +588,7 @@ typedef struct deepep_buffer_info {
   /* [out] the communication stream; an event recorded on it stands for every operation so far, wherever it ran */
   uint64_t comm_stream;
 } deepep_buffer_info;
-static_assert(sizeof(deepep_buffer_info) == 56, "size");
+static_assert(sizeof(deepep_buffer_info) == 72, "size");
 static_assert(offsetof(deepep_buffer_info, size) == 0, "size");
 static_assert(offsetof(deepep_buffer_info, rank) == 4, "rank");
 static_assert(offsetof(deepep_buffer_info, num_ranks) == 8, "num_ranks");
@@ -594,9 +598,11 @@ static_assert(offsetof(deepep_buffer_info, failed) == 20, "failed");
 static_assert(offsetof(deepep_buffer_info, free_slots) == 24, "free_slots");
 static_assert(offsetof(deepep_buffer_info, max_recv_tokens) == 28, "max_recv_tokens");
 static_assert(offsetof(deepep_buffer_info, masked_ranks) == 32, "masked_ranks");
-static_assert(offsetof(deepep_buffer_info, num_sms) == 40, "num_sms");
-static_assert(offsetof(deepep_buffer_info, ranks_on_device) == 44, "ranks_on_device");
-static_assert(offsetof(deepep_buffer_info, comm_stream) == 48, "comm_stream");
+static_assert(offsetof(deepep_buffer_info, epoch) == 40, "epoch");
+static_assert(offsetof(deepep_buffer_info, captured) == 48, "captured");
+static_assert(offsetof(deepep_buffer_info, num_sms) == 52, "num_sms");
+static_assert(offsetof(deepep_buffer_info, ranks_on_device) == 56, "ranks_on_device");
+static_assert(offsetof(deepep_buffer_info, comm_stream) == 64, "comm_stream");
 
 /* What a connected buffer has counted. */
 typedef struct deepep_buffer_stats {
@@ -606,8 +612,8 @@ typedef struct deepep_buffer_stats {
   uint32_t reserved;
   /* [out] collective calls made so far, those of replays of its graphs included */
   uint64_t epoch;
-  /* [out] host address of i64 [2, num_ranks]: nanoseconds waited for each peer in dispatch and combine; changes with
-   * later calls */
+  /* [out] host address of i64 [2, num_ranks], valid until the buffer is destroyed: nanoseconds waited for each peer
+   * in dispatch and combine; the next call writes it anew, on the cpu backend running operations do */
   uint64_t wait_ns;
   /* [out] dispatches that ended, either mode */
   uint64_t num_dispatches;
@@ -1550,12 +1556,13 @@ DEEPEP_API int32_t deepep_buffer_connect(uint64_t buffer, deepep_error* error);
 DEEPEP_API int32_t deepep_buffer_get_info(uint64_t buffer, deepep_buffer_info* args, deepep_error* error);
 
 /* Counters. Local. The cuda backend looks at the device, some 10 microseconds, unless nothing can have run since the
- * last look. It waits for that 100 ms at most, then TIMEOUT: copies to the host stand in a queue; SYSTEM when CUDA
+ * last look. SYSTEM when it does not answer within 100 ms, since copies to the host stand in a queue, or when CUDA
  * has failed. */
 DEEPEP_API int32_t deepep_buffer_get_stats(uint64_t buffer, deepep_buffer_stats* args, deepep_error* error);
 
 /* After a failure: forgets it and continues at an epoch agreed by the survivors. Every survivor calls it with the
- * same arguments; INVALID_ARGUMENT while work is enqueued, or when `epoch` is below this rank's. */
+ * same arguments; INVALID_ARGUMENT while work is enqueued, or when `epoch` is below this rank's; where calls were
+ * captured, SYSTEM like deepep_buffer_get_stats. */
 DEEPEP_API int32_t deepep_buffer_recover(uint64_t buffer, const deepep_buffer_recover_args* args, deepep_error* error);
 
 /* Waits for the buffer's own streams (bounded by their deadlines), then frees everything. Local: never waits for a

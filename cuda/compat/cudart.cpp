@@ -19,7 +19,6 @@ DEEPEP_OLDER(dlvsym, "2.2.5");
 
 DEEPEP_OLDER(pthread_condattr_setpshared, "2.2.5");
 DEEPEP_OLDER(pthread_kill, "2.2.5");
-DEEPEP_OLDER(pthread_mutex_trylock, "2.2.5");
 DEEPEP_OLDER(pthread_mutexattr_destroy, "2.2.5");
 DEEPEP_OLDER(pthread_mutexattr_init, "2.2.5");
 DEEPEP_OLDER(pthread_mutexattr_setpshared, "2.2.5");

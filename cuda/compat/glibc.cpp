@@ -31,6 +31,7 @@ DEEPEP_OLDER(__pthread_key_create, "2.2.5");
 DEEPEP_OLDER(pthread_key_delete, "2.2.5");
 DEEPEP_OLDER(pthread_getspecific, "2.2.5");
 DEEPEP_OLDER(pthread_setspecific, "2.2.5");
+DEEPEP_OLDER(pthread_mutex_trylock, "2.2.5");
 DEEPEP_OLDER(pthread_sigmask, "2.2.5");
 DEEPEP_OLDER(pthread_setname_np, "2.12");
 

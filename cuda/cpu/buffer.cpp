@@ -107,6 +107,8 @@ void Buffer::info(deepep_buffer_info& out) {
   out.num_sms = 0;
   out.ranks_on_device = options.num_ranks;  // one PID namespace, so one machine
   out.masked_ranks = masked_next_;
+  out.epoch = epoch;
+  out.captured = 0;
   out.comm_stream = comm_->id;
 }
 

@@ -131,8 +131,9 @@ void Buffer::connect() {
   const uint64_t here = peers_->ranks_on_device();
   topology = device->topology(static_cast<uint32_t>(std::popcount(here)));
   // For tests of the kernels that serve older devices: rows go by loads and stores here too.
-  const char* const tma = getenv("DEEPEP_CUDA_TMA"), *const early = getenv("DEEPEP_CUDA_EARLY");
+  const char* const tma = getenv("DEEPEP_CUDA_TMA");
   if (tma && std::strcmp(tma, "0") == 0 && topology.compute_capability >= 90) topology.compute_capability = 89;
+  const char* const early = getenv("DEEPEP_CUDA_EARLY");
   launches_early = device->launches_early && !(early && std::strcmp(early, "0") == 0);
   const uint64_t others = (~uint64_t{0} >> (64 - options.num_ranks)) & ~(uint64_t{1} << rank);
   turned_with = others & ~here;
@@ -210,6 +211,8 @@ void Buffer::info(deepep_buffer_info& out) {
   fill_facts(out);
   out.failed = failed_ ? 1 : 0;
   out.masked_ranks = shown_masked();
+  out.epoch = shown_epoch();
+  out.captured = is_captured_ ? 1 : 0;
   out.num_sms = default_sms;
   out.ranks_on_device = topology.ranks_on_device;
   out.comm_stream = reinterpret_cast<uint64_t>(comm_);
@@ -227,7 +230,7 @@ void Buffer::stats(deepep_buffer_stats& out) {
   out.rows_sent = seen_.state.rows_sent;
   out.bytes_sent = seen_.state.bytes_sent;
   out.rows_pulled = seen_.state.rows_pulled;
-  out.num_failures = std::atomic_ref<uint64_t>(host_->num_failures).load(std::memory_order_relaxed);
+  out.num_failures = seen_.state.num_failures;
 }
 
 void Buffer::recover(const deepep_buffer_recover_args& args) {

@@ -178,7 +178,7 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
     std::shared_ptr<void> needs = nullptr;
     std::function<void()> done = nullptr;
     bool is_replay = false;
-    std::shared_ptr<const Status> failure = nullptr;  // of a replay
+    std::shared_ptr<const Status> failure = nullptr;  // of a replay, or of CUDA
     uint64_t first_epoch = 0, end_epoch = 0;          // of a replay's collective calls: first … end - 1
     bool ended = false;
   };

@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <thread>
 
 #include "device.hpp"
 #include "memory.hpp"
@@ -39,6 +40,11 @@ Glass& glass_of(int device) {
   return *glass;
 }
 
+[[noreturn]] void reject_late() {
+  reject(DEEPEP_ERROR_SYSTEM, "the device has not been read within %lld ms: other copies to the host hold it up",
+         static_cast<long long>(kPatience.count()));
+}
+
 // Pairs with the copies before, which wait for nothing.
 void await_idle(cudaStream_t stream, std::chrono::steady_clock::time_point deadline) {
   for (;;) {
@@ -46,10 +52,7 @@ void await_idle(cudaStream_t stream, std::chrono::steady_clock::time_point deadl
     if (status == cudaSuccess) return;
     if (status != cudaErrorNotReady) reject_cuda(status, "read the device");
     cudaGetLastError();
-    if (std::chrono::steady_clock::now() >= deadline) {
-      reject(DEEPEP_ERROR_TIMEOUT, "the device has not been read within %lld ms: other copies to the host hold it up",
-             static_cast<long long>(kPatience.count()));
-    }
+    if (std::chrono::steady_clock::now() >= deadline) reject_late();
   }
 }
 
@@ -61,8 +64,14 @@ void read_device(int device, void* dst, const void* src, uint64_t bytes) {
   const Relaxed relaxed;
   use_device(device);
   Glass& glass = glass_of(device);
-  const std::lock_guard lock(glass.mutex);
   const auto deadline = std::chrono::steady_clock::now() + kPatience;
+  // A mutex that is waited for until then would need a newer C library.
+  std::unique_lock lock(glass.mutex, std::try_to_lock);
+  while (!lock && std::chrono::steady_clock::now() < deadline) {
+    std::this_thread::sleep_for(std::chrono::microseconds(20));
+    lock.try_lock();
+  }
+  if (!lock) reject_late();
   await_idle(glass.stream, deadline);
   DEEPEP_CUDA("read the device", cudaMemcpyAsync(glass.landing, src, bytes, cudaMemcpyDeviceToHost, glass.stream));
   await_idle(glass.stream, deadline);

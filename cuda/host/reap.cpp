@@ -188,8 +188,10 @@ void Buffer::poll_watched() {
     if (watched.marked_last && std::ranges::find(busy, stream) != busy.end()) continue;
     try {
       watched.ended = watched.record->done();
-    } catch (const Rejected&) {
-      watched.ended = true;  // CUDA has failed: nothing will come any more.
+    } catch (const Rejected& rejected) {
+      // CUDA has failed: nothing will come any more.
+      watched.ended = true;
+      if (!watched.failure) watched.failure = std::make_shared<Status>(Status{rejected.failure, 0});
     }
     if (!watched.ended) busy.push_back(stream);
     has_replay |= watched.ended && watched.is_replay;
@@ -206,7 +208,7 @@ void Buffer::poll_watched() {
     watched_.erase(watched_.begin() + static_cast<std::ptrdiff_t>(i));
   }
   for (Watched& watched : ended) {
-    if (watched.is_replay) watched.record->complete(watched.failure);
+    if (watched.is_replay || watched.failure) watched.record->complete(watched.failure);
     const auto failure = watched.record->failure();
     if (failure && watched.id != 0) statuses.keep(watched.id, 0, failure);
     watched.needs = nullptr;
@@ -310,7 +312,7 @@ bool Buffer::watch() noexcept {
     // Pairs with the look of a kernel that waits: who sees a rank gone looks once more for what it has left.
     std::atomic_ref<uint64_t>(host_->lost).store(lost, std::memory_order_release);
     reap();
-    if (!pending_.empty() && present_capture() == 0) {
+    if (num_pending_ != 0 && present_capture() == 0) {
       const cudaError_t error = cudaStreamQuery(comm_);
       if (error == cudaErrorNotReady)
         cudaGetLastError();

@@ -382,6 +382,8 @@ export const structs = {
       free_slots: ["u32", "out", "bit s is set when slot s is free"],
       max_recv_tokens: ["u32", "out", "rows a slot holds"],
       masked_ranks: ["u64", "out", "bit r is set when rank r is masked"],
+      epoch: ["u64", "out", "collective calls made so far; where calls are `captured`, deepep_buffer_get_stats knows"],
+      captured: ["u32", "out", "1 when calls of the buffer have been captured: replays tell the host nothing"],
       num_sms: [
         "i32",
         "out",
@@ -404,7 +406,7 @@ export const structs = {
       wait_ns: [
         "u64",
         "out",
-        "host address of i64 [2, num_ranks]: nanoseconds waited for each peer in dispatch and combine; changes with later calls",
+        "host address of i64 [2, num_ranks], valid until the buffer is destroyed: nanoseconds waited for each peer in dispatch and combine; the next call writes it anew, on the cpu backend running operations do",
       ],
       num_dispatches: ["u64", "out", "dispatches that ended, either mode"],
       num_combines: ["u64", "out", "combines that ended, either mode"],
@@ -856,13 +858,13 @@ export const functions = {
     args: [["buffer", "u64"], ["args", "deepep_buffer_stats"], ["error", "deepep_error"]],
     ret: "i32",
     doc:
-      "Counters. Local. The cuda backend looks at the device, some 10 microseconds, unless nothing can have run since the last look. It waits for that 100 ms at most, then TIMEOUT: copies to the host stand in a queue; SYSTEM when CUDA has failed.",
+      "Counters. Local. The cuda backend looks at the device, some 10 microseconds, unless nothing can have run since the last look. SYSTEM when it does not answer within 100 ms, since copies to the host stand in a queue, or when CUDA has failed.",
   },
   deepep_buffer_recover: {
     args: [["buffer", "u64"], ["args", "deepep_buffer_recover_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc:
-      "After a failure: forgets it and continues at an epoch agreed by the survivors. Every survivor calls it with the same arguments; INVALID_ARGUMENT while work is enqueued, or when `epoch` is below this rank's.",
+      "After a failure: forgets it and continues at an epoch agreed by the survivors. Every survivor calls it with the same arguments; INVALID_ARGUMENT while work is enqueued, or when `epoch` is below this rank's; where calls were captured, SYSTEM like deepep_buffer_get_stats.",
   },
   deepep_buffer_destroy: {
     args: [["buffer", "u64"], ["error", "deepep_error"]],

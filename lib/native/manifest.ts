@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "19a2e540a42235d4e031f15acbfaace27285df8555027556df2718d4e52ac63f",
-    cuda: "5d9eaf3adebd0b92a6f8f44275819ab99d9ae4dbf9495a81519c65b097d5f75f",
+    cpu: "47f2bf05d6ba13f23ec77c554dc11afd87a24433aecd4a2c73a9bbdf75cd9f2e",
+    cuda: "ce3adcecead952bdafc51a184a7e067353b269a1c2f525e322a46c73a1a543b8",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -30,11 +30,11 @@ export const manifest: Manifest = {
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "ad5a30decf9d48e40747274bd3cbe3c6a49c842c3f836341a8f471e934a1a5ca",
+      sha256: "d71c4e68aecbc023582b9b0f3418675f8c6ef1a2a4f4b27671367b659c7c634e",
       bytes: 514480,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "24fbf20ef342abf25b53a7e718b44d9561cad2a71a27c187ef34b1da44a364f9",
+      sha256: "5f75ad2960a4864a58580cd2e1a7167c79590915c0fd6f024719471907bdef88",
       bytes: 3062488,
     },
   },

@@ -31,6 +31,7 @@ class Rank {
   readonly #weights: Float32Array<ArrayBuffer>;
   readonly #waiting: Request[] = [];
   #requests = 0;
+  #failures = 0;
   #steps = 0;
   #stopping = false;
 
@@ -87,9 +88,14 @@ class Rank {
   }
 
   metrics(times: Times): RankMetrics {
-    const { maskedRanks, backend, rank } = this.#buffer, failures = this.#buffer.stats().numFailures;
-    const counts = { steps: this.#steps, requests: this.#requests };
-    return { rank, backend, ...counts, maskedRanks, failures, delay: times.percentiles };
+    const { maskedRanks, backend, rank } = this.#buffer;
+    try {
+      this.#failures = this.#buffer.stats().numFailures;
+    } catch {
+      // The GPU's copies have other work: as of the last answer.
+    }
+    const counts = { steps: this.#steps, requests: this.#requests, failures: this.#failures };
+    return { rank, backend, ...counts, maskedRanks, delay: times.percentiles };
   }
 
   /** Steps until the limit. */

@@ -20,6 +20,8 @@ import { struct } from "../../lib/ffi/struct.ts";
 import { inject, ranksOf, reasonOf, tiny } from "./ranks.ts";
 import { type BackendSubject, suite } from "./suite.ts";
 
+const recoverStruct = struct("deepep_buffer_recover_args");
+
 type Op = keyof typeof constants.OP;
 type PhaseName = keyof typeof constants.PHASE;
 
@@ -278,6 +280,27 @@ function everyCase(
       });
     });
     silentCases(backend, phases);
+    test("a recovery that fails on one rank fails on all, and they can try again", async () => {
+      await ranks(3, {}, async (b, rank) => {
+        await normalLayer(b);
+        const { core } = b, { call } = core;
+        if (rank === 1) {
+          core.call = (name, args, op) => {
+            if (name === "deepep_buffer_recover") { // once with an epoch that is over
+              recoverStruct.pack({ epoch: 0n, masked_ranks: 0n });
+              core.call = call;
+              args = recoverStruct;
+            }
+            call.call(core, name, args, op);
+          };
+        }
+        const reason = await reasonOf(b.recover());
+        assert(reason instanceof EpError, String(reason));
+        assertEquals(`${reason.code} ${reason.peer}`, rank === 1 ? "invalidArgument undefined" : "aborted 1");
+        await b.recover();
+        await normalLayer(b);
+      });
+    });
     test("with maskOnTimeout the survivors' results are those of a world without it", async () => {
       const groups = Group.local(4);
       const buffers = await Promise.all(

@@ -1,12 +1,12 @@
 /**
  * Ceilings that move rows as the calls do: a plain scatter for dispatches, a plain pull for combines.
  *
- * In: a stage of the main size. Out: figures; what moves rows is compared with the naive way byte by byte before it is timed. Called
- * by bench.ts, before the calls. A copy reads and writes one stream of memory; a dispatch writes several rows for each that it reads, which the
- * memory does faster or slower. So the best kernel of either kind is what shares are taken of, see report.ts. Between devices a combine
- * could push its rows, too, to where their owner sums them: that is timed beside the pull. Few multiprocessors end at what they can
- * store, however fast the memory is: that is timed as well, on one device. The kernels run one a rank, without any word between
- * the ranks: some blocks that stay, and a block a token, of which the faster counts.
+ * In: a stage of the main size. Out: figures; what moves rows is compared with the naive way byte by byte before it is timed.
+ * Called by bench.ts, before the calls. A copy reads and writes one stream of memory; a dispatch writes several rows for each that
+ * it reads, which the memory does faster or slower. So the best kernel of either kind is what shares are taken of, see report.ts.
+ * Between devices a combine could push its rows, too, to where their owner sums them: that is timed beside the pull. Few
+ * multiprocessors end at what they can store, however fast the memory is: that is timed as well, on one device. The kernels run
+ * one a rank, without any word between the ranks: some blocks that stay, and a block a token, of which the faster counts.
  */
 import { NaiveCombine, NaiveDispatch } from "./naive.ts";
 import { PlainPull, PlainPush, PlainScatter, PlainStore } from "./plain_kernels.ts";
