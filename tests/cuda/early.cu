@@ -75,21 +75,9 @@ struct Tensors {
 deepep_dispatch_args enqueue(Rank& rank, Tensors& tensors, uint64_t handle, int round, int number) {
   const cudaStream_t stream = cuda_stream(rank);
   launch(write_tokens, kTokens, stream, tensors.x.data, tensors.topk_idx.data, round, number);
-  auto d = make<deepep_dispatch_args>();
-  d.layout = DEEPEP_LAYOUT_RANK;
-  d.handle = handle;
-  d.slot = -1;
-  d.expert_alignment = 1;
-  d.num_tokens = kTokens;
-  d.num_topk = kTopk;
-  d.topk_idx_bytes = 4;
-  d.topk_idx = tensors.topk_idx.address();
-  d.x = tensors.x.address();
-  d.x_stride = d.row_bytes = 2 * kHidden;
+  auto d = dispatch_of(rank, {kTokens, kHidden, kTopk}, handle, tensors.x.address(), tensors.topk_idx.address());
   d.flags = DEEPEP_FLAG_NO_CPU_SYNC;
-  d.stream = rank.stream;
   d.num_sms = 8;
-  d.done_id = rank.next_id++;
   must("dispatch", deepep_dispatch_(rank.buffer, &d, &error));
   launch(run_experts, kRows, stream, tensors.y.data, reinterpret_cast<const uint16_t*>(d.recv_x));
   auto c = make<deepep_combine_args>();
@@ -132,23 +120,14 @@ int main(int argc, char** argv) {
   auto ranks = connect(kRanks, options);
   std::vector<Tensors> tensors(kRanks);
   std::vector<uint64_t> handles;
-  for (Rank& rank : ranks) {
-    auto handle = make<deepep_handle_create_args>();
-    handle.num_tokens = kTokens;
-    handle.num_topk = kTopk;
-    must("handle_create", deepep_handle_create_(rank.buffer, &handle, &error));
-    handles.push_back(handle.handle);
-  }
+  for (Rank& rank : ranks) handles.push_back(make_handle(rank, {kTokens, kHidden, kTopk}));
   for (int round = 0; round < rounds; round++) {
     std::vector<deepep_dispatch_args> sent;
     for (int r = 0; r < kRanks; r++) sent.push_back(enqueue(ranks[r], tensors[r], handles[r], round, r));
     for (Rank& rank : ranks) finish(rank);
     for (int r = 0; r < kRanks; r++) {
       check(tensors[r], sent[r], round, r);
-      auto release = make<deepep_slot_release_args>();
-      release.slot = sent[r].slot;
-      release.stream = ranks[r].stream;
-      must("slot_release", deepep_slot_release_(ranks[r].buffer, &release, &error));
+      release_slot(ranks[r], sent[r].slot);
     }
   }
   for (uint64_t handle : handles) must("handle_destroy", deepep_handle_destroy_(handle, &error));

@@ -65,20 +65,8 @@ double mean_us(const Clock& clock, const std::vector<int>& which) {
 }
 
 deepep_dispatch_args dispatch(Rank& rank, uint64_t handle, uint64_t x, uint64_t topk_idx, int32_t sms) {
-  auto d = make<deepep_dispatch_args>();
-  d.layout = DEEPEP_LAYOUT_RANK;
-  d.handle = handle;
-  d.slot = -1;
-  d.expert_alignment = 1;
-  d.num_tokens = kTokens;
-  d.num_topk = kTopk;
-  d.topk_idx_bytes = 4;
-  d.topk_idx = topk_idx;
-  d.x = x;
-  d.x_stride = d.row_bytes = 2 * kHidden;
-  d.stream = rank.stream;
+  auto d = dispatch_of(rank, {kTokens, kHidden, kTopk}, handle, x, topk_idx);
   d.num_sms = sms;
-  d.done_id = rank.next_id++;
   must("dispatch", deepep_dispatch_(rank.buffer, &d, &error));
   return d;
 }
@@ -115,11 +103,7 @@ int main(int argc, char** argv) {
     std::vector<int32_t> routes;
     for (int i = 0; i < kTokens * kTopk; i++) routes.push_back((i * 7 + r + i / kTopk) % kExperts);
     topk_idx[r].write(routes);
-    auto handle = make<deepep_handle_create_args>();
-    handle.num_tokens = kTokens;
-    handle.num_topk = kTopk;
-    must("handle_create", deepep_handle_create_(ranks[r].buffer, &handle, &error));
-    handles.push_back(handle.handle);
+    handles.push_back(make_handle(ranks[r], {kTokens, kHidden, kTopk}));
   }
   // Loaded before anything spins: a kernel that is loaded beside a spinning one may wait for it.
   work.reset();
@@ -142,12 +126,7 @@ int main(int argc, char** argv) {
     work.run(kComputes);
     for (Rank& rank : ranks) finish(rank);
     must("cudaStreamSynchronize", cudaStreamSynchronize(work.stream));
-    for (int r = 0; r < kRanks; r++) {
-      auto release = make<deepep_slot_release_args>();
-      release.slot = sent[r].slot;
-      release.stream = ranks[r].stream;
-      must("slot_release", deepep_slot_release_(ranks[r].buffer, &release, &error));
-    }
+    for (int r = 0; r < kRanks; r++) release_slot(ranks[r], sent[r].slot);
     const Clock host = work.read();
     // From when both dispatches could begin to when the first of them had ended.
     const auto begin = std::max(host.before[0], host.before[1]), end = std::min(host.after[0], host.after[1]);

@@ -95,30 +95,20 @@ void run_round(std::vector<Rank>& ranks, std::vector<Tensors>& tensors, std::mt1
     world.push_back(draw(random));
     const Routing& routing = world.back();
     write_inputs(tensors[r], routing, r);
-    auto handle = make<deepep_handle_create_args>();
-    handle.num_tokens = static_cast<uint32_t>(routing.num_tokens);
-    handle.num_topk = kTopk;
-    must("handle_create", deepep_handle_create_(ranks[r].buffer, &handle, &error));
-    handles.push_back(handle.handle);
+    handles.push_back(make_handle(ranks[r], {routing.num_tokens, kHidden, kTopk}));
   }
   // Everything is enqueued on all ranks before anything is waited for: a rank's kernel waits for the others'.
   for (int r = 0; r < n; r++) {
-    auto d = make<deepep_dispatch_args>();
-    d.layout = expert_layout ? DEEPEP_LAYOUT_EXPERT : DEEPEP_LAYOUT_RANK;
-    d.handle = handles[r];
-    d.slot = -1;
-    d.expert_alignment = expert_layout ? kAlignment : 1;
-    d.num_tokens = world[r].num_tokens;
-    d.num_topk = kTopk;
-    d.topk_idx_bytes = 4;
-    d.topk_idx = tensors[r].topk_idx.address();
+    const uint64_t counts_id = ranks[r].next_id++;
+    auto d = dispatch_of(ranks[r], {world[r].num_tokens, kHidden, kTopk}, handles[r], tensors[r].x.address(),
+                         tensors[r].topk_idx.address());
+    d.counts_id = counts_id;
     d.topk_weights = tensors[r].topk_weights.address();
-    d.x = tensors[r].x.address();
-    d.x_stride = d.row_bytes = 2 * kHidden;
-    d.flags = expert_layout ? DEEPEP_FLAG_ZERO_PADDING : 0;
-    d.stream = ranks[r].stream;
-    d.counts_id = ranks[r].next_id++;
-    d.done_id = ranks[r].next_id++;
+    if (expert_layout) {
+      d.layout = DEEPEP_LAYOUT_EXPERT;
+      d.expert_alignment = kAlignment;
+      d.flags = DEEPEP_FLAG_ZERO_PADDING;
+    }
     must("dispatch", deepep_dispatch_(ranks[r].buffer, &d, &error));
     sent.push_back(d);
   }

@@ -58,10 +58,3 @@ inline uint16_t rounded_to_bf16(float sum) {
   std::memcpy(&bits, &sum, sizeof bits);
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
-
-inline void release_slot(Rank& rank, int32_t slot) {
-  auto release = make<deepep_slot_release_args>();
-  release.slot = slot;
-  release.stream = rank.stream;
-  must("slot_release", deepep_slot_release_(rank.buffer, &release, &error));
-}

@@ -146,6 +146,41 @@ inline void finish(Rank& rank) {
   fail("the latest completion", 0, static_cast<long long>(rank.next_id - 1));
 }
 
+// A dispatch in rank layout of bf16 rows, not enqueued yet.
+struct Tokens {
+  int count, hidden, topk;
+};
+inline deepep_dispatch_args dispatch_of(Rank& rank, Tokens tokens, uint64_t handle, uint64_t x, uint64_t topk_idx) {
+  auto d = make<deepep_dispatch_args>();
+  d.layout = DEEPEP_LAYOUT_RANK;
+  d.handle = handle;
+  d.slot = -1;
+  d.expert_alignment = 1;
+  d.num_tokens = tokens.count;
+  d.num_topk = tokens.topk;
+  d.topk_idx_bytes = 4;
+  d.topk_idx = topk_idx;
+  d.x = x;
+  d.x_stride = d.row_bytes = 2 * static_cast<uint32_t>(tokens.hidden);
+  d.stream = rank.stream;
+  d.done_id = rank.next_id++;
+  return d;
+}
+inline uint64_t make_handle(Rank& rank, Tokens tokens) {
+  auto handle = make<deepep_handle_create_args>();
+  handle.num_tokens = tokens.count;
+  handle.num_topk = tokens.topk;
+  must("handle_create", deepep_handle_create_(rank.buffer, &handle, &error));
+  return handle.handle;
+}
+// Once the stream of the rank is there.
+inline void release_slot(Rank& rank, int32_t slot) {
+  auto release = make<deepep_slot_release_args>();
+  release.slot = slot;
+  release.stream = rank.stream;
+  must("slot_release", deepep_slot_release_(rank.buffer, &release, &error));
+}
+
 inline cudaStream_t cuda_stream(const Rank& rank) { return reinterpret_cast<cudaStream_t>(rank.stream); }
 
 // Memory of the program's own: the library takes any address of the device.
