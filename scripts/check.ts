@@ -233,4 +233,12 @@ for (const signal of ["SIGINT", "SIGTERM", "SIGHUP"] as const) {
     process.exit(1);
   });
 }
-process.exitCode = await main();
+const [asked] = process.argv.slice(2);
+if (asked !== undefined) {
+  console.log(
+    "Usage: bun scripts/check.ts\n\nRuns every check of the repository, some ten minutes on two cores. It has no options.",
+  );
+  process.exitCode = asked === "--help" ? 0 : 2;
+} else {
+  process.exitCode = await main();
+}
