@@ -4,8 +4,6 @@
 
 #include "device.hpp"
 
-#include "read_device.hpp"
-
 #include <stdlib.h>
 #include <string.h>
 #include <unistd.h>
@@ -15,6 +13,7 @@
 
 #include "../abi/deepep.h"
 #include "../kernels/launch.hpp"
+#include "read_device.hpp"
 
 namespace deepep {
 namespace {

@@ -22,7 +22,7 @@ export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
     cpu: "47f2bf05d6ba13f23ec77c554dc11afd87a24433aecd4a2c73a9bbdf75cd9f2e",
-    cuda: "ce3adcecead952bdafc51a184a7e067353b269a1c2f525e322a46c73a1a543b8",
+    cuda: "a2530986a0f6b9e70512d512c938beb666cef930b19826a0350a217b73846636",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",

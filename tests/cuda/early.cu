@@ -8,6 +8,7 @@
 namespace {
 
 constexpr int kRanks = 2, kHidden = 1024, kTokens = 64, kExperts = 4, kTopk = 2, kRows = kRanks * kTokens;
+constexpr Tokens kShape = {kTokens, kHidden, kTopk};
 constexpr unsigned kLateNs = 100'000;
 
 __device__ void let_the_next_go() {
@@ -75,7 +76,7 @@ struct Tensors {
 deepep_dispatch_args enqueue(Rank& rank, Tensors& tensors, uint64_t handle, int round, int number) {
   const cudaStream_t stream = cuda_stream(rank);
   launch(write_tokens, kTokens, stream, tensors.x.data, tensors.topk_idx.data, round, number);
-  auto d = dispatch_of(rank, {kTokens, kHidden, kTopk}, handle, tensors.x.address(), tensors.topk_idx.address());
+  auto d = dispatch_of(rank, kShape, handle, tensors.x.address(), tensors.topk_idx.address());
   d.flags = DEEPEP_FLAG_NO_CPU_SYNC;
   d.num_sms = 8;
   must("dispatch", deepep_dispatch_(rank.buffer, &d, &error));
@@ -110,17 +111,10 @@ void check(const Tensors& tensors, const deepep_dispatch_args& d, int round, int
 int main(int argc, char** argv) {
   open_library();
   const int rounds = static_cast<int>(option(argc, argv, "--rounds", 20));
-  auto options = make<deepep_buffer_create_args>();
-  options.hidden = kHidden;
-  options.num_experts = kExperts;
-  options.num_topk = kTopk;
-  options.max_tokens_per_rank = kTokens;
-  options.num_slots = 1;
-  options.timeout_ms = 20000;
-  auto ranks = connect(kRanks, options);
+  auto ranks = connect(kRanks, options_for(kShape, kExperts));
   std::vector<Tensors> tensors(kRanks);
   std::vector<uint64_t> handles;
-  for (Rank& rank : ranks) handles.push_back(make_handle(rank, {kTokens, kHidden, kTopk}));
+  for (Rank& rank : ranks) handles.push_back(make_handle(rank, kShape));
   for (int round = 0; round < rounds; round++) {
     std::vector<deepep_dispatch_args> sent;
     for (int r = 0; r < kRanks; r++) sent.push_back(enqueue(ranks[r], tensors[r], handles[r], round, r));

@@ -10,6 +10,7 @@
 namespace {
 
 constexpr int kRanks = 2, kHidden = 7168, kTokens = 4096, kExperts = 16, kTopk = 4, kComputes = 60;
+constexpr Tokens kShape = {kTokens, kHidden, kTopk};
 
 __device__ unsigned long long now() {
   unsigned long long ns;
@@ -65,7 +66,7 @@ double mean_us(const Clock& clock, const std::vector<int>& which) {
 }
 
 deepep_dispatch_args dispatch(Rank& rank, uint64_t handle, uint64_t x, uint64_t topk_idx, int32_t sms) {
-  auto d = dispatch_of(rank, {kTokens, kHidden, kTopk}, handle, x, topk_idx);
+  auto d = dispatch_of(rank, kShape, handle, x, topk_idx);
   d.num_sms = sms;
   must("dispatch", deepep_dispatch_(rank.buffer, &d, &error));
   return d;
@@ -77,14 +78,7 @@ int main(int argc, char** argv) {
   open_library();
   const int32_t sms = static_cast<int32_t>(option(argc, argv, "--sms", 8));
   const uint32_t rounds = option(argc, argv, "--rounds", 5);
-  auto options = make<deepep_buffer_create_args>();
-  options.hidden = kHidden;
-  options.num_experts = kExperts;
-  options.num_topk = kTopk;
-  options.max_tokens_per_rank = kTokens;
-  options.num_slots = 1;
-  options.timeout_ms = 20000;
-  auto ranks = connect(kRanks, options);
+  auto ranks = connect(kRanks, options_for(kShape, kExperts));
 
   cudaDeviceProp device;
   must("cudaGetDeviceProperties", cudaGetDeviceProperties(&device, 0));
@@ -103,7 +97,7 @@ int main(int argc, char** argv) {
     std::vector<int32_t> routes;
     for (int i = 0; i < kTokens * kTopk; i++) routes.push_back((i * 7 + r + i / kTopk) % kExperts);
     topk_idx[r].write(routes);
-    handles.push_back(make_handle(ranks[r], {kTokens, kHidden, kTopk}));
+    handles.push_back(make_handle(ranks[r], kShape));
   }
   // Loaded before anything spins: a kernel that is loaded beside a spinning one may wait for it.
   work.reset();

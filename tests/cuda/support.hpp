@@ -166,6 +166,17 @@ inline deepep_dispatch_args dispatch_of(Rank& rank, Tokens tokens, uint64_t hand
   d.done_id = rank.next_id++;
   return d;
 }
+// A buffer of normal mode for so many tokens, with one slot.
+inline deepep_buffer_create_args options_for(Tokens tokens, uint32_t experts) {
+  auto options = make<deepep_buffer_create_args>();
+  options.hidden = tokens.hidden;
+  options.num_experts = experts;
+  options.num_topk = tokens.topk;
+  options.max_tokens_per_rank = tokens.count;
+  options.num_slots = 1;
+  options.timeout_ms = 20000;
+  return options;
+}
 inline uint64_t make_handle(Rank& rank, Tokens tokens) {
   auto handle = make<deepep_handle_create_args>();
   handle.num_tokens = tokens.count;
