@@ -23,25 +23,32 @@ struct CountMatrix {
 
 DEEPEP_HOST_DEVICE constexpr bool in_view(uint64_t view, uint32_t rank) { return (view >> rank & 1) != 0; }
 
+// A column of the matrix added up: what the ranks before one have, and what all have.
+struct ColumnSums {
+  uint32_t before = 0;
+  uint32_t all = 0;
+};
+DEEPEP_HOST_DEVICE inline ColumnSums add_up(const uint32_t* column, uint64_t stride, uint32_t num_ranks, uint32_t rank,
+                                            uint64_t view) {
+  ColumnSums sums;
+  for (uint32_t s = 0; s < num_ranks; ++s) {
+    const uint32_t loaded = column[s * stride];  // in any case, so that a GPU has all loads under way
+    const uint32_t count = in_view(view, s) ? loaded : 0;
+    sums.before += s < rank ? count : 0;
+    sums.all += count;
+  }
+  return sums;
+}
+
 // Tokens that ranks 0 … end - 1 send to rank `dst`: with end = s the first row of s in the rank layout, with end =
 // num_ranks the rows in use.
 DEEPEP_HOST_DEVICE inline uint32_t tokens_before(const CountMatrix& m, uint32_t end, uint32_t dst) {
-  uint32_t sum = 0;
-  for (uint32_t s = 0; s < end; ++s) {
-    const uint32_t tokens = m.tokens[s * m.num_ranks + dst];  // loaded in any case, so that a GPU has all loads under way
-    sum += in_view(m.view, s) ? tokens : 0;
-  }
-  return sum;
+  return add_up(m.tokens + dst, m.num_ranks, end, end, m.view).all;
 }
 
 // Entries that ranks 0 … end - 1 have for an expert: with end = s the first row of s inside the expert's group.
 DEEPEP_HOST_DEVICE inline uint32_t entries_before(const CountMatrix& m, uint32_t end, uint32_t expert) {
-  uint32_t sum = 0;
-  for (uint32_t s = 0; s < end; ++s) {
-    const uint32_t entries = m.entries[s * m.num_experts + expert];
-    sum += in_view(m.view, s) ? entries : 0;
-  }
-  return sum;
+  return add_up(m.entries + expert, m.num_experts, end, end, m.view).all;
 }
 
 // Rows of an expert's group in the expert layout, padding included.

@@ -183,6 +183,7 @@ struct LowLatencyDispatchParams {
   uint32_t blocks_a_token;  // that share the tokens which they have in common
   uint32_t piece_units;     // of a row that a warp moves at once
   uint32_t row_pieces;      // a row
+  uint32_t group_shift;     // 2^it warps have a piece in common, each for some of the places it goes to
   // Ranks to and from which scales in columns go as rows, where they say the same of this one. 0 = none: another kernel.
   uint64_t turns_scales_of;
 };
@@ -211,6 +212,10 @@ struct DispatchParams {
   deepep_dispatch_args args;  // with its [out] addresses; host_counts are the words that host_count() makes
   RoutingParams routing;
   Plan plan;
+  // Filled in by launch_dispatch(). Of few tokens a warp does one part: a piece of a row, or what travels beside one.
+  uint32_t few_pieces = 0;      // of a row
+  uint32_t few_parts = 0;       // of a token; 0 = there are more tokens
+  uint32_t sending_blocks = 0;  // the first of all
 };
 
 struct CombineParams {

@@ -45,6 +45,7 @@ struct CallShared {
   uint32_t skipped;      // the buffer needs a recovery
   uint32_t extended;     // leader: the deadline was drawn out
   uint32_t go;
+  uint32_t peer_slots[DEEPEP_MAX_RANKS];  // leader: as in the state
   // Leader: what this rank says of what all must say alike, where the host does not know it, with agreed_hash() of all.
   uint32_t said_topk_weights;
   uint32_t said_routing;
@@ -64,13 +65,6 @@ __device__ inline uint64_t all_ranks(const CallParams& p) {
 }
 __device__ inline uint64_t rank_bit(uint32_t rank) { return uint64_t{1} << rank; }
 __device__ inline uint8_t* own_memory(const CallParams& p) { return p.symmetric[p.rank]; }
-
-// The first thing in a kernel, by all threads, before they touch memory.
-template <class Params>
-__device__ __forceinline__ void kernel_begin(const Params& params) {
-  fetch_params(params);
-  await_kernel_before();
-}
 
 // What a call finds in the state. Loads that are under way until something is used.
 struct CallFound {
@@ -112,7 +106,7 @@ __device__ inline void say_routing(CallShared& s, uint64_t epoch) {
   s.said_hash += agreed_term(kAgreedRouting, s.said_routing);
 }
 
-// The first thing after that, by all threads.
+// The first thing in a kernel after await_kernel_before(), by all threads.
 __device__ inline void call_begin(const CallParams& p, CallShared& s, bool collective, bool needs_peers) {
   if (threadIdx.x == 0) read_call(p, s, collective, needs_peers);
   __syncthreads();
@@ -160,11 +154,22 @@ struct CallEnd {
   bool counts;       // as a dispatch or a combine that has ended, should it have gone well
 };
 
-// The last thing in a kernel, one warp of the leader's block, when all blocks have met at kMeetEnd: moves the state on and
-// tells the host. A store to the host's memory holds up the next kernel, and so does a trip to the L2 cache for what would be
+// One warp of the leader's block, when all blocks have met at kMeetEnd: moves on what only the blocks of a kernel know of, however
+// the call ends. Where the leader has yet to wait for peers, it is done by then.
+__device__ inline void end_blocks(const CallParams& p, const CallShared& s) {
+  if (lane_id() != 0) return;
+  DeviceState& state = *p.state;
+  state.bad_entry = 0;
+  state.claims[kClaimPush] = state.claims[kClaimPull] = 0;
+  state.launches = s.launch;
+  state.num_blocks = s.meeting;
+  for (uint64_t& arrivals : state.arrivals) arrivals = s.meeting;
+}
+
+// The last thing in a kernel, by the same warp after end_blocks(): moves the state on and tells the host. A store to the host's memory holds up the next kernel, and so does a trip to the L2 cache for what would be
 // stored: what went well in a graph is not told, else no more than that the call has ended. Whoever asks for more looks at the
 // state itself.
-__device__ inline void call_end(const CallParams& p, CallShared& s, const CallEnd& end) {
+__device__ inline void tell_end(const CallParams& p, CallShared& s, const CallEnd& end) {
   const bool tells = p.seq != 0 || s.code != 0 || s.skipped;
   if (tells) __syncwarp();  // What the other lanes have counted is told too, and what they have looked at changes now.
   if (lane_id() != 0) return;
@@ -183,11 +188,6 @@ __device__ inline void call_end(const CallParams& p, CallShared& s, const CallEn
   const bool half_way = s.code == DEEPEP_ERROR_TIMEOUT || s.code == DEEPEP_ERROR_PEER_LOST || s.code == DEEPEP_ERROR_ABORTED;
   if (s.code != 0 && end.needs_peers && half_way && finding.agreed == 0) state.failed = 1;
   if (s.code == 0 && end.counts) reduce_add_relaxed_gpu(is_dispatch ? &state.num_dispatches : &state.num_combines, 1);
-  state.bad_entry = 0;
-  state.claims[kClaimPush] = state.claims[kClaimPull] = 0;
-  state.launches = s.launch;
-  state.num_blocks = s.meeting;
-  for (uint64_t& arrivals : state.arrivals) arrivals = s.meeting;
   if (end.collective) state.epoch = s.epoch;
   if (!tells) return;
   if (end.collective) host.epoch = s.epoch;
@@ -198,6 +198,12 @@ __device__ inline void call_end(const CallParams& p, CallShared& s, const CallEn
     state.finding = Finding{};
   }
   if (p.seq != 0) store_release_sys(&host.ended_seq, p.seq);  // The same.
+}
+
+// Both.
+__device__ inline void call_end(const CallParams& p, CallShared& s, const CallEnd& end) {
+  end_blocks(p, s);
+  tell_end(p, s, end);
 }
 
 }  // namespace deepep

@@ -90,7 +90,8 @@ struct Combine {
     return copies() || params.routing.num_tokens == 0 || (params.args.x == 0 && params.has_slot == 0);
   }
   __device__ void find_rows() const {
-    if (is_valid()) find_row_bases(p(), params.routing, s.known.view, row_tables(p(), shared));
+    const CountRows counts = count_rows(p(), params.routing);
+    if (is_valid()) find_row_bases(p(), counts, params.routing, s.known.view, row_tables(p(), shared));
     __syncthreads();
   }
 
@@ -145,7 +146,8 @@ struct Combine {
       }
     }
     if (publishes && ready) {
-      copies() ? leader.publish_all() : leader.publish_all<true>();
+      const uint64_t to = all_ranks(p()) & ~(s.call.masked | s.call.lost);
+      copies() ? leader.publish_to<false>(to, s.call.code) : leader.publish_to<true>(to, s.call.code);
     }
     if (needs_rows_first())
       __syncthreads();
@@ -172,8 +174,6 @@ struct Combine {
       for (uint64_t i = uint64_t{rows.begin} * weights_a_row() + threadIdx.x; i < end; i += blockDim.x) to[i] = weights[i];
     }
     if (!copies_rows()) return;
-    if constexpr (kHasTma) fence_proxy_async();
-    __syncthreads();
     uint64_t own_begin = 0, own_end = 0;
     if (!by_expert()) {
       const CountMatrix matrix = matrix_of(p(), params.routing, s.known.view);
@@ -234,8 +234,6 @@ struct Combine {
       if (rank == p().rank && params.args.x != 0) source.rows = x(), source.stride = params.args.x_stride;
       s.sources[rank] = source;
     }
-    // Shared memory was used by counting and copying; rows may have been written by plain stores of peers.
-    if constexpr (kHasTma) fence_proxy_async();
     __syncthreads();
   }
 
@@ -330,7 +328,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, 1) combine_kernel(const __gr
   extern __shared__ __align__(128) uint8_t dynamic_shared[];
   __shared__ CombineShared s;
   __shared__ uint64_t barriers[kMaxBarriers];
-  kernel_begin(params);
+  await_kernel_before();
   Combine combine{params, s, dynamic_shared, barriers};
   if (threadIdx.x == kWarpLanes) combine.read_known();
   call_begin(params.call, s.call, true, true);

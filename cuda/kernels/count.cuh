@@ -37,6 +37,11 @@ __device__ inline TokenRange cut(TokenRange run, uint32_t part, uint32_t parts) 
   return {begin < run.end ? begin : run.end, begin + each < run.end ? begin + each : run.end};
 }
 __device__ inline TokenRange block_tokens(uint32_t num_tokens) { return cut({0, num_tokens}, blockIdx.x, gridDim.x); }
+// Which section of its block's tokens is a warp's. Those of a leader's block that lead and publish come last.
+__device__ inline uint32_t own_section() {
+  const uint32_t warp = threadIdx.x / kWarpLanes, warps = blockDim.x / kWarpLanes;
+  return warp < 2 ? warps - 1 - warp : warp - 2;
+}
 
 // Shared memory of a count: tables of u32, one row a section.
 struct CountTables {
@@ -127,18 +132,19 @@ __device__ inline void count_tokens(const CallParams& p, const RoutingInput& inp
   if (lane + kWarpLanes < p.options.num_ranks) tokens[lane + kWarpLanes] = high;
 }
 
-// Counts this block's tokens: fills the tables and the block's row of scratch. By all threads; end with arrive(kMeetCounted).
-__device__ inline void count_block(const CallParams& p, const RoutingInput& input, const CountTables& tables, bool by_expert,
-                                   int32_t* experts) {
+// Counts a block's tokens: fills the tables and the block's row of scratch. By all threads; end with arrive(kMeetCounted), or
+// where one block has all tokens with a barrier.
+__device__ inline void count_block(const CallParams& p, const RoutingInput& input, TokenRange tokens, const CountTables& tables,
+                                   bool by_expert, int32_t* experts) {
   const uint32_t ranks = p.options.num_ranks, num_experts = p.options.num_experts;
   const uint32_t rows = by_expert ? tables.sections : 1;
   for (uint32_t i = threadIdx.x; i < rows * num_experts; i += blockDim.x) tables.entries[i] = 0;
   __syncthreads();
-  const uint32_t warp = threadIdx.x / kWarpLanes;
-  if (warp < tables.sections) {
-    const TokenRange section = cut(block_tokens(input.num_tokens), warp, tables.sections);
-    count_entries(p, input, section, tables.entries + (by_expert ? warp * num_experts : 0), experts);
-    count_tokens(p, input, section, tables.tokens + warp * ranks);
+  const uint32_t nth = own_section();
+  if (nth < tables.sections) {
+    const TokenRange section = cut(tokens, nth, tables.sections);
+    count_entries(p, input, section, tables.entries + (by_expert ? nth * num_experts : 0), experts);
+    count_tokens(p, input, section, tables.tokens + nth * ranks);
   }
   __syncthreads();
   uint32_t* counts = counts_of_block(p, blockIdx.x);
@@ -160,7 +166,8 @@ __device__ inline uint32_t counted_before(const CallParams& p, uint32_t end, uin
   return sum;
 }
 
-// Turns the tables from counts into first positions: what lies in earlier blocks and sections. After kMeetCounted.
+// Turns the tables from counts into first positions: what lies in earlier blocks and sections. By all threads, when the blocks
+// before this one have counted.
 __device__ inline void place_sections(const CallParams& p, const CountTables& tables, bool by_expert) {
   const uint32_t ranks = p.options.num_ranks;
   const uint32_t columns = by_expert ? p.options.num_experts : ranks;
@@ -177,10 +184,13 @@ __device__ inline void place_sections(const CallParams& p, const CountTables& ta
 }
 
 // One warp, rank layout: the hops of a section's tokens, ascending by rank. `at` is the section's row of first positions.
-__device__ inline void place_tokens(const CallParams& p, const RoutingInput& input, TokenRange section, uint32_t* at,
+__device__ inline void place_tokens(const CallParams& p, const RoutingInput& input, TokenRange section, const uint32_t* at,
                                     DeviceHop* hops, uint32_t width) {
   const uint32_t lane = threadIdx.x % kWarpLanes;
   const uint32_t before_me = (1u << lane) - 1;
+  // Of ranks lane and lane + 32.
+  uint32_t low = lane < p.options.num_ranks ? at[lane] : 0;
+  uint32_t high = lane + kWarpLanes < p.options.num_ranks ? at[lane + kWarpLanes] : 0;
   for (uint32_t first = section.begin; first < section.end; first += kWarpLanes) {
     const bool is_mine = first + lane < section.end;
     const uint64_t ranks = is_mine ? ranks_of_token(p, input, first + lane) : 0;
@@ -188,9 +198,10 @@ __device__ inline void place_tokens(const CallParams& p, const RoutingInput& inp
     uint32_t i = 0;
     for (uint32_t rank = 0; rank < p.options.num_ranks; ++rank) {
       const uint32_t lanes = __ballot_sync(kAllLanes, in_view(ranks, rank));
-      if (in_view(ranks, rank)) mine[i++] = {static_cast<int32_t>(rank), at[rank] + __popc(lanes & before_me)};
-      __syncwarp();
-      if (lane == 0) at[rank] += __popc(lanes);
+      uint32_t& next = rank < kWarpLanes ? low : high;
+      const uint32_t begin = __shfl_sync(kAllLanes, next, rank % kWarpLanes);
+      if (in_view(ranks, rank)) mine[i++] = {static_cast<int32_t>(rank), begin + __popc(lanes & before_me)};
+      if (lane == rank % kWarpLanes) next += __popc(lanes);
     }
     for (; is_mine && i < width; ++i) mine[i] = {-1, 0};
     __syncwarp();
@@ -215,17 +226,16 @@ __device__ inline void place_entries(const CallParams& p, const RoutingInput& in
   }
 }
 
-// Fills the hops of this block's tokens. By all threads, after await_leader(kStepCounted).
-__device__ inline void place_block(const CallParams& p, const RoutingInput& input, const CountTables& tables, bool by_expert,
-                                   const RoutingParams& routing) {
-  place_sections(p, tables, by_expert);
-  const uint32_t warp = threadIdx.x / kWarpLanes;
-  if (warp >= tables.sections) return;
-  const TokenRange section = cut(block_tokens(input.num_tokens), warp, tables.sections);
+// Fills the hops of a block's tokens, when place_sections() has been. By whole warps.
+__device__ inline void place_block(const CallParams& p, const RoutingInput& input, TokenRange tokens, const CountTables& tables,
+                                   bool by_expert, const RoutingParams& routing) {
+  const uint32_t nth = own_section();
+  if (nth >= tables.sections) return;
+  const TokenRange section = cut(tokens, nth, tables.sections);
   if (by_expert)
-    place_entries(p, input, section, tables.entries + warp * p.options.num_experts, routing.hops);
+    place_entries(p, input, section, tables.entries + nth * p.options.num_experts, routing.hops);
   else
-    place_tokens(p, input, section, tables.tokens + warp * p.options.num_ranks, routing.hops, routing.width);
+    place_tokens(p, input, section, tables.tokens + nth * p.options.num_ranks, routing.hops, routing.width);
 }
 
 }  // namespace deepep

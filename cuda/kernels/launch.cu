@@ -13,6 +13,7 @@ namespace deepep {
 namespace {
 
 constexpr uint32_t kCopyVectors = 4;
+constexpr uint32_t kMostGroupShift = 2;
 
 const void* const kKernels[] = {
     reinterpret_cast<const void*>(dispatch_kernel<true>),
@@ -85,6 +86,17 @@ void agree(CallParams& call, const LowLatencyDispatchParams& params) {
   call.agreed[kAgreedFlags] = args.flags & kFlags;
 }
 
+// Few tokens have a warp for every part, and one is left over: the leader's, which has no time before the others.
+void divide_few(DispatchParams& params) {
+  const auto blocks = static_cast<uint32_t>(params.plan.sms);
+  const uint32_t pieces = push_pieces(params.args.row_bytes), parts = pieces + params.routing.width;
+  const uint64_t all = uint64_t{params.routing.num_tokens} * parts;
+  const bool is_few = params.routing.width <= kWarpLanes && all < uint64_t{params.plan.warps} * blocks;
+  params.few_pieces = pieces;
+  params.few_parts = is_few ? parts : 0;
+  params.sending_blocks = is_few && all < params.plan.warps ? 1 : blocks;
+}
+
 // A block of an operation needs room to count in, too.
 Plan with_room(Plan plan) {
   plan.block_bytes = std::max(plan.block_bytes, static_cast<uint32_t>(kCountBytes));
@@ -113,6 +125,7 @@ cudaError_t load_kernels(bool& launch_early) {
 
 cudaError_t launch_dispatch(DispatchParams& params, Place place) {
   params.plan = with_room(params.plan);
+  divide_few(params);
   agree(params.call, params);
   const auto kernel = params.plan.tma != 0 ? dispatch_kernel<true> : dispatch_kernel<false>;
   return launch(kernel, params, static_cast<uint32_t>(params.plan.sms), (params.plan.warps + kClerks) * kWarpLanes,
@@ -143,6 +156,15 @@ cudaError_t launch_low_latency_dispatch(LowLatencyDispatchParams& params, Place 
       low_latency_pieces(units, params.plan.chunk_bytes / kUnitBytes, std::max<uint64_t>(1, block_tokens), warps);
   params.piece_units = static_cast<uint32_t>(ceil_div(units, pieces));
   params.row_pieces = static_cast<uint32_t>(ceil_div(units, params.piece_units));
+  // A place more takes a warp longer than some units more: where each has but one piece, several have a longer one in common.
+  params.group_shift = 0;
+  for (uint32_t shift = 1; shift <= kMostGroupShift; ++shift) {
+    const uint32_t longer = params.piece_units << 1, shared = static_cast<uint32_t>(ceil_div(units, longer));
+    if (longer > params.plan.chunk_bytes / kUnitBytes || block_tokens * shared << shift > warps) break;
+    params.piece_units = longer;
+    params.row_pieces = shared;
+    params.group_shift = shift;
+  }
   const bool casts = (args.flags & DEEPEP_FLAG_FP8) != 0;
   const auto kernel = !casts                       ? low_latency_dispatch_kernel<false, false>
                       : params.turns_scales_of != 0 ? low_latency_dispatch_kernel<true, true>

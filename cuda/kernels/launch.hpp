@@ -16,8 +16,8 @@ namespace deepep {
 cudaError_t load_kernels(bool& launch_early);
 
 // Where a kernel is enqueued. `early`: the device may place its blocks as soon as those of the kernel before it have gone, and
-// not only when all that they wrote is seen; the kernel waits for that itself (kernel_begin), when it was compiled for sm_90 or
-// later. Not in a capture: a graph orders such kernels by a slower way.
+// not only when all that they wrote is seen; the kernel waits for that itself (await_kernel_before), when it was compiled for
+// sm_90 or later. Not in a capture: a graph orders such kernels by a slower way.
 struct Place {
   cudaStream_t stream;
   bool early;

@@ -61,12 +61,13 @@ struct Leader : Waits {
   __device__ MessageHeader* message_of(uint32_t rank) const { return message_at(own_memory(p), p.regions, rank, s.epoch); }
 
   // By one warp, which need not be the leader's: publishes this rank's message to every unmasked rank, also when it refuses the
-  // call. With it the peers see what this warp knows of, and may overwrite what it has read. `kFenced`: as of its latest fence.
-  template <bool kFenced = false>
-  __device__ void publish_all() {
-    const uint64_t to = all_ranks(p) & ~(s.masked | s.lost);
+  // call. With it the peers see what this warp knows of, and may overwrite what it has read.
+  __device__ void publish_all() { publish_to<false>(all_ranks(p) & ~(s.masked | s.lost), s.code); }
+  // The same while the leader may find out more. `kFenced`: what the warp knew of at its latest fence, or what needs none.
+  template <bool kFenced>
+  __device__ void publish_to(uint64_t to, int32_t code) {
     const uint64_t hash = count_word(s.epoch, s.said_hash);
-    const uint64_t sender = count_word(s.epoch, sender_word({p.slot, p.op, s.said_topk_weights, s.code}));
+    const uint64_t sender = count_word(s.epoch, sender_word({p.slot, p.op, s.said_topk_weights, code}));
     for (uint32_t peer = lane; peer < p.options.num_ranks; peer += kWarpLanes) {
       if (!in_view(to, peer)) continue;
       uint64_t* words = message_at(p.symmetric[peer], p.regions, p.rank, s.epoch)->words;
@@ -107,10 +108,10 @@ struct Leader : Waits {
     uint64_t differing = 0;
     uint32_t opinions = 0;
   };
-  // Keeps a peer's slot.
+  // Keeps a peer's slot, for the other blocks too.
   __device__ void take(uint32_t peer, const Heard& heard, Odd& odd) const {
     const Sender sender = sender_from_word(static_cast<uint32_t>(heard.sender));
-    p.state->peer_slots[peer] = sender.slot;
+    p.state->peer_slots[peer] = s.peer_slots[peer] = sender.slot;
     if (sender.code != 0) odd.refusing |= rank_bit(peer);
     odd.opinions |= 1u << sender.topk_weights;
     if (static_cast<uint32_t>(heard.hash) != s.said_hash || sender.op != p.op) odd.differing |= rank_bit(peer);
@@ -120,7 +121,6 @@ struct Leader : Waits {
   // fails. A rank that has refused gathers nevertheless, so that it never runs ahead of a reader. `pushes`: all must count in
   // the same ranks.
   __device__ bool gather(int32_t kind, bool pushes) {
-    begin_waits();
     const uint64_t others = all_ranks(p) & ~s.masked & ~rank_bit(p.rank), begin_ns = begin_wait();
     Odd odd;
     const uint64_t late = come_soon(others, kind, begin_ns, [&](uint32_t peer) {
@@ -148,7 +148,7 @@ struct Leader : Waits {
     if (lane == 0) {
       s.view = view;
       p.state->view = view;
-      p.state->peer_slots[p.rank] = p.slot;
+      p.state->peer_slots[p.rank] = s.peer_slots[p.rank] = p.slot;
     }
     __syncwarp();
   }
@@ -158,6 +158,7 @@ struct Leader : Waits {
                                                  uint64_t begin_ns) {
     const CallParams& p = self.p;
     CallShared& s = self.s;
+    self.begin_waits(begin_ns);
     const bool refused = self.failed();
     Finding own;
     if (refused) own = p.state->finding;

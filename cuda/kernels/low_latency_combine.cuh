@@ -530,7 +530,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads + kWarpLanes, 1)
     low_latency_combine_kernel(const __grid_constant__ LowLatencyCombineParams params) {
   extern __shared__ __align__(128) uint8_t dynamic_shared[];
   __shared__ LowLatencyCombineShared s;
-  kernel_begin(params);
+  await_kernel_before();
   LowLatencyCombine combine{params, s, reinterpret_cast<uint32_t*>(dynamic_shared)};
   if (is_worker())
     combine.template work<kWeighted, kFp8>();
@@ -542,7 +542,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads + kWarpLanes, 1)
 __global__ void __launch_bounds__(kWarpLanes, 1)
     low_latency_give_up_kernel(const __grid_constant__ LowLatencyReceiveParams params) {
   __shared__ CallShared s;
-  kernel_begin(params);
+  await_kernel_before();
   const CallParams& p = params.call;
   call_begin(p, s, false, true);
   const LowLatencyHeader& header = *params.routing.header;

@@ -170,14 +170,16 @@ struct LowLatencyCount {
   }
 
   // Workers: the words of the ranks in the view, each of which says by itself that it is of this call. One thread takes an
-  // expert's counts, one what a rank says of itself, which `heard(rank, sender, waited_ns)` is told: so that all are under way
-  // at once. False when the leader has stopped the call meanwhile. The workers must meet afterwards.
+  // expert's counts, one of another warp what a rank says of itself, which `heard(rank, sender, waited_ns)` is told: so that all
+  // are under way at once. False when the leader has stopped the call meanwhile. The workers must meet afterwards.
   template <class Heard>
   __device__ bool take(const CallShared& s, uint64_t view, uint32_t hash, Heard heard) const {
-    const uint32_t ranks = p.options.num_ranks;
+    const auto senders = static_cast<uint32_t>(align_up(num_experts(), kWarpLanes)), items = senders + p.options.num_ranks;
     const uint64_t begin_ns = global_time_ns();
-    for (uint32_t item = threadIdx.x; item < ranks + num_experts(); item += num_workers()) {
-      const bool came = item < ranks ? take_sender(s, view, item, hash, begin_ns, heard) : take_counts(s, view, item - ranks);
+    for (uint32_t item = threadIdx.x; item < items; item += num_workers()) {
+      if (item >= num_experts() && item < senders) continue;
+      const bool came =
+          item < senders ? take_counts(s, view, item) : take_sender(s, view, item - senders, hash, begin_ns, heard);
       if (!came) return false;
     }
     return true;

@@ -71,7 +71,7 @@ struct LowLatencyDispatch {
     else
       mover.wait();  // Nothing may be under way when a block ends.
     workers_meet();  // This block's rows are in place.
-    if (pushed && p().mask_on_timeout == 0 && threadIdx.x < kWarpLanes) announce_block(p(), s.view, s.call.epoch, nullptr);
+    if (pushed && p().mask_on_timeout == 0 && threadIdx.x < kWarpLanes) announce_block(p(), s.view, s.call.epoch, gridDim.x, nullptr);
     tell_leader(kTurns ? kMeetPushed : kMeetEnd);
     if (pushed && is_leader() && params.receives != 0 && p().mask_on_timeout == 0) {
       look_for_rows(p(), s.call, s.arrivals, s.view);
@@ -141,7 +141,7 @@ struct LowLatencyDispatch {
     const LowLatencyDispatch& dispatch;
     TokenRange round;
     uint32_t token;  // of the round
-    uint32_t piece;  // of its row
+    uint32_t share;  // of its row: a piece, and the places it goes to
     uint32_t phase;  // of the warp's barrier
     RowPiece<kCast> held;
 
@@ -158,21 +158,23 @@ struct LowLatencyDispatch {
 
     __device__ void begin(TokenRange next) {
       round = next;
-      token = 0, piece = dispatch.part() * num_warps() + threadIdx.x / kWarpLanes;
+      token = 0, share = dispatch.part() * num_warps() + threadIdx.x / kWarpLanes;
       turn();
     }
     __device__ void advance() {
-      piece += dispatch.params.blocks_a_token * num_warps();
+      share += dispatch.params.blocks_a_token * num_warps();
       turn();
     }
     __device__ void turn() {
+      const uint32_t shares = dispatch.params.row_pieces << dispatch.params.group_shift;
 #pragma unroll 1
-      for (; piece >= dispatch.params.row_pieces; piece -= dispatch.params.row_pieces) ++token;
+      for (; share >= shares; share -= shares) ++token;
     }
     __device__ bool has() const { return token < round.end - round.begin; }
 
     __device__ static uint32_t num_warps() { return num_workers() / kWarpLanes; }
-    __device__ uint32_t first_unit() const { return piece * dispatch.params.piece_units; }
+    __device__ uint32_t piece() const { return share >> dispatch.params.group_shift; }
+    __device__ uint32_t first_unit() const { return piece() * dispatch.params.piece_units; }
     // Of the piece as it is given.
     __device__ uint32_t bytes() const {
       const uint32_t row_bytes = kCast ? 2 * dispatch.params.row_bytes : dispatch.params.row_bytes;
@@ -231,19 +233,21 @@ struct LowLatencyDispatch {
       const LowLatencyDispatchParams& params = dispatch.params;
       const deepep_low_latency_dispatch_args& args = params.args;
       const CastRows rows = {.channels = params.row_bytes, .ue8m0 = (args.flags & DEEPEP_FLAG_UE8M0) != 0};
-      const auto share = held.share(rows, first_unit(), bytes(), params.scales.to_elem_stride);
-      const bool brings_scales = piece == 0;
+      const auto held_share = held.share(rows, first_unit(), bytes(), params.scales.to_elem_stride);
+      const bool brings_scales = piece() == 0;
       const auto* from = reinterpret_cast<const uint8_t*>(args.scales) + (round.begin + token) * args.scales_row_stride;
+      const uint32_t groups = 1u << params.group_shift;
       const RowPlace* place = dispatch.tables.places + token * dispatch.input.num_topk;
       const RowPlace* const end = place + dispatch.input.num_topk;
+      place += share & (groups - 1);
       if constexpr (kCast) held.load_shared(stage(), units());
       advance();
       fetch();
 #pragma unroll 1
-      for (; place != end; ++place) {
+      for (; place < end; place += groups) {
         const RowPlace to = *place;
         if (to.x_word == 0) continue;
-        held.store(share, kTurns ? to.x() : reinterpret_cast<uint8_t*>(to.x_word), to.scales, kTurns && to.in_row());
+        held.store(held_share, kTurns ? to.x() : reinterpret_cast<uint8_t*>(to.x_word), to.scales, kTurns && to.in_row());
         if constexpr (!kCast) {
           if (brings_scales) copy_scales(given_scales, from, to.scales);
         }
@@ -399,7 +403,6 @@ struct LowLatencyDispatch {
   // ---- the last warp ----
 
   __device__ void lead() {
-    if (is_leader()) fence_acq_rel_sys();  // The slot is free, which publish_sender() says.
     if (lane_id() == 0) {
       read_call(p(), s.call, true, true);
       s.to = all_ranks(p()) & ~(s.call.masked | s.call.lost);
@@ -429,15 +432,19 @@ struct LowLatencyDispatch {
     if (sent) tell_counts();
     const bool turns = params.turns_scales_of != 0;
     Leader(p(), s.call).await_blocks(turns ? kMeetPushed : kMeetEnd, false);
+    if (!turns) end_blocks(p(), s.call);
     if (p().mask_on_timeout != 0) sent = sent && announce_to_all(p(), s.call);
     if (!sent) keep_failure(params);
     if (sent && params.receives != 0) {
       receive_rows(p(), s.call, params.routing, regions(), s.arrivals, s.call.view, wait_stats());
     }
-    if (turns) Leader(p(), s.call).await_blocks(kMeetEnd, false);
+    if (turns) {
+      Leader(p(), s.call).await_blocks(kMeetEnd, false);
+      end_blocks(p(), s.call);
+    }
     // Those for rows are not final in a call that fails while they are awaited.
     if ((s.call.code == 0 || !sent) && p().mask_on_timeout == 0) keep_waits(p(), 0, s.arrivals.waited_ns, wait_stats());
-    call_end(p(), s.call, {true, true, params.receives != 0});
+    tell_end(p(), s.call, {true, true, params.receives != 0});
   }
 
   __device__ void say_counts() {
@@ -609,7 +616,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads + kWarpLanes, 1)
     low_latency_dispatch_kernel(const __grid_constant__ LowLatencyDispatchParams params) {
   extern __shared__ __align__(128) uint8_t dynamic_shared[];
   __shared__ LowLatencyShared s;
-  kernel_begin(params);
+  await_kernel_before();
   LowLatencyDispatch dispatch(params, s, dynamic_shared);
   if (is_worker())
     dispatch.template work<kCast, kTurns>();

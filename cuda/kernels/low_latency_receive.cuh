@@ -151,7 +151,7 @@ __global__ void __launch_bounds__(kReceiveWarps* kWarpLanes, 1)
     low_latency_receive_kernel(const __grid_constant__ LowLatencyReceiveParams params) {
   __shared__ CallShared s;
   __shared__ Arrivals arrivals;
-  kernel_begin(params);
+  await_kernel_before();
   const CallParams& p = params.call;
   const LowLatencyHeader& header = *params.routing.header;
   if (threadIdx.x == num_workers()) {

@@ -24,6 +24,12 @@ struct TokenShare {
   __device__ uint32_t workers(const Plan& plan) const { return plan.warps * (claims != nullptr ? gridDim.x : 1); }
 };
 
+// The first of `all` claims that a warp has, of `warps` in each block. What one block has warps for is the leader's, which hears
+// of it first; of more the leader's block has the last, since it has most to do besides.
+__device__ inline uint32_t first_claim(uint32_t all, uint32_t warp, uint32_t warps) {
+  return all <= warps ? blockIdx.x * warps + warp : warp * gridDim.x + (gridDim.x - 1 - blockIdx.x);
+}
+
 // Walks over a warp's pieces. The whole converged warp holds one.
 struct PieceCursor {
   uint32_t token = 0;
@@ -43,7 +49,7 @@ struct PieceCursor {
     whole_ = tokens > workers_ ? tokens - workers_ : 0;
     num_claims_ = whole_ + (tokens - whole_) * per_row;
     const uint32_t warp = threadIdx.x / kWarpLanes;
-    start(claims_ != nullptr ? warp * gridDim.x + blockIdx.x : warp);
+    start(claims_ == nullptr ? warp : first_claim(num_claims_, warp, plan.warps));
   }
 
   __device__ void advance() {

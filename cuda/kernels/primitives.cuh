@@ -220,19 +220,7 @@ __device__ __forceinline__ void reduce_add_release_block(uint32_t* shared, uint3
   asm volatile("red.release.cta.add.u32 [%0], %1;" ::"l"(shared), "r"(value) : "memory");
 }
 
-// The parameters of a kernel lie in constant memory that no launch before has touched, and a cache line of them costs a trip
-// to memory where it is first read. This was to fetch all of them at once, but ptxas leaves loads out that nobody uses; with a use
-// of each, calls of few tokens were no shorter. It stays as long as the kernels without it, which are other code, were not timed.
-template <class Params>
-__device__ __forceinline__ void fetch_params(const Params& params) {
-  constexpr uint32_t kLineWords = 16;
-  const auto* words = reinterpret_cast<const uint32_t*>(&params);
-  for (uint32_t line = threadIdx.x / kWarpLanes; line < sizeof(Params) / 4 / kLineWords; line += blockDim.x / kWarpLanes) {
-    asm volatile("" ::"r"(words[line * kLineWords]));
-  }
-}
-
-// By all threads of a kernel that was launched early (Place), before they touch memory: waits until the kernel before it in the
+// The first thing in a kernel, by all threads. In one that was launched early (Place): waits until the kernel before it in the
 // stream has ended and what that has written is seen. In another kernel it returns at once. PTX ISA: griddepcontrol.
 __device__ __forceinline__ void await_kernel_before() {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900

@@ -22,16 +22,17 @@ __device__ inline bool must_stop(const CallParams& p, const CallShared& s, uint6
   return __any_sync(kAllLanes, stop);
 }
 
-// One warp, when the block has met: its rows are in place, which the ranks in the view are told. With the leader's block goes
-// whom this rank counts in; `slots`: by rank, nullptr on the other blocks, and in low latency.
-__device__ inline void announce_block(const CallParams& p, uint64_t view, uint64_t epoch, const uint32_t* slots) {
+// One warp, when the block has met: its rows are in place, which the ranks in the view are told, by the first `blocks` blocks.
+// With the leader's goes whom this rank counts in; `slots`: by rank, nullptr on the other blocks, and in low latency.
+__device__ inline void announce_block(const CallParams& p, uint64_t view, uint64_t epoch, uint32_t blocks,
+                                      const uint32_t* slots) {
   for (uint32_t dst = threadIdx.x % kWarpLanes; dst < p.options.num_ranks; dst += kWarpLanes) {
     if (dst == p.rank || !in_view(view, dst)) continue;
     if (slots != nullptr) {
       store_relaxed_sys(slot_word_at(p.symmetric[dst], p.regions.pushed_view, p.rank, slots[dst]), view);
     }
     // Pairs with have_pushed() of `dst`.
-    store_release_sys(row_flags_at(p.symmetric[dst], p.regions, p.rank) + blockIdx.x, row_flag(epoch, gridDim.x));
+    store_release_sys(row_flags_at(p.symmetric[dst], p.regions, p.rank) + blockIdx.x, row_flag(epoch, blocks));
   }
   __syncwarp();
 }
@@ -79,34 +80,48 @@ __device__ inline void look_in_turn(const CallParams& p, uint64_t epoch, uint64_
 
 // What the leader's block finds of the peers' blocks while its first warp waits for this rank's. Zeroed before a meeting.
 struct PushedShared {
-  uint64_t came_ns[DEEPEP_MAX_RANKS];  // when a rank's blocks had told; 1 = at the first look, 0 = not yet
+  uint64_t came;                       // ranks whose blocks have told
+  uint64_t came_ns[DEEPEP_MAX_RANKS];  // when; 0 = at the first look, or not yet
+  uint32_t torn;                       // 1 = some rank of them counts in others than this one: see check_views()
 
   __device__ void clear() {
     for (uint32_t rank = threadIdx.x; rank < DEEPEP_MAX_RANKS; rank += blockDim.x) came_ns[rank] = 0;
+    if (threadIdx.x == 0) came = 0, torn = 0;
   }
 };
+
+// Whom a rank counts in that has told of this call. Set before it tells: see announce_block(), announce_pushed().
+__device__ inline uint64_t pushed_view_of(const CallParams& p, uint32_t src) {
+  return load_relaxed_sys(slot_word_at(own_memory(p), p.regions.pushed_view, src, p.slot));
+}
 
 // The other warps: wait some microseconds. The block must meet afterwards.
 __device__ inline void look_for_blocks(const CallParams& p, const CallShared& s, PushedShared& pushed, uint64_t view) {
   look_in_turn(
       p, s.epoch, view, threadIdx.x / kWarpLanes - 1, blockDim.x / kWarpLanes - 1,
-      [&](uint32_t src, bool at_once) { pushed.came_ns[src] = at_once ? 1 : global_time_ns(); },
+      [&](uint32_t src, bool at_once) {
+        if (!at_once) pushed.came_ns[src] = global_time_ns();
+        if (pushed_view_of(p, src) != view) atomicOr(&pushed.torn, 1u);
+        atomicOr(reinterpret_cast<unsigned long long*>(&pushed.came), rank_bit(src));
+      },
       [](uint32_t looks) { return looks < Waits::kSoonLooks; });
 }
 
-// Leader's warp, when the block has met and this rank's blocks had ended: accounts what was waited for the others since, and
-// answers which have not told yet.
-__device__ inline uint64_t late_blocks(Leader& leader, const PushedShared& pushed, uint64_t view, uint64_t ended_ns) {
+// A warp, when the block has met: accounts what was waited for the others since this rank's blocks had ended.
+__device__ inline void account_for_blocks(Leader& leader, const PushedShared& pushed, uint64_t ended_ns) {
+  for (uint32_t src = leader.lane; src < leader.p.options.num_ranks; src += kWarpLanes) {
+    if (pushed.came_ns[src] > ended_ns) leader.account_for(src, 0, pushed.came_ns[src] - ended_ns);
+  }
+}
+
+// Leader's warp: those that have not told yet, or count in others than this rank.
+__device__ inline uint64_t late_blocks(const Leader& leader, const PushedShared& pushed, uint64_t view) {
   const CallParams& p = leader.p;
-  uint64_t late = leader.ranks_where([&](uint32_t src) {
-    const uint64_t came_ns = pushed.came_ns[src];
-    if (came_ns > ended_ns) leader.account_for(src, 0, came_ns - ended_ns);
-    return came_ns == 0 && in_view(view, src);
-  });
+  uint64_t late = view & ~pushed.came & ~rank_bit(p.rank);
   // Once more: nobody has waited where this block ended long before others.
   for (uint64_t rest = late; rest != 0; rest &= rest - 1) {
     const auto src = static_cast<uint32_t>(__ffsll(static_cast<long long>(rest)) - 1);
-    if (have_pushed(p, leader.s.epoch, src)) late &= ~rank_bit(src);
+    if (have_pushed(p, leader.s.epoch, src) && pushed_view_of(p, src) == view) late &= ~rank_bit(src);
   }
   return late;
 }
@@ -154,13 +169,10 @@ DEEPEP_COLD __device__ inline void fail_torn(Leader leader, uint64_t view, uint3
 // may count it in and another not; their rows then have other places, so the call fails.
 __device__ inline void check_views(Leader& leader, uint64_t view, uint64_t came) {
   const CallParams& p = leader.p;
-  const auto theirs = [&](uint32_t src) {
-    return load_relaxed_sys(slot_word_at(own_memory(p), p.regions.pushed_view, src, p.slot));
-  };
-  const uint64_t torn = leader.ranks_where([&](uint32_t src) { return in_view(came, src) && theirs(src) != view; });
+  const uint64_t torn = leader.ranks_where([&](uint32_t src) { return in_view(came, src) && pushed_view_of(p, src) != view; });
   if (torn == 0) return;
   const auto src = static_cast<uint32_t>(__ffsll(static_cast<long long>(torn)) - 1);
-  fail_torn(leader, view, src, theirs(src));
+  fail_torn(leader, view, src, pushed_view_of(p, src));
 }
 
 // Leader's warp, where ranks may be left out: waits for everyone's rows. Returns the ranks whose rows will not come.

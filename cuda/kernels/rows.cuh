@@ -1,7 +1,7 @@
 // From the count matrix to row numbers: the leader's block works out where this rank's rows begin on every rank.
 //
 // In: the matrix that a routing keeps, and who takes part. Out: row_bases() in scratch, state->num_rows, and in shared memory
-// how many rows each rank receives. The same arithmetic as the CPU's (common/routing.hpp), a thread a rank or expert. Callers:
+// how many rows each rank receives, in the rank layout the bases too. The same arithmetic as the CPU's (common/routing.hpp), a thread a rank or expert. Callers:
 // dispatch, combine.
 #pragma once
 
@@ -16,11 +16,13 @@ __device__ inline CountMatrix matrix_of(const CallParams& p, const RoutingParams
 // Shared memory of find_row_bases().
 struct RowTables {
   uint64_t* rows;     // [num_ranks]: rows that each rank receives
+  uint32_t* bases;    // [num_ranks]: row_bases() (rank layout)
   uint32_t* entries;  // [num_experts]: entries of each expert over all ranks (expert layout)
 };
 
 __device__ inline RowTables row_tables(const CallParams& p, uint8_t* shared) {
-  return {reinterpret_cast<uint64_t*>(shared), reinterpret_cast<uint32_t*>(shared + 8 * p.options.num_ranks)};
+  auto* words = reinterpret_cast<uint32_t*>(shared + 8 * p.options.num_ranks);
+  return {reinterpret_cast<uint64_t*>(shared), words, words};
 }
 
 // One warp: the expert groups of rank `dst`, one after another; `entries` are the experts' totals. In row_bases() each of its
@@ -49,29 +51,60 @@ __device__ inline uint64_t place_groups(const CallParams& p, uint32_t dst, uint3
   return group;
 }
 
-// By all threads of the leader's block.
-__device__ inline void find_row_bases(const CallParams& p, const RoutingParams& routing, uint64_t view,
-                                      const RowTables& tables) {
-  const CountMatrix matrix = matrix_of(p, routing, view);
+// A count matrix in memory, one row a rank: words to the next row.
+struct CountRows {
+  const uint32_t* tokens;
+  const uint32_t* entries;
+  uint64_t tokens_stride, entries_stride;
+};
+__device__ inline CountRows count_rows(const CallParams& p, const RoutingParams& routing) {
+  return {routing.tokens, routing.entries, p.options.num_ranks, p.options.num_experts};
+}
+// As the messages of a call bring it.
+__device__ inline CountRows count_rows(const CallParams& p, uint64_t epoch) {
+  const uint32_t* first = message_counts(message_at(own_memory(p), p.regions, 0, epoch));
+  const uint64_t stride = uint64_t{p.regions.message_ring} * p.regions.message_bytes / sizeof(uint32_t);
+  return {first, first + p.options.num_ranks, stride, stride};
+}
+
+// Threads `first`, `first + step`, … of the leader's block: adds the columns of the matrix up.
+__device__ inline void add_columns_up(const CallParams& p, const CountRows& counts, uint32_t layout, uint64_t view,
+                                      const RowTables& tables, uint32_t first, uint32_t step) {
   const uint32_t ranks = p.options.num_ranks;
-  if (routing.layout == DEEPEP_LAYOUT_RANK) {
-    for (uint32_t dst = threadIdx.x; dst < ranks; dst += blockDim.x) {
-      row_bases(p)[dst] = tokens_before(matrix, p.rank, dst);
-      tables.rows[dst] = tokens_before(matrix, ranks, dst);
+  if (layout == DEEPEP_LAYOUT_RANK) {
+    for (uint32_t dst = first; dst < ranks; dst += step) {
+      const ColumnSums tokens = add_up(counts.tokens + dst, counts.tokens_stride, ranks, p.rank, view);
+      row_bases(p)[dst] = tables.bases[dst] = tokens.before;
+      tables.rows[dst] = tokens.all;
+      if (dst == p.rank) p.state->num_rows = tokens.all;
     }
   } else {
-    for (uint32_t expert = threadIdx.x; expert < p.options.num_experts; expert += blockDim.x) {
-      row_bases(p)[expert] = entries_before(matrix, p.rank, expert);
-      tables.entries[expert] = entries_before(matrix, ranks, expert);
-    }
-    __syncthreads();
-    for (uint32_t dst = threadIdx.x / kWarpLanes; dst < ranks; dst += blockDim.x / kWarpLanes) {
-      const uint64_t rows = place_groups(p, dst, routing.expert_alignment, tables.entries);
-      if (threadIdx.x % kWarpLanes == 0) tables.rows[dst] = rows;
+    for (uint32_t expert = first; expert < p.options.num_experts; expert += step) {
+      const ColumnSums entries = add_up(counts.entries + expert, counts.entries_stride, ranks, p.rank, view);
+      row_bases(p)[expert] = entries.before;
+      tables.entries[expert] = entries.all;
     }
   }
+}
+
+// Warps `first`, `first + step`, … of it, when all columns have been added up: places the groups of the expert layout.
+__device__ inline void place_all_groups(const CallParams& p, const RoutingParams& routing, const RowTables& tables,
+                                        uint32_t first, uint32_t step) {
+  if (routing.layout == DEEPEP_LAYOUT_RANK) return;
+  for (uint32_t dst = first; dst < p.options.num_ranks; dst += step) {
+    const uint64_t rows = place_groups(p, dst, routing.expert_alignment, tables.entries);
+    if (lane_id() != 0) continue;
+    tables.rows[dst] = rows;
+    if (dst == p.rank) p.state->num_rows = rows;
+  }
+}
+
+// Both, by all threads of the leader's block, which must meet before anyone looks.
+__device__ inline void find_row_bases(const CallParams& p, const CountRows& counts, const RoutingParams& routing, uint64_t view,
+                                      const RowTables& tables) {
+  add_columns_up(p, counts, routing.layout, view, tables, threadIdx.x, blockDim.x);
   __syncthreads();
-  if (threadIdx.x == 0) p.state->num_rows = tables.rows[p.rank];
+  place_all_groups(p, routing, tables, threadIdx.x / kWarpLanes, blockDim.x / kWarpLanes);
 }
 
 }  // namespace deepep

@@ -59,6 +59,8 @@ __device__ void push_rows_bulk(const PushRows& p, uint8_t* shared, uint64_t* bar
   uint8_t* headers = shared + p.plan.warps * stages * stage_bytes + warp * stages * header_bytes;
   barriers += warp * stages;
   if (leader) {
+    // Rows, and this shared memory, were last touched by plain accesses.
+    fence_proxy_async();
     for (uint32_t stage = 0; stage < stages; ++stage) barrier_init(barriers + stage, 1);
     fence_barrier_init();
   }
@@ -134,24 +136,39 @@ __device__ void push_rows_bulk(const PushRows& p, uint8_t* shared, uint64_t* bar
   __syncwarp();
 }
 
+// A piece that goes through registers, 2 KB at most.
+constexpr uint32_t kPushVectors = 4;
+constexpr uint32_t kPushStep = kPushVectors * kWarpLanes * 16;
+struct PieceValues {
+  uint4 v[kPushVectors];  // this lane's
+
+  __device__ void load(const uint8_t* from, uint32_t bytes) {
+#pragma unroll
+    for (uint32_t i = 0; i < kPushVectors; ++i) {
+      const uint32_t at = (i * kWarpLanes + lane_id()) * 16;
+      if (at < bytes) v[i] = load_stream(from + at);
+    }
+  }
+  __device__ void store(uint8_t* to, uint32_t bytes) const {
+#pragma unroll
+    for (uint32_t i = 0; i < kPushVectors; ++i) {
+      const uint32_t at = (i * kWarpLanes + lane_id()) * 16;
+      if (at < bytes) store_stream(to + at, v[i]);
+    }
+  }
+};
+__host__ __device__ constexpr uint32_t push_pieces(uint32_t row_bytes) { return (row_bytes + kPushStep - 1) / kPushStep; }
+
 template <class Dst, class Meta>
 __device__ void push_rows_plain(const PushRows& p, Dst& dst, Meta& meta) {
-  constexpr uint32_t kVectors = 4;
-  constexpr uint32_t kStep = kVectors * kWarpLanes * 16;
-  const uint32_t lane = lane_id();
-  PieceCursor cursor(p.share(), p.plan, p.row_bytes, kStep);
+  PieceCursor cursor(p.share(), p.plan, p.row_bytes, kPushStep);
   LaneHops<uint8_t> destinations;
   uint32_t known = cursor.token - 1;
   while (cursor.left != 0) {
     const uint32_t token = cursor.token, offset = cursor.piece * cursor.bytes;
     const uint32_t bytes = min(cursor.bytes, p.row_bytes - offset);
-    const uint8_t* from = p.x + token * p.x_stride + offset;
-    uint4 values[kVectors];
-#pragma unroll
-    for (uint32_t v = 0; v < kVectors; ++v) {
-      const uint32_t at = (v * kWarpLanes + lane) * 16;
-      if (at < bytes) values[v] = load_stream(from + at);
-    }
+    PieceValues values;
+    values.load(p.x + token * p.x_stride + offset, bytes);
     // What travels beside the row, and where it goes, is looked up while the row comes: one trip to memory for all.
     if (offset == 0) {
       meta(token);
@@ -169,12 +186,7 @@ __device__ void push_rows_plain(const PushRows& p, Dst& dst, Meta& meta) {
     for (uint32_t pass = 0; pass < LaneHops<uint8_t>::kPasses; ++pass) {
       for (uint32_t left = destinations.present[pass]; left != 0; left &= left - 1) {
         const uint64_t row = __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(destinations.row[pass]), __ffs(left) - 1);
-        uint8_t* to = reinterpret_cast<uint8_t*>(row) + offset;
-#pragma unroll
-        for (uint32_t v = 0; v < kVectors; ++v) {
-          const uint32_t at = (v * kWarpLanes + lane) * 16;
-          if (at < bytes) store_stream(to + at, values[v]);
-        }
+        values.store(reinterpret_cast<uint8_t*>(row) + offset, bytes);
       }
     }
     cursor.advance();

@@ -13,7 +13,7 @@ constexpr uint32_t kSmallThreads = 256;
 // A barrier of all unmasked ranks, or this rank's refusal of a call. Collective; graph-safe.
 __global__ void __launch_bounds__(kSmallThreads, 1) message_kernel(const __grid_constant__ MessageParams params) {
   __shared__ CallShared s;
-  kernel_begin(params);
+  await_kernel_before();
   const CallParams& p = params.call;
   call_begin(p, s, true, true);
   if (threadIdx.x < kWarpLanes) {
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kSmallThreads, 1) message_kernel(const __grid_
 // Waits until nobody reads the expert-output region of a slot. Not collective; graph-safe.
 __global__ void __launch_bounds__(kWarpLanes, 1) readers_kernel(const __grid_constant__ ReadersParams params) {
   __shared__ CallShared s;
-  kernel_begin(params);
+  await_kernel_before();
   const CallParams& p = params.call;
   call_begin(p, s, false, true);
   Leader leader(p, s);
@@ -51,7 +51,7 @@ __global__ void __launch_bounds__(kWarpLanes, 1) readers_kernel(const __grid_con
 __global__ void __launch_bounds__(kMaxBlockThreads, 1) layout_kernel(const __grid_constant__ LayoutParams params) {
   extern __shared__ __align__(128) uint8_t dynamic_shared[];
   __shared__ CallShared s;
-  kernel_begin(params);
+  await_kernel_before();
   const CallParams& p = params.call;
   const deepep_dispatch_layout_args& args = params.args;
   const auto num_tokens = static_cast<uint32_t>(args.num_tokens);
@@ -70,7 +70,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, 1) layout_kernel(const __gri
   RoutingInput counted = input;
   if (input.num_topk == 0) counted.num_tokens = 0;
   const CountTables tables = count_tables(p, dynamic_shared, kCountBytes, false);
-  count_block(p, counted, tables, false, nullptr);
+  count_block(p, counted, block_tokens(counted.num_tokens), tables, false, nullptr);
   arrive(p, kMeetEnd);
   if (!is_leader()) return;
   wait_for_blocks(p, s, kMeetEnd, false);

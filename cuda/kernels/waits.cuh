@@ -132,9 +132,10 @@ struct Waits {
   // ---- waiting for peers
 
   // The waits that follow share a deadline, so that several missing peers cost one timeout.
-  __device__ void begin_waits() {
+  __device__ void begin_waits() { begin_waits(global_time_ns()); }
+  __device__ void begin_waits(uint64_t begin_ns) {
     if (lane == 0) {
-      s.deadline_ns = global_time_ns() + p.timeout_ns;
+      s.deadline_ns = begin_ns + p.timeout_ns;
       s.extended = 0;
     }
     __syncwarp();

@@ -201,9 +201,6 @@ inline uint32_t load_acquire_block(const uint32_t* shared) { return looked_at<__
 inline void store_release_block(uint32_t* shared, uint32_t value) { stored<__ATOMIC_RELEASE>(shared, value); }
 inline void reduce_add_release_block(uint32_t* shared, uint32_t value) { reduce_add_release_gpu(shared, value); }
 
-template <class Params>
-void fetch_params(const Params&) {}
-
 inline void await_kernel_before() { emulator::this_block().await_kernel_before(); }
 
 // ---- shared memory and TMA -------------------------------------------------------------------------------------------------
