@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "47f2bf05d6ba13f23ec77c554dc11afd87a24433aecd4a2c73a9bbdf75cd9f2e",
-    cuda: "a2530986a0f6b9e70512d512c938beb666cef930b19826a0350a217b73846636",
+    cpu: "cb486f55a1b98fe82c704419da29ce546205a47e801b27b7fda499e8c1d05e48",
+    cuda: "22f5968d821f2a5269f184bd91a66331753d7be6589b283ae2a0f2b50fde0386",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -30,12 +30,12 @@ export const manifest: Manifest = {
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "d71c4e68aecbc023582b9b0f3418675f8c6ef1a2a4f4b27671367b659c7c634e",
+      sha256: "a6eae6607b8b7df7ef900dc9ecc9af239af2aa910f949fc63280c5937a5ea9d3",
       bytes: 514480,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "5f75ad2960a4864a58580cd2e1a7167c79590915c0fd6f024719471907bdef88",
-      bytes: 3062488,
+      sha256: "a3102437754c58665daf6950979f37b21abff1e35fa518b741d105139b34f04c",
+      bytes: 3013336,
     },
   },
 };
