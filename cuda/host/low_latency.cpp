@@ -124,7 +124,6 @@ uint64_t enqueue_dispatch(Buffer& buffer, const deepep_low_latency_dispatch_args
                                                           .blocks_a_token = 0,
                                                           .piece_units = 0,
                                                           .row_pieces = 0,
-                                                          .group_shift = 0,
                                                           .turns_scales_of = turns_scales_of(buffer, call, args, *slot)};
                        params.call.slot = index;
                        return launch_low_latency_dispatch(params, place);

@@ -183,7 +183,6 @@ struct LowLatencyDispatchParams {
   uint32_t blocks_a_token;  // that share the tokens which they have in common
   uint32_t piece_units;     // of a row that a warp moves at once
   uint32_t row_pieces;      // a row
-  uint32_t group_shift;     // 2^it warps have a piece in common, each for some of the places it goes to
   // Ranks to and from which scales in columns go as rows, where they say the same of this one. 0 = none: another kernel.
   uint64_t turns_scales_of;
 };

@@ -13,7 +13,6 @@ namespace deepep {
 namespace {
 
 constexpr uint32_t kCopyVectors = 4;
-constexpr uint32_t kMostGroupShift = 2;
 
 const void* const kKernels[] = {
     reinterpret_cast<const void*>(dispatch_kernel<true>),
@@ -156,15 +155,6 @@ cudaError_t launch_low_latency_dispatch(LowLatencyDispatchParams& params, Place 
       low_latency_pieces(units, params.plan.chunk_bytes / kUnitBytes, std::max<uint64_t>(1, block_tokens), warps);
   params.piece_units = static_cast<uint32_t>(ceil_div(units, pieces));
   params.row_pieces = static_cast<uint32_t>(ceil_div(units, params.piece_units));
-  // A place more takes a warp longer than some units more: where each has but one piece, several have a longer one in common.
-  params.group_shift = 0;
-  for (uint32_t shift = 1; shift <= kMostGroupShift; ++shift) {
-    const uint32_t longer = params.piece_units << 1, shared = static_cast<uint32_t>(ceil_div(units, longer));
-    if (longer > params.plan.chunk_bytes / kUnitBytes || block_tokens * shared << shift > warps) break;
-    params.piece_units = longer;
-    params.row_pieces = shared;
-    params.group_shift = shift;
-  }
   const bool casts = (args.flags & DEEPEP_FLAG_FP8) != 0;
   const auto kernel = !casts                       ? low_latency_dispatch_kernel<false, false>
                       : params.turns_scales_of != 0 ? low_latency_dispatch_kernel<true, true>

@@ -157,8 +157,8 @@ struct LowLatencyCount {
     }
   }
 
-  // The leader's warp: what this rank says of itself. It must have passed a fence since the slot became free, which this says.
-  // Pairs with take_sender() of the peer.
+  // The leader's warp: what this rank says of itself, and that its slot is free, which needs no fence: as in a dispatch of normal
+  // mode, earlier kernels have used it, and have ended. Pairs with take_sender() of the peer.
   __device__ void publish_sender(uint64_t epoch, uint64_t to, uint32_t hash, const CountSender& sender) const {
     for (uint32_t peer = lane_id(); peer < p.options.num_ranks; peer += kWarpLanes) {
       if (peer == p.rank || !in_view(to, peer)) continue;

@@ -141,7 +141,7 @@ struct LowLatencyDispatch {
     const LowLatencyDispatch& dispatch;
     TokenRange round;
     uint32_t token;  // of the round
-    uint32_t share;  // of its row: a piece, and the places it goes to
+    uint32_t piece;  // of its row
     uint32_t phase;  // of the warp's barrier
     RowPiece<kCast> held;
 
@@ -158,23 +158,21 @@ struct LowLatencyDispatch {
 
     __device__ void begin(TokenRange next) {
       round = next;
-      token = 0, share = dispatch.part() * num_warps() + threadIdx.x / kWarpLanes;
+      token = 0, piece = dispatch.part() * num_warps() + threadIdx.x / kWarpLanes;
       turn();
     }
     __device__ void advance() {
-      share += dispatch.params.blocks_a_token * num_warps();
+      piece += dispatch.params.blocks_a_token * num_warps();
       turn();
     }
     __device__ void turn() {
-      const uint32_t shares = dispatch.params.row_pieces << dispatch.params.group_shift;
 #pragma unroll 1
-      for (; share >= shares; share -= shares) ++token;
+      for (; piece >= dispatch.params.row_pieces; piece -= dispatch.params.row_pieces) ++token;
     }
     __device__ bool has() const { return token < round.end - round.begin; }
 
     __device__ static uint32_t num_warps() { return num_workers() / kWarpLanes; }
-    __device__ uint32_t piece() const { return share >> dispatch.params.group_shift; }
-    __device__ uint32_t first_unit() const { return piece() * dispatch.params.piece_units; }
+    __device__ uint32_t first_unit() const { return piece * dispatch.params.piece_units; }
     // Of the piece as it is given.
     __device__ uint32_t bytes() const {
       const uint32_t row_bytes = kCast ? 2 * dispatch.params.row_bytes : dispatch.params.row_bytes;
@@ -233,21 +231,19 @@ struct LowLatencyDispatch {
       const LowLatencyDispatchParams& params = dispatch.params;
       const deepep_low_latency_dispatch_args& args = params.args;
       const CastRows rows = {.channels = params.row_bytes, .ue8m0 = (args.flags & DEEPEP_FLAG_UE8M0) != 0};
-      const auto held_share = held.share(rows, first_unit(), bytes(), params.scales.to_elem_stride);
-      const bool brings_scales = piece() == 0;
+      const auto share = held.share(rows, first_unit(), bytes(), params.scales.to_elem_stride);
+      const bool brings_scales = piece == 0;
       const auto* from = reinterpret_cast<const uint8_t*>(args.scales) + (round.begin + token) * args.scales_row_stride;
-      const uint32_t groups = 1u << params.group_shift;
       const RowPlace* place = dispatch.tables.places + token * dispatch.input.num_topk;
       const RowPlace* const end = place + dispatch.input.num_topk;
-      place += share & (groups - 1);
       if constexpr (kCast) held.load_shared(stage(), units());
       advance();
       fetch();
 #pragma unroll 1
-      for (; place < end; place += groups) {
+      for (; place != end; ++place) {
         const RowPlace to = *place;
         if (to.x_word == 0) continue;
-        held.store(held_share, kTurns ? to.x() : reinterpret_cast<uint8_t*>(to.x_word), to.scales, kTurns && to.in_row());
+        held.store(share, kTurns ? to.x() : reinterpret_cast<uint8_t*>(to.x_word), to.scales, kTurns && to.in_row());
         if constexpr (!kCast) {
           if (brings_scales) copy_scales(given_scales, from, to.scales);
         }

@@ -22,7 +22,7 @@ export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
     cpu: "cb486f55a1b98fe82c704419da29ce546205a47e801b27b7fda499e8c1d05e48",
-    cuda: "22f5968d821f2a5269f184bd91a66331753d7be6589b283ae2a0f2b50fde0386",
+    cuda: "6009fa8b9bf331ed3e8fc439f81bbfeb1e7c08a0df0726a69fa5f125321349ba",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -34,8 +34,8 @@ export const manifest: Manifest = {
       bytes: 514480,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "a3102437754c58665daf6950979f37b21abff1e35fa518b741d105139b34f04c",
-      bytes: 3013336,
+      sha256: "602b4b9cec46be5150f49e7f5ee500a7dfc9a59fafdf9cff5200f1ea1b103a55",
+      bytes: 3009240,
     },
   },
 };

@@ -2,9 +2,9 @@
  * Small calls as models replay them: graphs of many calls, and the naive way in graphs of as many.
  *
  * In: stages and routings. Out: figures. Called by bench.ts. A graph of one call tells what a launch costs and not what the call
- * costs, so each rank's graph holds many and the time is divided by their number. A captured dispatch has a slot of its own,
- * so a graph has as many dispatches as the buffer has slots; combines share one. The ranks' graphs are launched by one thread,
- * the naive way is one graph of all ranks.
+ * costs, so each rank's graph holds many and the time is divided by their number. A captured dispatch has a slot of its own
+ * until its result is released: a graph that is checked has as many dispatches as the buffer has slots, one that is timed has
+ * more, and releases each as it goes. The ranks' graphs are launched by one thread, the naive way is one graph of all ranks.
  */
 import type { DispatchResult, Graph, Payload, Recorder, Tensor } from "../../../mod.ts";
 import { partsOf } from "../naive.ts";
@@ -18,8 +18,8 @@ import type { GpuFigure } from "./report.ts";
 import type { Routing } from "./routes.ts";
 import type { Stage } from "./stage.ts";
 
-/** Combines in a graph for each slot. */
-const COMBINES_A_SLOT = 3;
+/** Calls in a graph that is timed, for each slot. */
+const CALLS_A_SLOT = 4;
 /** Stands for native calls a step: what a graph holds counts against what a stream takes. */
 const CALLS_A_REPLAY = 50;
 
@@ -111,7 +111,7 @@ async function dispatches(world: World, facts: Facts): Promise<void> {
     dispatch_full: (r: number) => ({ topkIdx: topkIdx[r]!, topkWeights: topkWeights[r]!, numSms }),
   };
   for (const [op, of] of Object.entries(kinds)) {
-    const { graphs, chain, once } = await captured(
+    const { graphs, once } = await captured(
       stage,
       calls,
       (operations, r) => operations.dispatch(rows.payload(r, tokens), of(r)),
@@ -124,18 +124,27 @@ async function dispatches(world: World, facts: Facts): Promise<void> {
         await checkRows(what, { stage, loaded, verifier, rows, route }, results);
         await naive?.compare(what, verifier, results.map((result) => partsOf(result.x)));
       }
-      await time(world, chain, op, facts);
     } finally {
       release(graphs);
     }
+    const timed = await captured(
+      stage,
+      CALLS_A_SLOT * calls,
+      (operations, r) => operations.dispatch(rows.payload(r, tokens), of(r)).release(),
+    );
+    try {
+      await time(world, timed.chain, op, facts);
+    } finally {
+      for (const graph of timed.graphs) graph.release();
+    }
   }
-  if (naive) await timeNaive(world, naive, calls, "naive_dispatch", facts);
+  if (naive) await timeNaive(world, naive, CALLS_A_SLOT * calls, "naive_dispatch", facts);
   for (const handle of handles) handle.release();
 }
 
 async function combines(world: World, facts: Facts): Promise<void> {
   const { stage, routing: { tokens, rank: route }, loaded, context: { verifier }, out } = world, { numSms } = facts;
-  const calls = COMBINES_A_SLOT * slots(world);
+  const calls = CALLS_A_SLOT * slots(world);
   const held = await stage.route(loaded, stage.rows("bf16"));
   try {
     const y = await world.outputs(held, route, 1);
