@@ -29,6 +29,11 @@ const worlds: readonly WorldSpec[] = [
   { ...base, name: "32 experts a token", numExperts: 48, numTopk: 32, tokens: [20, 3, 0, 33] },
   { ...base, name: "more tokens than blocks", tokens: [700, 513, 1, 640] },
   { ...base, name: "hidden 8", hidden: 8, tokens: [17, 33, 2, 9] },
+  // Eight parts a token: four pieces of a row, and what travels beside the rows of four ranks. A block has 16 warps.
+  { ...base, name: "as few tokens as one block sends, and more", hidden: 4096, tokens: [1, 2, 4, 3] },
+  { ...base, name: "as many tokens as all blocks have warps for", hidden: 4096, tokens: [32, 31, 16, 15] },
+  { ...base, name: "few tokens in FP8", hidden: 7168, tokens: [1, 2, 9, 5], payload: { kind: "fp8" } },
+  { ...base, name: "few tokens, the last piece of 16 bytes", hidden: 1032, tokens: [1, 2, 3, 8] },
   { ...base, name: "rows of 64 KiB", hidden: 32768, tokens: [3, 2, 0, 1] },
 ];
 

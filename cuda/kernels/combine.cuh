@@ -22,6 +22,8 @@ struct CombineShared {
   CallShared call;
   RoutingHeader known;     // the handle's
   uint64_t combine_epoch;  // leader: as the call began, of the last combine that used the slot's region
+  uint64_t told;           // leader: the ranks that its message goes to
+  int32_t said_code;       // leader: what that says
   uint64_t pulled;         // leader: rows that this rank has pulled
   Source sources[DEEPEP_MAX_RANKS];
 };
@@ -90,8 +92,7 @@ struct Combine {
     return copies() || params.routing.num_tokens == 0 || (params.args.x == 0 && params.has_slot == 0);
   }
   __device__ void find_rows() const {
-    const CountRows counts = count_rows(p(), params.routing);
-    if (is_valid()) find_row_bases(p(), counts, params.routing, s.known.view, row_tables(p(), shared));
+    if (is_valid()) find_row_bases(p(), params.routing, s.known.view, row_tables(p(), shared));
     __syncthreads();
   }
 
@@ -113,9 +114,9 @@ struct Combine {
     }
   }
 
-  // The leader's block until it goes, or stops with s.call.code. The second warp publishes; where nothing is copied it waits
-  // for its fence beside what the first does.
-  __device__ void lead() {
+  // The leader's block until it goes, or stops with s.call.code: true when rows may be pulled. The second warp publishes; where
+  // nothing is copied it waits for its fence beside what the first does.
+  __device__ bool lead() {
     const bool leads = threadIdx.x < kWarpLanes, publishes = threadIdx.x / kWarpLanes == 1;
     Leader leader(p(), s.call);
     if (needs_rows_first()) find_rows();
@@ -134,33 +135,36 @@ struct Combine {
         ready = !leader.failed();
         if (ready && leader.lane == 0) p().state->combine_epoch[p().slot] = s.call.epoch;
       }
+      if (leader.lane == 0) {
+        s.told = all_ranks(p()) & ~(s.call.masked | s.call.lost);
+        s.said_code = s.call.code;
+      }
     }
     // A call that failed half-way says no more; one that is refused says so in its message.
     ready = !__syncthreads_or(leads && !ready);
     if (copies()) {
-      if (threadIdx.x == 0) release_blocks(p(), s.call, kStepCounted, ready && s.call.code == 0);
-      if (ready && s.call.code == 0) {
+      if (threadIdx.x == 0) release_blocks(p(), s.call, kStepCounted, ready && s.said_code == 0);
+      if (ready && s.said_code == 0) {
         copy_in();
         arrive(p(), kMeetCopied);
         wait_for_blocks(p(), s.call, kMeetCopied, false);
       }
     }
     if (publishes && ready) {
-      const uint64_t to = all_ranks(p()) & ~(s.call.masked | s.call.lost);
-      copies() ? leader.publish_to<false>(to, s.call.code) : leader.publish_to<true>(to, s.call.code);
+      copies() ? leader.publish_to<false>(s.told, s.said_code) : leader.publish_to<true>(s.told, s.said_code);
     }
-    if (needs_rows_first())
-      __syncthreads();
-    else
-      find_rows();  // while the messages come
-    if (!leads) return;
-    if (ready) {
+    if (!needs_rows_first() && is_valid()) {
+      find_row_bases_beside(p(), params.routing, s.known.view, row_tables(p(), shared));
+    }
+    if (leads && ready) {
       if (leader.gather(1, false)) leader.enter(DEEPEP_PHASE_REDUCE);
       // All ranks found it alike before any has read: the region has no readers after all.
       else if (leader.lane == 0 && p().state->finding.agreed != 0)
         p().state->combine_epoch[p().slot] = 0;
     }
-    if (leader.lane == 0) release_blocks(p(), s.call, kStepGo, s.call.code == 0);
+    const bool goes = !__syncthreads_or(leads && s.call.code != 0);
+    if (threadIdx.x == 0) release_blocks(p(), s.call, kStepGo, goes);
+    return goes;
   }
 
   // Copies what the peers will pull; this rank's own rows are read where they are. All blocks share the rows.
@@ -204,11 +208,7 @@ struct Combine {
   // True when rows may be pulled. By all threads.
   __device__ bool publish() {
     if (s.call.skipped) return false;
-    if (is_leader()) {
-      lead();
-      __syncthreads();
-      return s.call.code == 0;
-    }
+    if (is_leader()) return lead();
     if (copies()) {
       // A stop is for good: whoever asked again would change the answer that others of the block are reading.
       if (!await_leader(p(), s.call, kStepCounted)) return false;
@@ -222,12 +222,13 @@ struct Combine {
 
   __device__ void find_sources() {
     const DeviceState& state = *p().state;
-    const uint64_t view = __ldcg(&state.view);
-    if (threadIdx.x == 0) s.call.view = view;
+    // The leader's block knows it already.
+    const uint64_t view = is_leader() ? s.call.view : __ldcg(&state.view);
+    if (threadIdx.x == 0 && !is_leader()) s.call.view = view;
     for (uint32_t rank = threadIdx.x; rank < p().options.num_ranks; rank += blockDim.x) {
       Source source = {};
       if (in_view(view, rank) && in_view(s.known.view, rank)) {
-        const uint8_t* from = slot(rank, __ldcg(&state.peer_slots[rank]));
+        const uint8_t* from = slot(rank, is_leader() ? s.call.peer_slots[rank] : __ldcg(&state.peer_slots[rank]));
         source = {from + p().regions.expert_output, row_bytes(),
                   reinterpret_cast<const float*>(from + p().regions.expert_weights)};
       }

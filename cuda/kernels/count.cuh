@@ -132,10 +132,9 @@ __device__ inline void count_tokens(const CallParams& p, const RoutingInput& inp
   if (lane + kWarpLanes < p.options.num_ranks) tokens[lane + kWarpLanes] = high;
 }
 
-// Counts a block's tokens: fills the tables and the block's row of scratch. By all threads; end with arrive(kMeetCounted), or
-// where one block has all tokens with a barrier.
-__device__ inline void count_block(const CallParams& p, const RoutingInput& input, TokenRange tokens, const CountTables& tables,
-                                   bool by_expert, int32_t* experts) {
+// Counts a block's tokens: fills the tables. By all threads.
+__device__ inline void count_sections(const CallParams& p, const RoutingInput& input, TokenRange tokens, const CountTables& tables,
+                                      bool by_expert, int32_t* experts) {
   const uint32_t ranks = p.options.num_ranks, num_experts = p.options.num_experts;
   const uint32_t rows = by_expert ? tables.sections : 1;
   for (uint32_t i = threadIdx.x; i < rows * num_experts; i += blockDim.x) tables.entries[i] = 0;
@@ -147,14 +146,26 @@ __device__ inline void count_block(const CallParams& p, const RoutingInput& inpu
     count_tokens(p, input, section, tables.tokens + nth * ranks);
   }
   __syncthreads();
+}
+
+// What they have counted in column i.
+__device__ inline uint32_t counted_here(const CallParams& p, const CountTables& tables, bool by_expert, uint32_t i) {
+  const uint32_t ranks = p.options.num_ranks, num_experts = p.options.num_experts;
+  const bool is_rank = i < ranks;
+  const uint32_t* column = is_rank ? tables.tokens + i : tables.entries + (i - ranks);
+  const uint32_t rows = is_rank || by_expert ? tables.sections : 1;
+  uint32_t sum = 0;
+  for (uint32_t row = 0; row < rows; ++row) sum += column[row * (is_rank ? ranks : num_experts)];
+  return sum;
+}
+
+// Both, where other blocks have tokens too: fills the block's row of scratch. By all threads; end with arrive(kMeetCounted).
+__device__ inline void count_block(const CallParams& p, const RoutingInput& input, TokenRange tokens, const CountTables& tables,
+                                   bool by_expert, int32_t* experts) {
+  count_sections(p, input, tokens, tables, by_expert, experts);
   uint32_t* counts = counts_of_block(p, blockIdx.x);
-  for (uint32_t i = threadIdx.x; i < ranks + num_experts; i += blockDim.x) {
-    const bool is_rank = i < ranks;
-    const uint32_t* column = is_rank ? tables.tokens + i : tables.entries + (i - ranks);
-    uint32_t sum = 0;
-    for (uint32_t row = 0; row < (is_rank ? tables.sections : rows); ++row)
-      sum += column[row * (is_rank ? ranks : num_experts)];
-    counts[i] = sum;
+  for (uint32_t i = threadIdx.x; i < p.options.num_ranks + p.options.num_experts; i += blockDim.x) {
+    counts[i] = counted_here(p, tables, by_expert, i);
   }
 }
 

@@ -57,23 +57,8 @@ struct Dispatch : DispatchRows {
   // deepep_inject may want this rank to say nothing.
   __device__ bool may_be_silent() const { return p().inject[DEEPEP_PHASE_NOTIFY].wanted != 0; }
 
-  // Leader's block, while the messages come: where rows begin, of a routing that is known, should all ranks take part. By the
-  // warps that have nothing else to do.
-  __device__ void find_known_rows() const {
-    const uint32_t warp = threadIdx.x / kWarpLanes, warps = blockDim.x / kWarpLanes, first = warps > 2 ? 2 : 1;
-    if (warp < first) return;
-    const RowTables rows = row_tables(p(), shared);
-    const uint32_t threads = blockDim.x - first * kWarpLanes;
-    add_columns_up(p(), count_rows(p(), params.routing), params.routing.layout, s.expected, rows,
-                   threadIdx.x - first * kWarpLanes, threads);
-    if (!by_expert()) return;
-    named_barrier(1, threads);
-    place_all_groups(p(), params.routing, rows, warp - first, warps - first);
-  }
-
   // Leader's block: what this rank finds wrong in its own routing, before it says anything.
-  __device__ void check_entries() {
-    if (threadIdx.x >= kWarpLanes) return;
+  __device__ void check_entries(Leader& leader) {
     const uint64_t bad = load_relaxed_gpu(&p().state->bad_entry);
     if (bad == 0) return;
     const RoutingInput from = input();
@@ -82,7 +67,7 @@ struct Dispatch : DispatchRows {
     finding.b = static_cast<int32_t>(~bad % from.num_topk);
     finding.expected = p().options.num_experts;
     finding.seen = from.raw(~bad);
-    Leader(p(), s.call).refuse(DEEPEP_ERROR_INVALID_ARGUMENT, Reason::bad_entry, finding);
+    leader.refuse(DEEPEP_ERROR_INVALID_ARGUMENT, Reason::bad_entry, finding);
   }
 
   // Leader's block: num_tokens_per_expert of a routing by is_token_in_rank.
@@ -106,29 +91,15 @@ struct Dispatch : DispatchRows {
   }
 
   // Leader's block: puts this rank's counts into its messages.
-  __device__ void store_counts(const int32_t* per_expert) {
+  __device__ void store_counts(const CountTables& tables, const int32_t* per_expert) {
     const uint32_t ranks = p().options.num_ranks, columns = ranks + p().options.num_experts;
     for (uint32_t i = threadIdx.x; i < columns; i += blockDim.x) {
-      uint32_t sum = counted_before(p(), is_few() ? 1 : gridDim.x, i);
+      uint32_t sum = is_few() ? counted_here(p(), tables, by_expert(), i) : counted_before(p(), gridDim.x, i);
       if (i >= ranks && per_expert != nullptr) sum = static_cast<uint32_t>(per_expert[i - ranks]);
       for (uint32_t peer = 0; peer < ranks; ++peer) {
         if (in_view(s.call.masked | s.call.lost, peer)) continue;
         message_counts(message_at(p().symmetric[peer], p().regions, p().rank, s.call.epoch))[i] = sum;
       }
-    }
-  }
-
-  // Leader's block: takes the count matrix out of the messages, which the ring will reuse.
-  __device__ void keep_counts() {
-    const uint32_t ranks = p().options.num_ranks, experts = p().options.num_experts, columns = ranks + experts;
-    for (uint32_t i = threadIdx.x; i < ranks * columns; i += blockDim.x) {
-      const uint32_t src = i / columns, column = i % columns;
-      const uint32_t* counts = message_counts(message_at(own_memory(p()), p().regions, src, s.call.epoch));
-      const uint32_t count = in_view(s.call.view, src) ? counts[column] : 0;
-      if (column < ranks)
-        params.routing.tokens[src * ranks + column] = count;
-      else
-        params.routing.entries[src * experts + (column - ranks)] = count;
     }
   }
 
@@ -182,19 +153,20 @@ struct Dispatch : DispatchRows {
     if (cached()) {
       if (may_be_silent() && warp == 1) publish_known();
       const bool known = s.known.valid == params.routing.name;
-      if (known) find_known_rows();
+      // Should all ranks take part.
+      if (known) find_row_bases_beside(p(), params.routing, s.expected, row_tables(p(), shared));
       if (!known && leads) leader.refuse(DEEPEP_ERROR_INVALID_ARGUMENT, Reason::no_routing);
     } else {
-      check_entries();
       const auto* per_expert = reinterpret_cast<const int32_t*>(params.args.num_tokens_per_expert);
+      if (leads) check_entries(leader);
       if (params.args.topk_idx == 0 && per_expert != nullptr) check_expert_counts(per_expert);
+      if (threadIdx.x == 0) s.said_code = s.call.code;
+      store_counts(tables, per_expert);  // Nobody looks at them in a call that is refused.
       __syncthreads();
-      const int32_t code = s.call.code;
-      if (code == 0) store_counts(per_expert);
       place_sections(p(), tables, by_expert());
-      if (warp == 1) leader.publish_to<false>(s.expected, code);
+      if (warp == 1) leader.publish_to<false>(s.expected, s.said_code);
       // While the messages come.
-      if (code == 0) {
+      if (s.said_code == 0) {
         place_block(p(), input(), counted_tokens(), tables, by_expert(), params.routing);
         if (!is_few()) arrive(p(), kMeetPlaced);
       }
@@ -211,9 +183,13 @@ struct Dispatch : DispatchRows {
     const bool gathered = !leads || leader.gather(0, true);
     if (__syncthreads_or(!gathered)) return stop();
     if (!cached() || s.call.view != s.expected) {
-      if (!cached()) keep_counts();
-      const CountRows counts = cached() ? count_rows(p(), params.routing) : count_rows(p(), s.call.epoch);
-      find_row_bases(p(), counts, params.routing, s.call.view, rows);
+      if (cached()) {
+        find_row_bases(p(), params.routing, s.call.view, rows);
+      } else {
+        take_columns(p(), params.routing, s.call.epoch, s.call.view, rows);
+        __syncthreads();
+        place_all_groups(p(), params.routing, rows, warp, blockDim.x / kWarpLanes);
+      }
       // Any block may push any token: all must have their places.
       cached() || is_few() ? __syncthreads() : wait_for_blocks(p(), s.call, kMeetPlaced, false);
     }
@@ -254,8 +230,13 @@ struct Dispatch : DispatchRows {
       // Until this dispatch has succeeded the handle holds no routing.
       if (is_leader() && threadIdx.x == 0) params.routing.header->valid = 0;
       if (!s.call.skipped && (is_leader() || !is_few())) {
-        count_block(p(), input(), counted_tokens(), count_tables_of_block(), by_expert(), params.routing.experts);
-        is_few() ? __syncthreads() : arrive(p(), kMeetCounted);
+        const CountTables tables = count_tables_of_block();
+        if (is_few()) {
+          count_sections(p(), input(), counted_tokens(), tables, by_expert(), params.routing.experts);
+        } else {
+          count_block(p(), input(), counted_tokens(), tables, by_expert(), params.routing.experts);
+          arrive(p(), kMeetCounted);
+        }
       }
     }
     if (s.call.skipped) return false;
@@ -274,7 +255,9 @@ struct Dispatch : DispatchRows {
   }
 
   __device__ CountTables count_tables_of_block() const {
-    return count_tables(p(), shared, params.plan.block_bytes, by_expert());
+    CountTables tables = count_tables(p(), shared, params.plan.block_bytes, by_expert());
+    if (is_few()) tables.sections = min(tables.sections, max(params.routing.num_tokens, 1u));
+    return tables;
   }
 
   // ---- counts for the user

@@ -33,6 +33,7 @@ struct DispatchShared {
   RoutingHeader known;  // leader, of a cached dispatch: the handle's, as the call began
   uint64_t expected;    // leader, as the call began: the ranks that are not left out
   uint64_t left_out;    // leader: ranks whose rows will not come
+  int32_t said_code;    // leader: what its message says
   PushedShared pushed;  // leader
   uint32_t stopped;     // 1 = a warp of this block has left rows out
   uint8_t* slots[DEEPEP_MAX_RANKS];  // the ranks' memory, until find_slots()

@@ -51,39 +51,46 @@ __device__ inline uint64_t place_groups(const CallParams& p, uint32_t dst, uint3
   return group;
 }
 
-// A count matrix in memory, one row a rank: words to the next row.
-struct CountRows {
-  const uint32_t* tokens;
-  const uint32_t* entries;
-  uint64_t tokens_stride, entries_stride;
-};
-__device__ inline CountRows count_rows(const CallParams& p, const RoutingParams& routing) {
-  return {routing.tokens, routing.entries, p.options.num_ranks, p.options.num_experts};
+// What the rows of a rank, or of an expert, are by a column of the matrix.
+__device__ inline void put_rank_rows(const CallParams& p, const RowTables& tables, uint32_t dst, const ColumnSums& tokens) {
+  row_bases(p)[dst] = tables.bases[dst] = tokens.before;
+  tables.rows[dst] = tokens.all;
+  if (dst == p.rank) p.state->num_rows = tokens.all;
 }
-// As the messages of a call bring it.
-__device__ inline CountRows count_rows(const CallParams& p, uint64_t epoch) {
-  const uint32_t* first = message_counts(message_at(own_memory(p), p.regions, 0, epoch));
-  const uint64_t stride = uint64_t{p.regions.message_ring} * p.regions.message_bytes / sizeof(uint32_t);
-  return {first, first + p.options.num_ranks, stride, stride};
+__device__ inline void put_expert_rows(const CallParams& p, const RowTables& tables, uint32_t expert, const ColumnSums& entries) {
+  row_bases(p)[expert] = entries.before;
+  tables.entries[expert] = entries.all;
 }
 
-// Threads `first`, `first + step`, … of the leader's block: adds the columns of the matrix up.
-__device__ inline void add_columns_up(const CallParams& p, const CountRows& counts, uint32_t layout, uint64_t view,
-                                      const RowTables& tables, uint32_t first, uint32_t step) {
-  const uint32_t ranks = p.options.num_ranks;
-  if (layout == DEEPEP_LAYOUT_RANK) {
+// Threads `first`, `first + step`, … of the leader's block: adds the columns up that the layout wants.
+__device__ inline void add_columns_up(const CallParams& p, const RoutingParams& routing, uint64_t view, const RowTables& tables,
+                                      uint32_t first, uint32_t step) {
+  const uint32_t ranks = p.options.num_ranks, experts = p.options.num_experts;
+  if (routing.layout == DEEPEP_LAYOUT_RANK) {
     for (uint32_t dst = first; dst < ranks; dst += step) {
-      const ColumnSums tokens = add_up(counts.tokens + dst, counts.tokens_stride, ranks, p.rank, view);
-      row_bases(p)[dst] = tables.bases[dst] = tokens.before;
-      tables.rows[dst] = tokens.all;
-      if (dst == p.rank) p.state->num_rows = tokens.all;
+      put_rank_rows(p, tables, dst, add_up(routing.tokens + dst, ranks, ranks, p.rank, view));
     }
   } else {
-    for (uint32_t expert = first; expert < p.options.num_experts; expert += step) {
-      const ColumnSums entries = add_up(counts.entries + expert, counts.entries_stride, ranks, p.rank, view);
-      row_bases(p)[expert] = entries.before;
-      tables.entries[expert] = entries.all;
+    for (uint32_t expert = first; expert < experts; expert += step) {
+      put_expert_rows(p, tables, expert, add_up(routing.entries + expert, experts, ranks, p.rank, view));
     }
+  }
+}
+
+// The same with the counts of a call's messages, by all threads: takes the matrix out of them, which the ring will reuse.
+__device__ inline void take_columns(const CallParams& p, const RoutingParams& routing, uint64_t epoch, uint64_t view,
+                                    const RowTables& tables) {
+  const uint32_t ranks = p.options.num_ranks, experts = p.options.num_experts;
+  const bool by_rank = routing.layout == DEEPEP_LAYOUT_RANK;
+  const uint32_t* first = message_counts(message_at(own_memory(p), p.regions, 0, epoch));
+  const uint64_t stride = uint64_t{p.regions.message_ring} * p.regions.message_bytes / sizeof(uint32_t);
+  for (uint32_t i = threadIdx.x; i < ranks + experts; i += blockDim.x) {
+    uint32_t* const to = i < ranks ? routing.tokens + i : routing.entries + (i - ranks);
+    const uint32_t width = i < ranks ? ranks : experts;
+    const ColumnSums sums =
+        add_up(first + i, stride, ranks, p.rank, view, [&](uint32_t src, uint32_t count) { to[src * width] = count; });
+    if (by_rank && i < ranks) put_rank_rows(p, tables, i, sums);
+    if (!by_rank && i >= ranks) put_expert_rows(p, tables, i - ranks, sums);
   }
 }
 
@@ -99,10 +106,22 @@ __device__ inline void place_all_groups(const CallParams& p, const RoutingParams
   }
 }
 
+// Both, by the warps of it that neither lead nor publish, while messages come. The block must meet before others look.
+__device__ inline void find_row_bases_beside(const CallParams& p, const RoutingParams& routing, uint64_t view,
+                                             const RowTables& tables) {
+  const uint32_t warp = threadIdx.x / kWarpLanes, warps = blockDim.x / kWarpLanes, first = warps > 2 ? 2 : 1;
+  if (warp < first) return;
+  const uint32_t threads = blockDim.x - first * kWarpLanes;
+  add_columns_up(p, routing, view, tables, threadIdx.x - first * kWarpLanes, threads);
+  if (routing.layout == DEEPEP_LAYOUT_RANK) return;
+  named_barrier(1, threads);
+  place_all_groups(p, routing, tables, warp - first, warps - first);
+}
+
 // Both, by all threads of the leader's block, which must meet before anyone looks.
-__device__ inline void find_row_bases(const CallParams& p, const CountRows& counts, const RoutingParams& routing, uint64_t view,
+__device__ inline void find_row_bases(const CallParams& p, const RoutingParams& routing, uint64_t view,
                                       const RowTables& tables) {
-  add_columns_up(p, counts, routing.layout, view, tables, threadIdx.x, blockDim.x);
+  add_columns_up(p, routing, view, tables, threadIdx.x, blockDim.x);
   __syncthreads();
   place_all_groups(p, routing, tables, threadIdx.x / kWarpLanes, blockDim.x / kWarpLanes);
 }
