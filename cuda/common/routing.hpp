@@ -34,8 +34,7 @@ DEEPEP_HOST_DEVICE inline ColumnSums add_up(const uint32_t* column, uint64_t str
                                             uint64_t view, Each each) {
   ColumnSums sums;
   for (uint32_t s = 0; s < num_ranks; ++s) {
-    const uint32_t loaded = column[s * stride];  // in any case, so that a GPU has all loads under way
-    const uint32_t count = in_view(view, s) ? loaded : 0;
+    const uint32_t count = in_view(view, s) ? column[s * stride] : 0;
     each(s, count);
     sums.before += s < rank ? count : 0;
     sums.all += count;

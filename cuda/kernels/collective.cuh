@@ -45,7 +45,7 @@ struct CallShared {
   uint32_t skipped;      // the buffer needs a recovery
   uint32_t extended;     // leader: the deadline was drawn out
   uint32_t go;
-  uint32_t peer_slots[DEEPEP_MAX_RANKS];  // leader: as in the state
+  uint32_t peer_slots[DEEPEP_MAX_RANKS];  // leader: as in the state; of ranks that take no part, nothing
   // Leader: what this rank says of what all must say alike, where the host does not know it, with agreed_hash() of all.
   uint32_t said_topk_weights;
   uint32_t said_routing;
@@ -154,8 +154,8 @@ struct CallEnd {
   bool counts;       // as a dispatch or a combine that has ended, should it have gone well
 };
 
-// One warp of the leader's block, when all blocks have met at kMeetEnd: moves on what only the blocks of a kernel know of, however
-// the call ends. Where the leader has yet to wait for peers, it is done by then.
+// One warp of the leader's block, when all blocks have met at kMeetEnd: moves on what only the blocks of a kernel know of,
+// however the call ends. Where the leader has yet to wait for peers, it is done by then.
 __device__ inline void end_blocks(const CallParams& p, const CallShared& s) {
   if (lane_id() != 0) return;
   DeviceState& state = *p.state;
@@ -166,9 +166,9 @@ __device__ inline void end_blocks(const CallParams& p, const CallShared& s) {
   for (uint64_t& arrivals : state.arrivals) arrivals = s.meeting;
 }
 
-// The last thing in a kernel, by the same warp after end_blocks(): moves the state on and tells the host. A store to the host's memory holds up the next kernel, and so does a trip to the L2 cache for what would be
-// stored: what went well in a graph is not told, else no more than that the call has ended. Whoever asks for more looks at the
-// state itself.
+// The last thing in a kernel, by the same warp after end_blocks(): moves the state on and tells the host. A store to the
+// host's memory holds up the next kernel, and so does a trip to the L2 cache for what would be stored: what went well in a
+// graph is not told, else no more than that the call has ended. Whoever asks for more looks at the state itself.
 __device__ inline void tell_end(const CallParams& p, CallShared& s, const CallEnd& end) {
   const bool tells = p.seq != 0 || s.code != 0 || s.skipped;
   if (tells) __syncwarp();  // What the other lanes have counted is told too, and what they have looked at changes now.

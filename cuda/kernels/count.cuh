@@ -2,8 +2,9 @@
 // rank's rows.
 //
 // In: a rank's routing as the caller gave it. Out: scratch row kScratchRows + b: what block b counted; then, with all blocks'
-// counts, the hops. The order (token, k) is kept without sorting: every block takes a run of tokens, cut into one section a
-// warp, and what lies in earlier blocks and sections comes before. Callers: dispatch, get_dispatch_layout.
+// counts, the hops. The order (token, k) is kept without sorting: every block takes a run of tokens, or one takes all of few,
+// cut into one section a warp, and what lies in earlier blocks and sections comes before. Callers: dispatch,
+// get_dispatch_layout.
 #pragma once
 
 #include "../common/partition.hpp"
@@ -133,8 +134,8 @@ __device__ inline void count_tokens(const CallParams& p, const RoutingInput& inp
 }
 
 // Counts a block's tokens: fills the tables. By all threads.
-__device__ inline void count_sections(const CallParams& p, const RoutingInput& input, TokenRange tokens, const CountTables& tables,
-                                      bool by_expert, int32_t* experts) {
+__device__ inline void count_sections(const CallParams& p, const RoutingInput& input, TokenRange tokens,
+                                      const CountTables& tables, bool by_expert, int32_t* experts) {
   const uint32_t ranks = p.options.num_ranks, num_experts = p.options.num_experts;
   const uint32_t rows = by_expert ? tables.sections : 1;
   for (uint32_t i = threadIdx.x; i < rows * num_experts; i += blockDim.x) tables.entries[i] = 0;

@@ -3,8 +3,9 @@
 // In: DispatchParams. Out: rows in the peers' slots and in this rank's, counts on the device and on the host. Phases: NOTIFY
 // (count, exchange messages, check), SEND (push), ARRIVE (wait for everyone's pushes). protocol.hpp says why two
 // synchronisations suffice. While the leader waits for messages, all blocks work out the places of their tokens; when it goes,
-// warps of all blocks claim tokens to push. What a call of few tokens takes are steps that wait for one another, so whatever a
-// step does not need is done beside it, by another warp. Graph-safe. Caller: launch_dispatch().
+// warps of all blocks claim tokens to push. What a call of few tokens takes are steps that wait for one another: the leader's
+// block counts and places those alone, and whatever a step does not need is done beside it, by another warp. Graph-safe.
+// Caller: launch_dispatch().
 #pragma once
 
 #include "dispatch_rows.cuh"
@@ -49,8 +50,8 @@ struct Dispatch : DispatchRows {
   // ---- NOTIFY
 
   // Leader's block, second warp: the message of a routing that is known. Whatever has read the slot, or written there, was an
-  // earlier kernel, and has ended. Nothing is told but that, so a fence would only say to the memory model what no GPU does
-  // otherwise, and it would take longer than all of the message's way.
+  // earlier kernel, and has ended: await_kernel_before() has seen to that. Nothing is told but that, so a fence would only say
+  // to the memory model what no GPU does otherwise, and it would take longer than all of the message's way.
   __device__ void publish_known() const {
     Leader(p(), s.call).publish_to<true>(s.expected, s.known.valid == params.routing.name ? 0 : DEEPEP_ERROR_INVALID_ARGUMENT);
   }
@@ -84,6 +85,9 @@ struct Dispatch : DispatchRows {
     finding.seen = per_expert[~bad];
     Leader(p(), s.call).refuse(DEEPEP_ERROR_INVALID_ARGUMENT, Reason::bad_expert_count, finding);
   }
+
+  // Whether blocks that have nothing to count are waited for, too, before anything is said to the peers.
+  __device__ bool meets_for_room() const { return !cached() && is_few() && params.sending_blocks > 1; }
 
   // The tokens that this block counts and places.
   __device__ TokenRange counted_tokens() const {
@@ -148,6 +152,8 @@ struct Dispatch : DispatchRows {
       wait_for_blocks(p(), s.call, kMeetCounted, true);
       if (threadIdx.x == 0) release_blocks(p(), s.call, kStepCounted, s.call.code == 0);
     }
+    // Few tokens are counted here alone: the others have met to say that there is room for all of them.
+    if (meets_for_room() && leads) leader.await_blocks(kMeetCounted, true);
     // Silent, as deepep_inject told it: nothing is said to the peers.
     if (may_be_silent() && __syncthreads_or(!entered)) return stop();
     if (cached()) {
@@ -158,8 +164,12 @@ struct Dispatch : DispatchRows {
       if (!known && leads) leader.refuse(DEEPEP_ERROR_INVALID_ARGUMENT, Reason::no_routing);
     } else {
       const auto* per_expert = reinterpret_cast<const int32_t*>(params.args.num_tokens_per_expert);
-      if (leads) check_entries(leader);
-      if (params.args.topk_idx == 0 && per_expert != nullptr) check_expert_counts(per_expert);
+      // Either, since both note what is wrong in the same word.
+      if (params.args.topk_idx != 0) {
+        if (leads) check_entries(leader);
+      } else if (per_expert != nullptr) {
+        check_expert_counts(per_expert);
+      }
       if (threadIdx.x == 0) s.said_code = s.call.code;
       store_counts(tables, per_expert);  // Nobody looks at them in a call that is refused.
       __syncthreads();
@@ -240,6 +250,8 @@ struct Dispatch : DispatchRows {
       }
     }
     if (s.call.skipped) return false;
+    // It tells of nothing but itself.
+    if (meets_for_room() && threadIdx.x == kWarpLanes) reduce_add_relaxed_gpu(&p().state->arrivals[kMeetCounted], 1);
     if (is_leader()) {
       if (!publish()) return false;
     } else if (!cached() && !is_few()) {
@@ -384,7 +396,7 @@ struct Dispatch : DispatchRows {
       uint64_t left_out = 0;
       // Whoever has left this rank out may have given its slot to others.
       if (went && !leader.is_left_out()) {
-        announce_pushed(leader, s.call.view, p().state->peer_slots);
+        announce_pushed(leader, s.call.view, s.call.peer_slots);
         left_out = wait_pushed(leader, s.call.view);
       }
       if (leader.lane == 0) s.left_out = left_out;
@@ -417,7 +429,7 @@ struct Dispatch : DispatchRows {
     }
     if (warp == 0 && lane_id() == 0) s.ended_ns = ended_ns;
     __syncthreads();
-    // By another warp, should the host not be told that the call has ended: it may ask for what was waited at once.
+    // In a captured call by another warp. Where the host hears of the end it may ask at once for what was waited.
     if (warp == (p().seq != 0 ? 0 : 1)) account_for_blocks(leader, s.pushed, s.ended_ns);
     if (warp != 0) return;
     const uint64_t late = late_blocks(leader, s.pushed, s.call.view);

@@ -1,8 +1,8 @@
 // The rows of a dispatch: where they go on every rank, and all that travels with them.
 //
-// In: a routing with its hops, the slots of all ranks and where this rank's rows begin in each. Out: rows in those slots; in this
-// rank's own, what nobody sends: padding, and the end of shapes that are those of the capacity. Caller: dispatch.cuh, between
-// its two synchronisations.
+// In: a routing with its hops, the slots of all ranks and where this rank's rows begin in each. Out: rows in those slots; in
+// this rank's own, what nobody sends: padding, and the end of shapes that are those of the capacity. Caller: dispatch.cuh,
+// between its two synchronisations.
 #pragma once
 
 #include "pushed.cuh"
@@ -32,15 +32,15 @@ struct DispatchShared {
   CallShared call;
   RoutingHeader known;  // leader, of a cached dispatch: the handle's, as the call began
   uint64_t expected;    // leader, as the call began: the ranks that are not left out
-  uint64_t left_out;    // leader: ranks whose rows will not come
   int32_t said_code;    // leader: what its message says
+  uint64_t ended_ns;    // leader: when this rank's blocks had ended
+  uint64_t left_out;    // leader: ranks whose rows will not come
   PushedShared pushed;  // leader
+  uint64_t num_rows;    // this rank's, when it goes
   uint32_t stopped;     // 1 = a warp of this block has left rows out
-  uint8_t* slots[DEEPEP_MAX_RANKS];  // the ranks' memory, until find_slots()
-  int32_t first_experts[DEEPEP_MAX_RANKS];
-  uint32_t row_bases[DEEPEP_MAX_RANKS];  // rank layout
-  uint64_t num_rows;  // this rank's, when it goes
-  uint64_t ended_ns;  // leader: when this rank's blocks had ended
+  uint8_t* slots[DEEPEP_MAX_RANKS];         // the ranks' memory, until find_slots()
+  int32_t first_experts[DEEPEP_MAX_RANKS];  // of the ranks
+  uint32_t row_bases[DEEPEP_MAX_RANKS];     // rank layout
 };
 
 __device__ inline ScaleUnits scale_units(const deepep_dispatch_args& args) {
@@ -73,7 +73,11 @@ struct DispatchRows {
   __device__ int32_t source_index(uint32_t token) const {
     return static_cast<int32_t>(p().rank * p().options.max_tokens_per_rank + token);
   }
-  __device__ uint8_t* payload(uint8_t* slot, uint64_t row) const { return slot + p().regions.recv_x + row * params.args.row_bytes; }
+  __device__ uint8_t* payload(uint8_t* slot, uint64_t row) const {
+    return slot + p().regions.recv_x + row * params.args.row_bytes;
+  }
+
+  __device__ uint64_t scales_offset(uint64_t row) const { return row * params.args.recv_scales_row_stride; }
 
   // ---- rows that nobody sends
 
@@ -98,7 +102,7 @@ struct DispatchRows {
     if (params.args.num_scales == 0) return;
     const ScaleUnits units = scale_units(params.args);
     for (uint32_t unit = lane; unit < units.count; unit += kWarpLanes) {
-      store_unit(here.scales + row * params.args.recv_scales_row_stride + units.to(unit), {0, 0, 0, 0}, units.bytes);
+      store_unit(here.scales + scales_offset(row) + units.to(unit), {0, 0, 0, 0}, units.bytes);
     }
   }
 
@@ -196,7 +200,7 @@ struct DispatchRows {
           const uint32_t rank = __shfl_sync(kAllLanes, mine.rank, from);
           const Row row = {s.slots[rank], rank, __shfl_sync(kAllLanes, mine.row, from)};
           const SlotView to = slot_view(p(), row.slot);
-          if (has_unit) store_unit(to.scales + row.row * params.args.recv_scales_row_stride + units.to(unit), scale, units.bytes);
+          if (has_unit) store_unit(to.scales + scales_offset(row.row) + units.to(unit), scale, units.bytes);
           if (round == 0 && puts_topk) put_entry(to, row, expert, weight);
         }
         __syncwarp();
@@ -233,8 +237,8 @@ struct DispatchRows {
 
   // ---- few tokens: a warp for every piece, and for what travels beside every row
   //
-  // What such a call takes are not bytes but steps. So nothing is claimed, what does not wait for the other ranks is there before
-  // they are, and the leader's block does alone what it can: it counts all tokens, and sends them if it has the warps.
+  // What such a call takes are not bytes but steps. So nothing is claimed, what does not wait for the other ranks is there
+  // before they are, and the leader's block does alone what it can: it counts all tokens, and sends them if it has the warps.
 
   __device__ bool is_few() const { return params.few_parts != 0; }
 
@@ -251,8 +255,8 @@ struct DispatchRows {
     part.token = mine / parts;
     part.nth = mine % parts;
     if (part.nth < params.few_pieces) {
-      part.values.load(reinterpret_cast<const uint8_t*>(params.args.x) + part.token * params.args.x_stride + part.nth * kPushStep,
-                       piece_bytes_of(part));
+      const auto* x = reinterpret_cast<const uint8_t*>(params.args.x) + part.token * params.args.x_stride;
+      part.values.load(x + part.nth * kPushStep, piece_bytes_of(part));
     } else if (params.args.num_scales != 0) {
       const ScaleUnits units = scale_units(params.args);
       if (lane < units.count) part.values.v[0] = load_unit(scales(part.token) + units.from(lane), units.bytes);
@@ -303,7 +307,7 @@ struct DispatchRows {
     const ScaleUnits units = scale_units(params.args);
     for (uint32_t unit = lane; unit < units.count; unit += kWarpLanes) {
       const uint4 scale = unit == lane ? part.values.v[0] : load_unit(scales(part.token) + units.from(unit), units.bytes);
-      store_unit(to.scales + row.row * params.args.recv_scales_row_stride + units.to(unit), scale, units.bytes);
+      store_unit(to.scales + scales_offset(row.row) + units.to(unit), scale, units.bytes);
     }
   }
 };

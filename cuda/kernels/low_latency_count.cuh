@@ -157,8 +157,8 @@ struct LowLatencyCount {
     }
   }
 
-  // The leader's warp: what this rank says of itself, and that its slot is free, which needs no fence: as in a dispatch of normal
-  // mode, earlier kernels have used it, and have ended. Pairs with take_sender() of the peer.
+  // The leader's warp: what this rank says of itself, and that its slot is free. That needs no fence, as in a dispatch of
+  // normal mode: earlier kernels have used it, and have ended. Pairs with take_sender() of the peer.
   __device__ void publish_sender(uint64_t epoch, uint64_t to, uint32_t hash, const CountSender& sender) const {
     for (uint32_t peer = lane_id(); peer < p.options.num_ranks; peer += kWarpLanes) {
       if (peer == p.rank || !in_view(to, peer)) continue;
@@ -170,8 +170,9 @@ struct LowLatencyCount {
   }
 
   // Workers: the words of the ranks in the view, each of which says by itself that it is of this call. One thread takes an
-  // expert's counts, one of another warp what a rank says of itself, which `heard(rank, sender, waited_ns)` is told: so that all
-  // are under way at once. False when the leader has stopped the call meanwhile. The workers must meet afterwards.
+  // expert's counts, one what a rank says of itself, which `heard(rank, sender, waited_ns)` is told: of another warp, where
+  // there are as many, so that all are under way at once. False when the leader has stopped the call meanwhile. The workers
+  // must meet afterwards.
   template <class Heard>
   __device__ bool take(const CallShared& s, uint64_t view, uint32_t hash, Heard heard) const {
     const auto senders = static_cast<uint32_t>(align_up(num_experts(), kWarpLanes)), items = senders + p.options.num_ranks;

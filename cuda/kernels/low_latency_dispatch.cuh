@@ -71,7 +71,9 @@ struct LowLatencyDispatch {
     else
       mover.wait();  // Nothing may be under way when a block ends.
     workers_meet();  // This block's rows are in place.
-    if (pushed && p().mask_on_timeout == 0 && threadIdx.x < kWarpLanes) announce_block(p(), s.view, s.call.epoch, gridDim.x, nullptr);
+    if (pushed && p().mask_on_timeout == 0 && threadIdx.x < kWarpLanes) {
+      announce_block(p(), s.view, s.call.epoch, gridDim.x, nullptr);
+    }
     tell_leader(kTurns ? kMeetPushed : kMeetEnd);
     if (pushed && is_leader() && params.receives != 0 && p().mask_on_timeout == 0) {
       look_for_rows(p(), s.call, s.arrivals, s.view);

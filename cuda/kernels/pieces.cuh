@@ -24,8 +24,8 @@ struct TokenShare {
   __device__ uint32_t workers(const Plan& plan) const { return plan.warps * (claims != nullptr ? gridDim.x : 1); }
 };
 
-// The first of `all` claims that a warp has, of `warps` in each block. What one block has warps for is the leader's, which hears
-// of it first; of more the leader's block has the last, since it has most to do besides.
+// The first of `all` claims that a warp has, of `warps` in each block. What one block has warps for is the leader's, which
+// hears of it first; of more the leader's block has the last, since it has most to do besides.
 __device__ inline uint32_t first_claim(uint32_t all, uint32_t warp, uint32_t warps) {
   return all <= warps ? blockIdx.x * warps + warp : warp * gridDim.x + (gridDim.x - 1 - blockIdx.x);
 }

@@ -1,8 +1,8 @@
 // The second synchronisation of a dispatch: every rank has put its rows where they belong.
 //
 // In: the ranks that take part and their slots. Out: flags raised in the peers, and later the peers' flags seen here: of every
-// block of theirs, or where ranks may be left out of their leader. Callers: dispatch, in both modes, between the last row and
-// the end.
+// block of theirs that sends, or where ranks may be left out of their leader. Callers: dispatch, in both modes, between the
+// last row and the end.
 #pragma once
 
 #include "leader.cuh"

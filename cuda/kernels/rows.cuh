@@ -1,8 +1,8 @@
 // From the count matrix to row numbers: the leader's block works out where this rank's rows begin on every rank.
 //
 // In: the matrix that a routing keeps, and who takes part. Out: row_bases() in scratch, state->num_rows, and in shared memory
-// how many rows each rank receives, in the rank layout the bases too. The same arithmetic as the CPU's (common/routing.hpp), a thread a rank or expert. Callers:
-// dispatch, combine.
+// how many rows each rank receives, in the rank layout the bases too. The same arithmetic as the CPU's (common/routing.hpp), a
+// thread a rank or expert. Callers: dispatch, combine.
 #pragma once
 
 #include "count.cuh"
@@ -57,7 +57,8 @@ __device__ inline void put_rank_rows(const CallParams& p, const RowTables& table
   tables.rows[dst] = tokens.all;
   if (dst == p.rank) p.state->num_rows = tokens.all;
 }
-__device__ inline void put_expert_rows(const CallParams& p, const RowTables& tables, uint32_t expert, const ColumnSums& entries) {
+__device__ inline void put_expert_rows(const CallParams& p, const RowTables& tables, uint32_t expert,
+                                       const ColumnSums& entries) {
   row_bases(p)[expert] = entries.before;
   tables.entries[expert] = entries.all;
 }
@@ -109,7 +110,8 @@ __device__ inline void place_all_groups(const CallParams& p, const RoutingParams
 // Both, by the warps of it that neither lead nor publish, while messages come. The block must meet before others look.
 __device__ inline void find_row_bases_beside(const CallParams& p, const RoutingParams& routing, uint64_t view,
                                              const RowTables& tables) {
-  const uint32_t warp = threadIdx.x / kWarpLanes, warps = blockDim.x / kWarpLanes, first = warps > 2 ? 2 : 1;
+  constexpr uint32_t first = 2;  // a plan has more warps
+  const uint32_t warp = threadIdx.x / kWarpLanes, warps = blockDim.x / kWarpLanes;
   if (warp < first) return;
   const uint32_t threads = blockDim.x - first * kWarpLanes;
   add_columns_up(p, routing, view, tables, threadIdx.x - first * kWarpLanes, threads);

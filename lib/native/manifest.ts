@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "cb486f55a1b98fe82c704419da29ce546205a47e801b27b7fda499e8c1d05e48",
-    cuda: "6009fa8b9bf331ed3e8fc439f81bbfeb1e7c08a0df0726a69fa5f125321349ba",
+    cpu: "4982966793918d54fbd91f232b270ac3c130b230197dfb9fffcbfb023544cc47",
+    cuda: "2635bf3e8337fe1ba779db47773eace7cf5da1a9ffd2b44b40ad8c915ebf79ca",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -30,12 +30,12 @@ export const manifest: Manifest = {
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "a6eae6607b8b7df7ef900dc9ecc9af239af2aa910f949fc63280c5937a5ea9d3",
+      sha256: "f27b0f92060127706967ed94a4ad5d0ba2265535a71215fdb643255ff19802bd",
       bytes: 514480,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "602b4b9cec46be5150f49e7f5ee500a7dfc9a59fafdf9cff5200f1ea1b103a55",
-      bytes: 3009240,
+      sha256: "56575e9591de63c9fce2db8209816b07f83578ad065d1a51cdfa76756ec89d33",
+      bytes: 3037912,
     },
   },
 };

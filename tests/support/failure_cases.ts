@@ -423,6 +423,25 @@ function everyCase(
     });
   });
 
+  for (const numTokens of [1, 3, 64]) {
+    test(`a count of tokens that no expert can have is refused, ${numTokens} tokens`, async () => {
+      await ranks(2, { maxTokensPerRank: 64 }, async (b, rank) => {
+        using x = b.tensor("bf16", [numTokens, 16]);
+        using isTokenInRank = b.tensor("bool", [numTokens, 2], new Uint8Array(2 * numTokens).fill(1));
+        using numTokensPerExpert = b.tensor(
+          "i32",
+          [8],
+          Int32Array.from({ length: 8 }, (_, e) => rank + e === 5 ? -7 : 1),
+        );
+        const reason = await reasonOf(b.dispatch(x, { dispatchLayout: { isTokenInRank, numTokensPerExpert } }));
+        assert(reason instanceof EpError && reason.code === "invalidArgument", String(reason));
+        assert(reason.message.includes(`num_tokens_per_expert[${5 - rank}] is -7`), reason.message);
+        assertEquals(b.failed, false);
+        await normalLayer(b);
+      });
+    });
+  }
+
   test("a rank without tokens hears that the others disagree about weights", async () => {
     await ranks(3, { timeoutMs: 5000 }, async (b, rank) => {
       const numTokens = rank === 2 ? 0 : NUM_TOKENS;

@@ -1,10 +1,10 @@
 /**
  * Small calls as models replay them: graphs of many calls, and the naive way in graphs of as many.
  *
- * In: stages and routings. Out: figures. Called by bench.ts. A graph of one call tells what a launch costs and not what the call
- * costs, so each rank's graph holds many and the time is divided by their number. A captured dispatch has a slot of its own
- * until its result is released: a graph that is checked has as many dispatches as the buffer has slots, one that is timed has
- * more, and releases each as it goes. The ranks' graphs are launched by one thread, the naive way is one graph of all ranks.
+ * In: stages and routings. Out: figures. Called by bench.ts. A graph of one call tells what a launch costs and not what the
+ * call costs, so each rank's graph holds many and the time is divided by their number. Dispatches take the buffer's slots in turn:
+ * each releases the oldest result, and what the last of them leave is checked. The ranks' graphs are launched by one thread,
+ * the naive way is one graph of all ranks.
  */
 import type { DispatchResult, Graph, Payload, Recorder, Tensor } from "../../../mod.ts";
 import { partsOf } from "../naive.ts";
@@ -103,7 +103,7 @@ function release(graphs: readonly Graph<DispatchResult<Payload>[]>[]): void {
 
 async function dispatches(world: World, facts: Facts): Promise<void> {
   const { stage, routing: { tokens, rank: route }, loaded, context: { verifier } } = world, rows = stage.rows("bf16");
-  const { topkIdx, topkWeights } = loaded, { numSms } = facts, calls = slots(world);
+  const { topkIdx, topkWeights } = loaded, { numSms } = facts, calls = CALLS_A_SLOT * slots(world);
   using naive = await world.naiveDispatch(rows, route);
   const handles = await stage.handles(loaded);
   const kinds = {
@@ -111,34 +111,28 @@ async function dispatches(world: World, facts: Facts): Promise<void> {
     dispatch_full: (r: number) => ({ topkIdx: topkIdx[r]!, topkWeights: topkWeights[r]!, numSms }),
   };
   for (const [op, of] of Object.entries(kinds)) {
-    const { graphs, once } = await captured(
-      stage,
-      calls,
-      (operations, r) => operations.dispatch(rows.payload(r, tokens), of(r)),
-    );
+    const held: DispatchResult[][] = handles.map(() => []);
+    const { graphs, chain, once } = await captured(stage, calls, (operations, r) => {
+      if (held[r]!.length === slots(world)) held[r]!.shift()!.release();
+      const result = operations.dispatch(rows.payload(r, tokens), of(r));
+      held[r]!.push(result);
+      return result;
+    });
     try {
-      graphs.forEach(({ results }, r) => results.forEach(({ x }) => stage.ranks.buffers[r]!.fill(x as Tensor, 0xa5)));
+      held.forEach((results, r) => results.forEach(({ x }) => stage.ranks.buffers[r]!.fill(x as Tensor, 0xa5)));
       await once();
-      for (let call = 0; call < calls; call++) {
-        const results = graphs.map((graph) => graph.results[call]!), what = `${op} of ${tokens} tokens, graph`;
+      for (let slot = 0; slot < slots(world); slot++) {
+        const results = held.map((some) => some[slot]!), what = `${op} of ${tokens} tokens, graph`;
         await checkRows(what, { stage, loaded, verifier, rows, route }, results);
         await naive?.compare(what, verifier, results.map((result) => partsOf(result.x)));
       }
+      await time(world, chain, op, facts);
     } finally {
-      release(graphs);
-    }
-    const timed = await captured(
-      stage,
-      CALLS_A_SLOT * calls,
-      (operations, r) => operations.dispatch(rows.payload(r, tokens), of(r)).release(),
-    );
-    try {
-      await time(world, timed.chain, op, facts);
-    } finally {
-      for (const graph of timed.graphs) graph.release();
+      for (const graph of graphs) graph.release();
+      for (const result of held.flat()) result.release();
     }
   }
-  if (naive) await timeNaive(world, naive, CALLS_A_SLOT * calls, "naive_dispatch", facts);
+  if (naive) await timeNaive(world, naive, calls, "naive_dispatch", facts);
   for (const handle of handles) handle.release();
 }
 
