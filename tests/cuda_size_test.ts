@@ -1,9 +1,7 @@
 /** The CUDA backend at the ends of its sizes: no tokens, one, thousands, 16 ranks, rows of 14336 bytes. */
 import { test } from "node:test";
-import { referenceCombine, referenceDispatch } from "../lib/reference/mod.ts";
-import { checkedDispatch, optionsFor } from "./support/checked.ts";
+import { runMostTokens, thereAndBack } from "./support/big_worlds.ts";
 import { everyWay } from "./support/combine_cases.ts";
-import { assertCombined } from "./support/compare.ts";
 import { noCuda, noCudaLowLatency } from "./support/cuda.ts";
 import { everyCall } from "./support/dispatch_cases.ts";
 import { localWorlds } from "./support/drivers.ts";
@@ -53,6 +51,7 @@ const big: readonly (WorldSpec & { layout: "rank" | "expert" })[] = [
 ];
 
 runLowLatencySizes({ name: "cuda", newWorld, skip: noCudaLowLatency });
+runMostTokens({ name: "cuda", newWorld, skip: noCuda });
 
 suite("cuda: sizes", noCuda, () => {
   for (const spec of worlds) {
@@ -63,17 +62,6 @@ suite("cuda: sizes", noCuda, () => {
     });
   }
   for (const { layout, ...spec } of big) {
-    test(`${spec.name}, ${layout} layout`, { timeout: 120_000 }, async () => {
-      const world = makeWorld(spec, 8), { numTopk, hidden } = world;
-      const rows = layout === "rank" ? world.maxTokensPerRank * world.numRanks : undefined;
-      await using driver = await newWorld(optionsFor(world, rows === undefined ? {} : { maxRecvTokens: rows }));
-      const recv = await checkedDispatch(driver, world.inputs, { numTopk, layout });
-      // The experts are the identity: what arrived goes back.
-      const inputs = recv.ranks.map(({ x }) => ({ x: new Uint16Array(x.buffer, x.byteOffset, x.length / 2) }));
-      const { handle } = referenceDispatch(world.inputs, { ...driver.options, numTopk, layout });
-      const expected = referenceCombine(handle, inputs, { hidden, masked: [] });
-      assertCombined(await driver.combine(recv, inputs, { hidden }), expected, { hidden, numTopk });
-      await recv.release();
-    });
+    test(`${spec.name}, ${layout} layout`, { timeout: 120_000 }, () => thereAndBack(newWorld, spec, layout));
   }
 });

@@ -16,8 +16,8 @@
 // the messages of all ranks; hence when the first row of call e arrives anywhere, every rank is past the pushes of all calls
 // before e, and a late push of an earlier call cannot hit the slot's new holder.
 // Synchronisation two, the flag `pushed[s][slot]` = e in A: s has put all its rows of call e into that slot of A. On a GPU each
-// block of s that pushes rows says so by itself (`row_flags[s]`), unless ranks may be left out: then its leader says it when it
-// knows who is.
+// block of s that may push rows says so by itself (`row_flags[s]`), unless ranks may be left out: then its leader says it when
+// it knows who is.
 //
 // Combine needs one of each as well: its message says that s's expert outputs are complete, after which they are pulled;
 // `pulled[s][slot]` = e says that s has read all it wants from that slot of A. Only what overwrites the expert-output region

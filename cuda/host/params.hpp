@@ -214,7 +214,7 @@ struct DispatchParams {
   // Filled in by launch_dispatch(). Of few tokens a warp does one part: a piece of a row, or what travels beside one.
   uint32_t few_pieces = 0;      // of a row
   uint32_t few_parts = 0;       // of a token; 0 = there are more tokens
-  uint32_t sending_blocks = 0;  // the first so many push rows, and say so
+  uint32_t sending_blocks = 0;  // the first so many may push rows, and say when they have
 };
 
 struct CombineParams {

@@ -1,10 +1,10 @@
 // Counting a routing on the device: from topk_idx or is_token_in_rank to counts, and to the place of every token among this
 // rank's rows.
 //
-// In: a rank's routing as the caller gave it. Out: scratch row kScratchRows + b: what block b counted; then, with all blocks'
-// counts, the hops. The order (token, k) is kept without sorting: every block takes a run of tokens, or one takes all of few,
-// cut into one section a warp, and what lies in earlier blocks and sections comes before. Callers: dispatch,
-// get_dispatch_layout.
+// In: a rank's routing as the caller gave it. Out: scratch row kScratchRows + b: what block b counted, where it has not all
+// tokens; then, with all blocks' counts, the hops. The order (token, k) is kept without sorting: every block takes a run of
+// tokens, or one takes all of few, cut into one section a warp, and what lies in earlier blocks and sections comes before.
+// Callers: dispatch, get_dispatch_layout.
 #pragma once
 
 #include "../common/partition.hpp"

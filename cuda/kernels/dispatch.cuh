@@ -18,6 +18,7 @@ constexpr uint32_t kClerks = 1;
 struct Dispatch : DispatchRows {
   uint8_t* shared;
   FewPart part;
+
   __device__ RoutingInput input() const {
     return {reinterpret_cast<const void*>(params.args.topk_idx), reinterpret_cast<const uint8_t*>(params.args.is_token_in_rank),
             params.routing.topk_idx_bytes, params.routing.num_tokens, params.routing.num_topk};
@@ -86,7 +87,8 @@ struct Dispatch : DispatchRows {
     Leader(p(), s.call).refuse(DEEPEP_ERROR_INVALID_ARGUMENT, Reason::bad_expert_count, finding);
   }
 
-  // Whether blocks that have nothing to count are waited for, too, before anything is said to the peers.
+  // Whether blocks that have nothing to count are waited for, too, before anything is said to the peers: those that wait for
+  // rows would wait for room on this device. Where one block sends alone they do not.
   __device__ bool meets_for_room() const { return !cached() && is_few() && params.sending_blocks > 1; }
 
   // The tokens that this block counts and places.
@@ -429,7 +431,7 @@ struct Dispatch : DispatchRows {
     }
     if (warp == 0 && lane_id() == 0) s.ended_ns = ended_ns;
     __syncthreads();
-    // In a captured call by another warp. Where the host hears of the end it may ask at once for what was waited.
+    // In a captured call by another warp. Where the host hears that a call has ended it may ask at once for what was waited.
     if (warp == (p().seq != 0 ? 0 : 1)) account_for_blocks(leader, s.pushed, s.ended_ns);
     if (warp != 0) return;
     const uint64_t late = late_blocks(leader, s.pushed, s.call.view);

@@ -1,8 +1,8 @@
 // From the count matrix to row numbers: the leader's block works out where this rank's rows begin on every rank.
 //
-// In: the matrix that a routing keeps, and who takes part. Out: row_bases() in scratch, state->num_rows, and in shared memory
-// how many rows each rank receives, in the rank layout the bases too. The same arithmetic as the CPU's (common/routing.hpp), a
-// thread a rank or expert. Callers: dispatch, combine.
+// In: the matrix that a routing keeps, or the messages that it is taken from, and who takes part. Out: that matrix,
+// row_bases() in scratch, state->num_rows, and in shared memory how many rows each rank receives, in the rank layout the bases
+// too. The same arithmetic as the CPU's (common/routing.hpp), a thread a rank or expert. Callers: dispatch, combine.
 #pragma once
 
 #include "count.cuh"

@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "4982966793918d54fbd91f232b270ac3c130b230197dfb9fffcbfb023544cc47",
-    cuda: "2635bf3e8337fe1ba779db47773eace7cf5da1a9ffd2b44b40ad8c915ebf79ca",
+    cpu: "6b1c9d576180d31a85f4660706ca38509917153cf6fb27a04ff1c2287dc4f13b",
+    cuda: "130f4e09a8ed234d06d7789085421ab0a8dff649d91aba2f3ddd717e05b00857",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",

@@ -8,6 +8,7 @@ import type { NewWorld } from "./driver.ts";
 export { runCombineCases } from "./combine_cases.ts";
 export { runDispatchCases } from "./dispatch_cases.ts";
 export { runLowLatencyCases } from "./low_latency_cases.ts";
+export { runMostTokens } from "./big_worlds.ts";
 export { runLowLatencySizes } from "./low_latency_sizes.ts";
 
 /** What the suite runs over. */

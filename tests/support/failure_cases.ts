@@ -423,7 +423,7 @@ function everyCase(
     });
   });
 
-  for (const numTokens of [1, 3, 64]) {
+  for (const numTokens of [1, 3, 10, 64]) {
     test(`a count of tokens that no expert can have is refused, ${numTokens} tokens`, async () => {
       await ranks(2, { maxTokensPerRank: 64 }, async (b, rank) => {
         using x = b.tensor("bf16", [numTokens, 16]);
