@@ -1,7 +1,8 @@
 // Devices and errors of the emulated runtime.
 //
-// In: the environment: EMULATED_DEVICES (1), EMULATED_SMS (32) and EMULATED_COMPUTE_CAPABILITY (90) of each. Out: devices that
-// reach each other's memory, and whose memory other processes cannot reach.
+// In: the environment: EMULATED_DEVICES (1), EMULATED_SMS (32) and EMULATED_COMPUTE_CAPABILITY (90) of each; EMULATED_LATE_MS
+// (0), how late all blocks of a grid but the first begin, as when other work fills the device. Out: devices that reach each
+// other's memory, and whose memory other processes cannot reach.
 
 #include <sys/random.h>
 #include <unistd.h>

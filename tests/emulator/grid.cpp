@@ -3,9 +3,11 @@
 #include "grid.hpp"
 
 #include <atomic>
+#include <chrono>
 #include <map>
 #include <memory>
 #include <mutex>
+#include <thread>
 
 #include "runtime.hpp"
 #include "threads.hpp"
@@ -30,6 +32,7 @@ void run(const Grid& grid) {
   const auto left = std::make_shared<std::atomic<uint32_t>>(count - 1);
   for (uint32_t i = 1; i < count; ++i) {
     run_elsewhere([&grid, i, left] {
+      std::this_thread::sleep_for(std::chrono::milliseconds(setting("EMULATED_LATE_MS", 0)));
       Block::run(grid, {i, 0, 0});
       if (left->fetch_sub(1) == 1) left->notify_one();
     });

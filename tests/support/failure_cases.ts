@@ -29,22 +29,27 @@ const NUM_TOKENS = 3;
 /** Of calls in which a peer is silent. All others have the buffer's long deadline: a busy machine is no silent peer. */
 const SHORT: OperationOptions = { timeoutMs: 500 };
 /** Token t of rank r goes to experts (r + t) % 8 and (r + t + 3) % 8. */
-const route = (rank: number) =>
-  Int32Array.from({ length: 2 * NUM_TOKENS }, (_, i) => (rank + (i >> 1) + 3 * (i & 1)) % 8);
-const input = (b: EpBuffer) =>
-  b.tensor("bf16", [NUM_TOKENS, 16], Float32Array.from({ length: NUM_TOKENS * 16 }, (_, i) => b.rank + i % 5));
+const route = (rank: number, numTokens = NUM_TOKENS) =>
+  Int32Array.from({ length: 2 * numTokens }, (_, i) => (rank + (i >> 1) + 3 * (i & 1)) % 8);
+const input = (b: EpBuffer, numTokens = NUM_TOKENS) =>
+  b.tensor("bf16", [numTokens, 16], Float32Array.from({ length: numTokens * 16 }, (_, i) => b.rank + i % 5));
 
 /** Distinct ranks among the destinations of a token, without `gone`. */
 function destinations(rank: number, t: number, ranks: number, gone: readonly number[]): number {
   const owner = (e: number) => Math.floor(e / (8 / ranks));
-  const found = new Set([...route(rank).subarray(2 * t, 2 * t + 2)].map(owner));
+  const found = new Set([...route(rank, t + 1).subarray(2 * t)].map(owner));
   gone.forEach((g) => found.delete(g));
   return found.size;
 }
 
 /** One layer with identity experts; the result is the token times its destinations. */
-async function normalLayer(b: EpBuffer, gone: readonly number[] = [], call: OperationOptions = {}): Promise<void> {
-  using x = input(b), topkIdx = b.tensor("i32", [NUM_TOKENS, 2], route(b.rank));
+async function normalLayer(
+  b: EpBuffer,
+  gone: readonly number[] = [],
+  call: OperationOptions = {},
+  numTokens = NUM_TOKENS,
+): Promise<void> {
+  using x = input(b, numTokens), topkIdx = b.tensor("i32", [numTokens, 2], route(b.rank, numTokens));
   using recv = await b.dispatch(x, { topkIdx, ...call });
   using out = await b.combine(recv.x, recv.handle, call);
   await check(b, x, out.x, gone, (t) => destinations(b.rank, t, b.numRanks, gone));
@@ -92,7 +97,12 @@ async function check(
 const lowLatencyHalves: typeof normalLayer = (b, gone, call) => lowLatencyLayer(b, gone, { ...call, recvHook: true });
 const lowLatencyCast: typeof normalLayer = (b, gone, call) => lowLatencyLayer(b, gone, { ...call, cast: true });
 
+/** Few tokens still, but more than one block of a GPU sends. */
+const TEN = 10;
+const tenTokens: typeof normalLayer = (b, gone, call) => normalLayer(b, gone, call, TEN);
+
 type Phase = [Op, PhaseName, typeof normalLayer];
+const tenTokensPhases = (["NOTIFY", "SEND", "ARRIVE"] as const).map((phase): Phase => ["DISPATCH", phase, tenTokens]);
 const normalPhases: Phase[] = [
   ["DISPATCH", "NOTIFY", normalLayer],
   ["DISPATCH", "SEND", normalLayer],
@@ -108,7 +118,15 @@ const lowLatencyPhases: Phase[] = [lowLatencyLayer, lowLatencyHalves, lowLatency
   return layer === lowLatencyCast ? dispatch : [...dispatch, ...combine];
 });
 const inWords = (op: Op, phase: PhaseName, layer: typeof normalLayer): string =>
-  `in ${op} ${phase}${layer === lowLatencyHalves ? ", in two halves" : layer === lowLatencyCast ? ", cast" : ""}`;
+  `in ${op} ${phase}${
+    layer === lowLatencyHalves
+      ? ", in two halves"
+      : layer === lowLatencyCast
+      ? ", cast"
+      : layer === tenTokens
+      ? ", ten tokens"
+      : ""
+  }`;
 
 /** Registers the cases. */
 export function runFailureCases({ name, backend, skip, skipLowLatency }: BackendSubject): void {
@@ -207,7 +225,8 @@ function silentCases(backend: BackendSubject["backend"], phases: readonly Phase[
   for (const [op, phase, layer] of phases) {
     test(`silent ${inWords(op, phase, layer)}: the others fail with its name, then go on without it`, async () => {
       const groups = Group.local(4);
-      const buffers = await Promise.all(groups.map((g) => EpBuffer.create(g, { ...tiny, backend })));
+      const options = { ...tiny, backend, maxTokensPerRank: TEN };
+      const buffers = await Promise.all(groups.map((g) => EpBuffer.create(g, options)));
       try {
         inject(buffers[1]!, op, phase, "STALL");
         const reasons = await Promise.all(buffers.map((b) =>
@@ -279,7 +298,7 @@ function everyCase(
         if (lowLatency) await lowLatencyLayer(b);
       });
     });
-    silentCases(backend, phases);
+    silentCases(backend, [...phases, ...tenTokensPhases]);
     test("a recovery that fails on one rank fails on all, and they can try again", async () => {
       await ranks(3, {}, async (b, rank) => {
         await normalLayer(b);
