@@ -160,4 +160,17 @@ DEEPEP_HOST_DEVICE constexpr uint64_t slot_offset(const Regions& regions, uint32
   return regions.control_bytes + slot * regions.slot_bytes;
 }
 
+// Where what a dispatch of normal mode receives lies in a slot, on any rank.
+struct SlotView {
+  uint8_t* x;
+  uint8_t* scales;
+  uint8_t* topk_idx;
+  float* topk_weights;
+  int32_t* src_idx;
+};
+DEEPEP_HOST_DEVICE inline SlotView slot_view(const Regions& regions, uint8_t* slot) {
+  return {slot + regions.recv_x, slot + regions.recv_scales, slot + regions.recv_topk_idx,
+          reinterpret_cast<float*>(slot + regions.recv_topk_weights), reinterpret_cast<int32_t*>(slot + regions.recv_src_idx)};
+}
+
 }  // namespace deepep

@@ -19,24 +19,9 @@ namespace {
 
 constexpr uint32_t kTokensBetweenLooks = 16;  // tokens pushed between two looks at whether a peer left this rank out
 
-// Where a slot's received tensors lie, on any rank.
-struct SlotView {
-  uint8_t* x;
-  uint8_t* scales;
-  uint8_t* topk_idx;
-  float* topk_weights;
-  int32_t* src_idx;
-
-  SlotView(const Buffer& buffer, uint32_t rank, uint32_t slot) {
-    const Regions& r = buffer.regions;
-    uint8_t* base = buffer.symmetric(rank) + slot_offset(r, slot);
-    x = base + r.recv_x;
-    scales = base + r.recv_scales;
-    topk_idx = base + r.recv_topk_idx;
-    topk_weights = reinterpret_cast<float*>(base + r.recv_topk_weights);
-    src_idx = reinterpret_cast<int32_t*>(base + r.recv_src_idx);
-  }
-};
+SlotView slot_of(const Buffer& buffer, uint32_t rank, uint32_t slot) {
+  return slot_view(buffer.regions, buffer.symmetric(rank) + slot_offset(buffer.regions, slot));
+}
 
 // A run of rows.
 struct RowRange {
@@ -58,7 +43,7 @@ class DispatchRun {
         scale_copy_({payload_.num_scales, payload_.scale_elem_bytes,
                      {job.args.recv_scales_row_stride, job.args.recv_scales_elem_stride}, payload_.scales_elem_stride}),
         weights_(reinterpret_cast<const float*>(job.args.topk_weights)),
-        here_(op.buffer, op.buffer.rank, job.slot) {}
+        here_(slot_of(op.buffer, op.buffer.rank, job.slot)) {}
 
   void run() {
     if (!inject(op_, DEEPEP_PHASE_NOTIFY) || !notify()) return no_rows();
@@ -296,7 +281,7 @@ void DispatchRun::push_scale_columns() {
 bool DispatchRun::send() {
   owners_.emplace(options_);
   bases_ = row_bases(routing_, options_, buffer_.rank);
-  for (uint32_t dst = 0; dst < options_.num_ranks; ++dst) there_.emplace_back(buffer_, dst, slots_[dst]);
+  for (uint32_t dst = 0; dst < options_.num_ranks; ++dst) there_.push_back(slot_of(buffer_, dst, slots_[dst]));
   clear_padding();
   for (uint32_t token = 0; token < plan_.num_tokens; ++token) {
     if (token % kTokensBetweenLooks == 0 && is_left_out(op_)) return false;

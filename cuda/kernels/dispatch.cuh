@@ -342,7 +342,7 @@ struct Dispatch : DispatchRows {
   // because every rank has computed with them.
   __device__ void forget_rows_of(uint32_t src) {
     const CountMatrix matrix = matrix_of(p(), params.routing, s.call.view);
-    const SlotView here = slot_view(p(), s.slots[p().rank]);
+    const SlotView here = slot_view(p().regions, s.slots[p().rank]);
     const uint32_t warp = threadIdx.x / kWarpLanes, warps = blockDim.x / kWarpLanes;
     if (by_expert()) {
       for (uint32_t e = 0; e < p().num_local_experts; ++e) {

@@ -12,21 +12,6 @@
 
 namespace deepep {
 
-// Where a slot's received tensors lie, on any rank.
-struct SlotView {
-  uint8_t* x;
-  uint8_t* scales;
-  uint8_t* topk_idx;
-  float* topk_weights;
-  int32_t* src_idx;
-};
-
-__device__ inline SlotView slot_view(const CallParams& p, uint8_t* slot) {
-  const Regions& r = p.regions;
-  return {slot + r.recv_x, slot + r.recv_scales, slot + r.recv_topk_idx, reinterpret_cast<float*>(slot + r.recv_topk_weights),
-          reinterpret_cast<int32_t*>(slot + r.recv_src_idx)};
-}
-
 // The slots of all ranks, as a block pushes to them.
 struct DispatchShared {
   CallShared call;
@@ -114,7 +99,7 @@ struct DispatchRows {
 
   // Expert layout: the rows of this rank's slot that no rank pushes to. All blocks share them.
   __device__ void clear_padding() const {
-    const SlotView here = slot_view(p(), s.slots[p().rank]);
+    const SlotView here = slot_view(p().regions, s.slots[p().rank]);
     const uint32_t warps = blockDim.x / kWarpLanes;
     const uint32_t warp = blockIdx.x * warps + threadIdx.x / kWarpLanes;
     const uint32_t alignment = params.routing.expert_alignment;
@@ -131,7 +116,7 @@ struct DispatchRows {
     if (by_expert() || (params.args.flags & DEEPEP_FLAG_NO_CPU_SYNC) == 0 || params.routing.num_topk == 0) return;
     constexpr uint32_t kWords = 4;  // at once
     const uint64_t row_words = uint64_t{params.routing.num_topk} * params.routing.topk_idx_bytes / 4;
-    auto* words = reinterpret_cast<uint32_t*>(slot_view(p(), s.slots[p().rank]).topk_idx);
+    auto* words = reinterpret_cast<uint32_t*>(slot_view(p().regions, s.slots[p().rank]).topk_idx);
     const uint64_t begin = s.num_rows * row_words, end = p().options.max_recv_tokens * row_words;
     const uint64_t first = align_up(begin, kWords) < end ? align_up(begin, kWords) : end, last = end / kWords * kWords;
     const uint32_t mine = (blockIdx.x - first_block) * blockDim.x + threadIdx.x, all = (gridDim.x - first_block) * blockDim.x;
@@ -186,7 +171,7 @@ struct DispatchRows {
     for (uint32_t first = 0; first < params.routing.width; first += kWarpLanes) {
       const Row mine = row_of(hop_of(token, first + lane));
       if (mine.slot != nullptr) {
-        const SlotView to = slot_view(p(), mine.slot);
+        const SlotView to = slot_view(p().regions, mine.slot);
         to.src_idx[mine.row] = source_index(token);
         if (by_expert() && weights() != nullptr) to.topk_weights[mine.row] = weight;  // hop k is entry k
       }
@@ -199,7 +184,7 @@ struct DispatchRows {
           const int from = __ffs(static_cast<int>(rest)) - 1;
           const uint32_t rank = __shfl_sync(kAllLanes, mine.rank, from);
           const Row row = {s.slots[rank], rank, __shfl_sync(kAllLanes, mine.row, from)};
-          const SlotView to = slot_view(p(), row.slot);
+          const SlotView to = slot_view(p().regions, row.slot);
           if (has_unit) store_unit(to.scales + scales_offset(row.row) + units.to(unit), scale, units.bytes);
           if (round == 0 && puts_topk) put_entry(to, row, expert, weight);
         }
@@ -297,7 +282,7 @@ struct DispatchRows {
   }
   __device__ void put_row_beside(const FewPart& part, const Row& row) const {
     const uint32_t lane = lane_id();
-    const SlotView to = slot_view(p(), row.slot);
+    const SlotView to = slot_view(p().regions, row.slot);
     if (lane == 0) {
       to.src_idx[row.row] = source_index(part.token);
       if (by_expert() && weights() != nullptr) to.topk_weights[row.row] = part.weight;

@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "6b1c9d576180d31a85f4660706ca38509917153cf6fb27a04ff1c2287dc4f13b",
-    cuda: "130f4e09a8ed234d06d7789085421ab0a8dff649d91aba2f3ddd717e05b00857",
+    cpu: "f7ce6400068f4541ffc47c7027b0b6c2590be22276b05e3f8efbcab93b14c963",
+    cuda: "e50383fc01b66ef63b06811f1184c4122da4c00a6750f3c5eaa216c915760bfe",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -30,7 +30,7 @@ export const manifest: Manifest = {
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "f27b0f92060127706967ed94a4ad5d0ba2265535a71215fdb643255ff19802bd",
+      sha256: "62d0343a023f935d772f24e51a4fc632725a99359c4e605d507ef50f8b3a6fb3",
       bytes: 514480,
     },
     "linux-x64/libdeepep_cuda.so": {

@@ -117,16 +117,13 @@ const lowLatencyPhases: Phase[] = [lowLatencyLayer, lowLatencyHalves, lowLatency
   const combine: Phase[] = (["PUBLISH", "REDUCE"] as const).map((phase) => ["LOW_LATENCY_COMBINE", phase, layer]);
   return layer === lowLatencyCast ? dispatch : [...dispatch, ...combine];
 });
+const variants = new Map([
+  [lowLatencyHalves, ", in two halves"],
+  [lowLatencyCast, ", cast"],
+  [tenTokens, ", ten tokens"],
+]);
 const inWords = (op: Op, phase: PhaseName, layer: typeof normalLayer): string =>
-  `in ${op} ${phase}${
-    layer === lowLatencyHalves
-      ? ", in two halves"
-      : layer === lowLatencyCast
-      ? ", cast"
-      : layer === tenTokens
-      ? ", ten tokens"
-      : ""
-  }`;
+  `in ${op} ${phase}${variants.get(layer) ?? ""}`;
 
 /** Registers the cases. */
 export function runFailureCases({ name, backend, skip, skipLowLatency }: BackendSubject): void {
