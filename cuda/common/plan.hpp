@@ -115,16 +115,29 @@ constexpr uint32_t kUnitBytes = 512;
 constexpr uint32_t kPieceUnits = 14;
 
 // Blocks that low latency has work for, at most `sms`: a block more is one more to wait for. A unit for every warp will do; in
-// a dispatch every token has as many blocks as the others, or shares one.
+// a dispatch for each place that a token goes to, and every token has as many blocks as the others, or shares one.
 constexpr int32_t useful_blocks(const Work& work, int32_t sms) {
   const uint64_t units = ceil_div(work.row_bytes, kUnitBytes), most = static_cast<uint64_t>(sms);
   if (work.num_tokens == 0) return 1;
   if (work.op == DEEPEP_OP_LOW_LATENCY_DISPATCH) {
-    const uint64_t wanted = ceil_div(units, kMaxWarps), share = most / work.num_tokens;
+    const uint64_t wanted = ceil_div(units, kMaxWarps) * larger(work.hops, 1), share = most / work.num_tokens;
     return static_cast<int32_t>(share < 1 ? most : work.num_tokens * (share < wanted ? share : wanted));
   }
   const uint64_t blocks = ceil_div(work.num_tokens * units, kMaxWarps);
   return static_cast<int32_t>(blocks < most ? blocks : most);
+}
+
+// How the blocks that a token has in a low-latency dispatch share it, of which `row_blocks` have a warp for every unit: 1 <<
+// shift of them have other places each, and cast the same pieces; the rest divide the row. A block takes 0.17 us a place, however
+// many warps it has: places lie in pages far apart, which a multiprocessor seems to look up one after another.
+constexpr uint32_t place_shift(uint32_t blocks_a_token, uint64_t row_blocks, uint32_t num_topk) {
+  uint32_t shift = 0;
+  const auto may_double = [&] {
+    const uint32_t row_parts = blocks_a_token >> shift;
+    return row_parts % 2 == 0 && row_parts > row_blocks && 2u << shift <= num_topk;
+  };
+  while (may_double()) ++shift;
+  return shift;
 }
 
 // How many pieces a low-latency dispatch cuts a row of `units` into, of which a warp holds `most_units` at once: with `rows` rows a

@@ -99,10 +99,9 @@ DEEPEP_HOST_DEVICE constexpr bool is_count_of(uint64_t word, uint64_t epoch) {
   return static_cast<uint32_t>(word >> 32) == static_cast<uint32_t>(epoch);
 }
 
-// A message: this header, then for a dispatch u32 tokens_per_rank [num_ranks] and u32 entries_per_expert [num_experts]. The
-// words of the header are count words. A call that goes well needs the first two, and whoever has seen them has the counts. The
-// values say what differs. On a GPU each store takes time: there a rank sends them when it has found a difference, as its peer
-// then does.
+// A message: this header, then for a dispatch tokens_per_rank [num_ranks] and entries_per_expert [num_experts]; all of it count
+// words. A call that goes well needs the first two of the header. The values say what differs. On a GPU each store takes time:
+// there a rank sends them when it has found a difference, as its peer then does.
 enum MessageWord : uint32_t {
   kMessageHash,    // agreed_hash() of what all ranks must say alike; the CPU backend compares the values
   kMessageSender,  // sender_word()
@@ -253,8 +252,8 @@ DEEPEP_HOST_DEVICE inline uint64_t* count_words_at(uint8_t* base, const Regions&
   const uint64_t index = src * uint64_t{regions.message_ring} + (epoch & (regions.message_ring - 1));
   return reinterpret_cast<uint64_t*>(base + regions.count_words) + index * (num_experts + kNumCountInfos);
 }
-DEEPEP_HOST_DEVICE inline uint32_t* message_counts(MessageHeader* message) {
-  return reinterpret_cast<uint32_t*>(reinterpret_cast<uint8_t*>(message) + kMessageHeaderBytes);
+DEEPEP_HOST_DEVICE inline uint64_t* message_counts(MessageHeader* message) {
+  return reinterpret_cast<uint64_t*>(reinterpret_cast<uint8_t*>(message) + kMessageHeaderBytes);
 }
 
 }  // namespace deepep

@@ -76,7 +76,7 @@ struct Regions {
   uint64_t row_flags = 0;      // [src] u64 [kMaxBlocks]: row_flag() of the dispatch whose rows that block of src has pushed
   uint64_t count_words = 0;    // [src][ring] u64 [num_experts + kNumCountInfos]: protocol.hpp
   uint64_t messages = 0;       // [src][ring] message_bytes each
-  uint64_t message_bytes = 0;  // header, then u32 tokens_per_rank [num_ranks], then u32 entries_per_expert [num_experts]
+  uint64_t message_bytes = 0;  // header, then count words: tokens_per_rank [num_ranks], entries_per_expert [num_experts]
   uint32_t message_ring = 0;   // messages kept per source, a power of two: epoch % message_ring
 
   // A slot.
@@ -106,7 +106,7 @@ DEEPEP_HOST_DEVICE constexpr Regions make_regions(const Options& options) {
   // (at most one a slot), and by one more of an operation that waits for the reader (protocol.hpp has the argument).
   r.message_ring = 4;
   while (r.message_ring < 2 * options.num_slots + 2) r.message_ring *= 2;
-  r.message_bytes = align_up(kMessageHeaderBytes + 4 * (ranks + options.num_experts), kLineBytes);
+  r.message_bytes = align_up(kMessageHeaderBytes + 8 * (ranks + options.num_experts), kLineBytes);
 
   uint64_t at = 0;
   r.doorbell = at, at += kRegionAlignment;

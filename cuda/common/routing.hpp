@@ -28,25 +28,15 @@ struct ColumnSums {
   uint32_t before = 0;
   uint32_t all = 0;
 };
-// `each(s, count)` is told what rank s has.
-template <class Each>
 DEEPEP_HOST_DEVICE inline ColumnSums add_up(const uint32_t* column, uint64_t stride, uint32_t num_ranks, uint32_t rank,
-                                            uint64_t view, Each each) {
+                                            uint64_t view) {
   ColumnSums sums;
   for (uint32_t s = 0; s < num_ranks; ++s) {
     const uint32_t count = in_view(view, s) ? column[s * stride] : 0;
-    each(s, count);
     sums.before += s < rank ? count : 0;
     sums.all += count;
   }
   return sums;
-}
-struct AddNothing {
-  DEEPEP_HOST_DEVICE void operator()(uint32_t, uint32_t) const {}
-};
-DEEPEP_HOST_DEVICE inline ColumnSums add_up(const uint32_t* column, uint64_t stride, uint32_t num_ranks, uint32_t rank,
-                                            uint64_t view) {
-  return add_up(column, stride, num_ranks, rank, view, AddNothing{});
 }
 
 // Tokens that ranks 0 … end - 1 send to rank `dst`: with end = s the first row of s in the rank layout, with end =

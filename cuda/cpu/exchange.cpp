@@ -1,8 +1,6 @@
 // The first synchronisation of a call; see exchange.hpp.
 #include "exchange.hpp"
 
-#include <cstring>
-
 #include "../common/routing.hpp"
 
 namespace deepep {
@@ -127,9 +125,9 @@ void publish(Operation& op, const Draft& draft, uint32_t to) {
   say(kMessageSender, sender_word({draft.slot, op.op, agreed[kAgreedTopkWeights], op.failure.code}));
   for (uint32_t i = 0; i < kNumAgreed; ++i) say(kMessageAgreed + i, agreed[i]);
   if (draft.tokens_per_rank != nullptr) {
-    uint32_t* counts = message_counts(message);
-    std::memcpy(counts, draft.tokens_per_rank, buffer.options.num_ranks * sizeof(uint32_t));
-    std::memcpy(counts + buffer.options.num_ranks, draft.entries_per_expert, buffer.options.num_experts * sizeof(uint32_t));
+    uint64_t* counts = message_counts(message);
+    for (uint32_t i = 0; i < buffer.options.num_ranks; ++i) *counts++ = count_word(op.epoch, draft.tokens_per_rank[i]);
+    for (uint32_t i = 0; i < buffer.options.num_experts; ++i) *counts++ = count_word(op.epoch, draft.entries_per_expert[i]);
   }
   store_release(&message->epoch, op.epoch);  // Pairs with the acquire of `to` in exchange().
 }

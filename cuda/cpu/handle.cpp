@@ -1,8 +1,6 @@
 // Routings and handles; see handle.hpp.
 #include "handle.hpp"
 
-#include <cstring>
-
 namespace deepep {
 
 void keep_counts(const Exchange& exchanged, const Options& options, Routing& routing) {
@@ -13,9 +11,10 @@ void keep_counts(const Exchange& exchanged, const Options& options, Routing& rou
   routing.entries.assign(ranks * experts, 0);
   for (uint32_t src = 0; src < ranks; ++src) {
     if (exchanged.from[src] == nullptr) continue;
-    const uint32_t* counts = message_counts(exchanged.from[src]);
-    std::memcpy(&routing.tokens[src * ranks], counts, ranks * sizeof(uint32_t));
-    std::memcpy(&routing.entries[src * experts], counts + ranks, experts * sizeof(uint32_t));
+    const uint64_t* counts = message_counts(exchanged.from[src]);
+    const auto count = [&](size_t i) { return static_cast<uint32_t>(counts[i]); };
+    for (size_t i = 0; i < ranks; ++i) routing.tokens[src * ranks + i] = count(i);
+    for (size_t i = 0; i < experts; ++i) routing.entries[src * experts + i] = count(ranks + i);
   }
 }
 

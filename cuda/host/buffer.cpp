@@ -158,6 +158,7 @@ void Buffer::fill_call() {
   call_.rank = rank;
   call_.first_expert = first_expert;
   call_.num_local_experts = num_local_experts;
+  call_.one_gpu = peers_->all_near() ? 1 : 0;
   call_.mask_on_timeout = mask_on_timeout ? 1 : 0;
 }
 

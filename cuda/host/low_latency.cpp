@@ -122,6 +122,7 @@ uint64_t enqueue_dispatch(Buffer& buffer, const deepep_low_latency_dispatch_args
                                                           .receives = slot->received ? 1u : 0u,
                                                           .plan = plan,
                                                           .blocks_a_token = 0,
+                                                          .place_shift = 0,
                                                           .piece_units = 0,
                                                           .row_pieces = 0,
                                                           .turns_scales_of = turns_scales_of(buffer, call, args, *slot)};

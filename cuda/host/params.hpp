@@ -89,7 +89,8 @@ struct CallParams {
   uint32_t rank;
   uint32_t first_expert;
   uint32_t num_local_experts;
-  uint32_t slot;  // of this rank, where the operation has one
+  uint32_t slot;     // of this rank, where the operation has one
+  uint32_t one_gpu;  // 1 = all ranks are on this GPU and in this process: what is released to it reaches them
   int32_t op;     // DEEPEP_OP_*
   uint32_t mask_on_timeout;
   uint64_t seq;         // 0 = captured
@@ -181,6 +182,7 @@ struct LowLatencyDispatchParams {
   Plan plan;
   // Filled in by launch_low_latency_dispatch().
   uint32_t blocks_a_token;  // that share the tokens which they have in common
+  uint32_t place_shift;     // 1 << place_shift of these have other places each
   uint32_t piece_units;     // of a row that a warp moves at once
   uint32_t row_pieces;      // a row
   // Ranks to and from which scales in columns go as rows, where they say the same of this one. 0 = none: another kernel.

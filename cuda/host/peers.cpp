@@ -7,6 +7,7 @@
 #include <unistd.h>
 
 #include <atomic>
+#include <bit>
 #include <map>
 #include <mutex>
 #include <new>
@@ -169,6 +170,13 @@ uint64_t Peers::ranks_on_device() const {
     if (memcmp(page(rank).uuid, device_.uuid, sizeof device_.uuid) == 0) ranks |= uint64_t{1} << rank;
   }
   return ranks;
+}
+
+bool Peers::all_near() const {
+  for (uint32_t rank = 0; rank < peers_.size(); ++rank) {
+    if (page(rank).pid != getpid()) return false;
+  }
+  return static_cast<size_t>(std::popcount(ranks_on_device())) == peers_.size();
 }
 
 void Peers::leave() {

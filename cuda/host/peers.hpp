@@ -51,6 +51,8 @@ class Peers {
   const PeerPage& page(uint32_t rank) const { return page_of(*peers_[rank].page); }
   // Ranks that use this rank's device, itself included: bit r is rank r's.
   uint64_t ranks_on_device() const;
+  // Whether all ranks use it, from this process.
+  bool all_near() const;
 
   // Says to the peers that this rank is gone, then lets go of their memory. Nothing of this rank runs any more.
   void leave();

@@ -66,6 +66,40 @@ __device__ inline uint64_t all_ranks(const CallParams& p) {
 __device__ inline uint64_t rank_bit(uint32_t rank) { return uint64_t{1} << rank; }
 __device__ inline uint8_t* own_memory(const CallParams& p) { return p.symmetric[p.rank]; }
 
+// Releases to the peers what this thread has written, or acquired; a store, or the stores that follow the fence, tell of it. On
+// one H200 it takes 1 us less to reach the GPU than all of the system.
+template <class... Words>
+__device__ __forceinline__ void release_to_peers(const CallParams& p, uint64_t* address, Words... words) {
+  p.one_gpu != 0 ? store_release_gpu(address, words...) : store_release_sys(address, words...);
+}
+__device__ __forceinline__ void fence_to_peers(const CallParams& p) {
+  p.one_gpu != 0 ? fence_acq_rel_gpu() : fence_acq_rel_sys();
+}
+
+// A thread: counts of up to kCountsAtOnce ranks, each in a word that says by itself that it is of this call. Bit i of `asked`:
+// the i-th is waited for; of others there is none. False when `goes_on(looks)` has enough before they are there.
+constexpr uint32_t kCountsAtOnce = 8;  // under way
+template <class GoesOn>
+__device__ __forceinline__ bool take_counts(const uint64_t* words, uint64_t stride, uint32_t asked, uint64_t epoch,
+                                            uint32_t (&counts)[kCountsAtOnce], GoesOn goes_on) {
+  for (uint32_t looks = 1;; ++looks) {
+    uint64_t word[kCountsAtOnce];
+#pragma unroll
+    for (uint32_t i = 0; i < kCountsAtOnce; ++i) {
+      word[i] = count_word(epoch, 0);
+      if ((asked >> i & 1) != 0) word[i] = load_relaxed_sys(words + i * stride);
+    }
+    bool all_came = true;
+#pragma unroll
+    for (uint32_t i = 0; i < kCountsAtOnce; ++i) {
+      all_came = all_came && is_count_of(word[i], epoch);
+      counts[i] = static_cast<uint32_t>(word[i]);
+    }
+    if (all_came) return true;
+    if (!goes_on(looks)) return false;
+  }
+}
+
 // What a call finds in the state. Loads that are under way until something is used.
 struct CallFound {
   uint64_t epoch, base_epoch, launches, num_blocks, masked, lost;

@@ -123,7 +123,7 @@ struct Combine {
     if (publishes) {
       if (threadIdx.x == kWarpLanes) agree();
       __syncwarp();
-      if (!copies()) fence_acq_rel_sys();  // The outputs, which are there.
+      if (!copies()) fence_to_peers(p());  // The outputs, which are there.
     }
     bool ready = true;
     if (leads) {
@@ -150,9 +150,7 @@ struct Combine {
         wait_for_blocks(p(), s.call, kMeetCopied, false);
       }
     }
-    if (publishes && ready) {
-      copies() ? leader.publish_to<false>(s.told, s.said_code) : leader.publish_to<true>(s.told, s.said_code);
-    }
+    if (publishes && ready) leader.publish_to(s.told, s.said_code, copies());
     if (!needs_rows_first() && is_valid()) {
       find_row_bases_beside(p(), params.routing, s.known.view, row_tables(p(), shared));
     }

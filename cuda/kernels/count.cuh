@@ -33,7 +33,8 @@ struct TokenRange {
 
 // The tokens of this block, or with `part` of `parts` a section of a run.
 __device__ inline TokenRange cut(TokenRange run, uint32_t part, uint32_t parts) {
-  const uint32_t each = (run.end - run.begin + parts - 1) / parts;
+  const uint32_t tokens = run.end - run.begin;
+  const uint32_t each = tokens <= parts ? 1 : (tokens + parts - 1) / parts;
   const uint32_t begin = run.begin + part * each;
   return {begin < run.end ? begin : run.end, begin + each < run.end ? begin + each : run.end};
 }
@@ -51,8 +52,17 @@ struct CountTables {
   uint32_t sections;
 };
 
-// What a kernel that counts, or works out row bases, needs at least.
-constexpr uint64_t kCountBytes = kMaxWarps * DEEPEP_MAX_RANKS * 4 + uint64_t{2} * DEEPEP_MAX_EXPERTS * 4;
+// Shared memory of what a count is made of (rows.cuh): a row of sums, and where the rows begin on every rank.
+__host__ __device__ constexpr uint32_t sums_bytes(uint32_t num_ranks, uint32_t num_experts) {
+  return 4 * (num_ranks + num_experts);
+}
+__host__ __device__ constexpr uint32_t row_tables_bytes(uint32_t num_ranks, uint32_t num_experts) {
+  return 8 * num_ranks + 4 * (num_ranks > num_experts ? num_ranks : num_experts);
+}
+// What a kernel needs at least that counts, and that works out row bases besides.
+constexpr uint64_t kTablesBytes = kMaxWarps * DEEPEP_MAX_RANKS * 4 + DEEPEP_MAX_EXPERTS * 4;
+constexpr uint64_t kCountBytes = kTablesBytes + align_up(sums_bytes(DEEPEP_MAX_RANKS, DEEPEP_MAX_EXPERTS), 8) +
+                                 row_tables_bytes(DEEPEP_MAX_RANKS, DEEPEP_MAX_EXPERTS);
 
 __host__ __device__ inline uint64_t count_bytes(const Options& options, uint32_t sections, bool by_expert) {
   return 4 * (uint64_t{sections} * options.num_ranks + uint64_t{by_expert ? sections : 1} * options.num_experts);
@@ -86,67 +96,91 @@ __device__ inline int32_t expert_of_entry(const CallParams& p, const RoutingInpu
   return value < 0 || value >= static_cast<int64_t>(p.options.num_experts) ? -1 : static_cast<int32_t>(value);
 }
 
-// The ranks that a token goes to.
-__device__ inline uint64_t ranks_of_token(const CallParams& p, const RoutingInput& input, uint32_t token) {
-  uint64_t ranks = 0;
-  if (input.topk_idx == nullptr) {
-    for (uint32_t rank = 0; rank < p.options.num_ranks; ++rank) {
-      if (input.is_token_in_rank[uint64_t{token} * p.options.num_ranks + rank] != 0) ranks |= rank_bit(rank);
-    }
-    return ranks;
-  }
-  for (uint32_t k = 0; k < input.num_topk; ++k) {
-    const int32_t expert = expert_of_entry(p, input, uint64_t{token} * input.num_topk + k);
-    if (expert >= 0) ranks |= rank_bit(p.partition.rank(static_cast<uint32_t>(expert)));
-  }
-  return ranks;
-}
+// A round of a section's tokens as one warp looks at it: a lane for each token and column, which is an entry, or in a routing by
+// is_token_in_rank a rank. As many whole tokens as there are lanes for; a token of more columns takes several rounds.
+struct Columns {
+  uint32_t count;   // of a token
+  uint32_t tokens;  // in a round
+  uint32_t token;   // this lane's, of them
+  uint32_t column;  // this lane's, of a token's first round
 
-// One warp: counts the entries of a section, notes wrong ones, and keeps the experts for later if asked.
-__device__ inline void count_entries(const CallParams& p, const RoutingInput& input, TokenRange section, uint32_t* entries,
-                                     int32_t* experts) {
-  if (input.topk_idx == nullptr) return;
-  const uint64_t end = uint64_t{section.end} * input.num_topk;
-  for (uint64_t i = uint64_t{section.begin} * input.num_topk + threadIdx.x % kWarpLanes; i < end; i += kWarpLanes) {
-    const int64_t value = input.raw(i);
-    const int32_t expert = expert_of_entry(p, input, i);
-    // The first wrong entry of all has the largest ~position.
-    if (value < -1 || value >= static_cast<int64_t>(p.options.num_experts)) max_relaxed_gpu(&p.state->bad_entry, ~i);
-    if (experts != nullptr) experts[i] = expert;
-    if (expert >= 0) atomicAdd(&entries[expert], 1u);
+  __device__ static Columns of(const CallParams& p, const RoutingInput& input) {
+    const uint32_t count = input.topk_idx != nullptr ? input.num_topk : p.options.num_ranks, lane = lane_id();
+    if (count > kWarpLanes) return {count, 1, 0, lane};
+    return {count, kWarpLanes / count, lane / count, lane % count};
   }
-}
+  // The lanes that have this one's token.
+  __device__ uint32_t lanes() const {
+    return count < kWarpLanes ? ((1u << count) - 1) << (token * count) : kAllLanes;
+  }
+};
 
-// One warp: counts the tokens of a section by rank.
-__device__ inline void count_tokens(const CallParams& p, const RoutingInput& input, TokenRange section, uint32_t* tokens) {
-  const uint32_t lane = threadIdx.x % kWarpLanes;
-  uint32_t low = 0, high = 0;  // of ranks lane and lane + 32
-  for (uint32_t first = section.begin; first < section.end; first += kWarpLanes) {
-    const uint64_t ranks = first + lane < section.end ? ranks_of_token(p, input, first + lane) : 0;
-    for (uint32_t rank = 0; rank < p.options.num_ranks; ++rank) {
-      const uint32_t count = __popc(__ballot_sync(kAllLanes, in_view(ranks, rank)));
-      if (rank == lane) low += count;
-      if (rank == lane + kWarpLanes) high += count;
+// What a lane has there: a rank that its token goes to, of all lanes of the token that have this one the first. -1 = none.
+struct TokenRank {
+  uint32_t token;
+  int32_t rank;
+};
+// One warp, a round: `see(i, value)` is told of entry i as it was given.
+template <class See>
+__device__ __forceinline__ TokenRank look(const CallParams& p, const RoutingInput& input, const Columns& columns,
+                                          TokenRange section, uint32_t first, uint32_t from_column, See see) {
+  const uint32_t lane = lane_id(), column = columns.column + from_column;
+  TokenRank to = {first + columns.token, -1};
+  if (columns.token < columns.tokens && to.token < section.end && column < columns.count) {
+    const uint64_t i = uint64_t{to.token} * columns.count + column;
+    if (input.topk_idx == nullptr) {
+      if (input.is_token_in_rank[i] != 0) to.rank = static_cast<int32_t>(column);
+    } else {
+      const int64_t value = input.raw(i);
+      const bool is_expert = value >= 0 && value < static_cast<int64_t>(p.options.num_experts);
+      if (is_expert) to.rank = static_cast<int32_t>(p.partition.rank(static_cast<uint32_t>(value)));
+      see(i, value, is_expert);
     }
   }
-  if (lane < p.options.num_ranks) tokens[lane] = low;
-  if (lane + kWarpLanes < p.options.num_ranks) tokens[lane + kWarpLanes] = high;
+  const uint32_t same = __match_any_sync(kAllLanes, to.rank << 6 | static_cast<int32_t>(columns.token));
+  if ((same & ((1u << lane) - 1)) != 0) to.rank = -1;
+  return to;
 }
 
-// Counts a block's tokens: fills the tables. By all threads.
-__device__ inline void count_sections(const CallParams& p, const RoutingInput& input, TokenRange tokens,
+// One warp: counts the entries and tokens of a section, notes wrong entries, and keeps the experts for later if asked. Whether
+// this lane has noted one.
+__device__ inline bool count_section(const CallParams& p, const RoutingInput& input, TokenRange section, uint32_t* tokens,
+                                     uint32_t* entries, int32_t* experts) {
+  if (section.begin == section.end) return false;
+  const Columns columns = Columns::of(p, input);
+  bool bad = false;
+  for (uint32_t first = section.begin; first < section.end; first += columns.tokens) {
+    for (uint32_t from = 0; from < columns.count; from += kWarpLanes) {
+      const TokenRank to = look(p, input, columns, section, first, from, [&](uint64_t i, int64_t value, bool is_expert) {
+        const bool is_bad = !is_expert && value != -1;
+        // The first wrong entry of all has the largest ~position.
+        if (is_bad) max_relaxed_gpu(&p.state->bad_entry, ~i);
+        bad = bad || is_bad;
+        if (experts != nullptr) experts[i] = is_expert ? static_cast<int32_t>(value) : -1;
+        if (is_expert) atomicAdd(&entries[value], 1u);
+      });
+      if (to.rank >= 0) atomicAdd(&tokens[to.rank], 1u);
+    }
+  }
+  return bad;
+}
+
+// Before count_sections(), by all threads; the block must meet in between.
+__device__ inline void clear_tables(const CallParams& p, const CountTables& tables, bool by_expert) {
+  const uint32_t tokens = tables.sections * p.options.num_ranks;
+  const uint32_t entries = (by_expert ? tables.sections : 1) * p.options.num_experts;
+  for (uint32_t i = threadIdx.x; i < tokens; i += blockDim.x) tables.tokens[i] = 0;
+  for (uint32_t i = threadIdx.x; i < entries; i += blockDim.x) tables.entries[i] = 0;
+}
+
+// Counts a block's tokens: fills the tables. By all threads. Whether some entry is wrong.
+__device__ inline bool count_sections(const CallParams& p, const RoutingInput& input, TokenRange tokens,
                                       const CountTables& tables, bool by_expert, int32_t* experts) {
-  const uint32_t ranks = p.options.num_ranks, num_experts = p.options.num_experts;
-  const uint32_t rows = by_expert ? tables.sections : 1;
-  for (uint32_t i = threadIdx.x; i < rows * num_experts; i += blockDim.x) tables.entries[i] = 0;
-  __syncthreads();
   const uint32_t nth = own_section();
-  if (nth < tables.sections) {
-    const TokenRange section = cut(tokens, nth, tables.sections);
-    count_entries(p, input, section, tables.entries + (by_expert ? nth * num_experts : 0), experts);
-    count_tokens(p, input, section, tables.tokens + nth * ranks);
-  }
-  __syncthreads();
+  const bool bad = nth < tables.sections &&
+                   count_section(p, input, cut(tokens, nth, tables.sections), tables.tokens + nth * p.options.num_ranks,
+                                 tables.entries + (by_expert ? nth * p.options.num_experts : 0), experts);
+  return __syncthreads_or(bad) != 0;
 }
 
 // What they have counted in column i.
@@ -163,6 +197,8 @@ __device__ inline uint32_t counted_here(const CallParams& p, const CountTables& 
 // Both, where other blocks have tokens too: fills the block's row of scratch. By all threads; end with arrive(kMeetCounted).
 __device__ inline void count_block(const CallParams& p, const RoutingInput& input, TokenRange tokens, const CountTables& tables,
                                    bool by_expert, int32_t* experts) {
+  clear_tables(p, tables, by_expert);
+  __syncthreads();
   count_sections(p, input, tokens, tables, by_expert, experts);
   uint32_t* counts = counts_of_block(p, blockIdx.x);
   for (uint32_t i = threadIdx.x; i < p.options.num_ranks + p.options.num_experts; i += blockDim.x) {
@@ -176,6 +212,23 @@ __device__ inline uint32_t counted_before(const CallParams& p, uint32_t end, uin
 #pragma unroll 4
   for (uint32_t block = 0; block < end; ++block) sum += __ldcg(counts_of_block(p, block) + i);
   return sum;
+}
+
+// What one warp of all that share it tells the peers of `to`: a part of one peer's words, or of several. Value i of `count`, by
+// value(i), becomes word i of words_of(peer). Pairs with take_counts() of the peer.
+template <class WordsOf, class Value>
+__device__ __forceinline__ void publish_counts(const CallParams& p, uint64_t to, uint64_t epoch, uint32_t warp, uint32_t warps,
+                                               uint32_t count, WordsOf words_of, Value value) {
+  // Ranks are counted as a power of two: it spares divisions.
+  const uint32_t ranks = p.options.num_ranks, shift = 32 - static_cast<uint32_t>(__clz(static_cast<int32_t>(ranks - 1)));
+  const uint32_t parts = max(warps >> shift, 1u), part = warp >> shift;
+  for (uint32_t peer = warp & ((1u << shift) - 1); peer < ranks && part < parts; peer += warps) {
+    if (!in_view(to, peer)) continue;
+    uint64_t* const words = words_of(peer);
+    for (uint32_t i = part * kWarpLanes + lane_id(); i < count; i += parts * kWarpLanes) {
+      store_relaxed_sys(words + i, count_word(epoch, value(i)));
+    }
+  }
 }
 
 // Turns the tables from counts into first positions: what lies in earlier blocks and sections. By all threads, when the blocks
@@ -196,27 +249,35 @@ __device__ inline void place_sections(const CallParams& p, const CountTables& ta
 }
 
 // One warp, rank layout: the hops of a section's tokens, ascending by rank. `at` is the section's row of first positions.
-__device__ inline void place_tokens(const CallParams& p, const RoutingInput& input, TokenRange section, const uint32_t* at,
+__device__ inline void place_tokens(const CallParams& p, const RoutingInput& input, TokenRange section, uint32_t* at,
                                     DeviceHop* hops, uint32_t width) {
-  const uint32_t lane = threadIdx.x % kWarpLanes;
-  const uint32_t before_me = (1u << lane) - 1;
-  // Of ranks lane and lane + 32.
-  uint32_t low = lane < p.options.num_ranks ? at[lane] : 0;
-  uint32_t high = lane + kWarpLanes < p.options.num_ranks ? at[lane + kWarpLanes] : 0;
-  for (uint32_t first = section.begin; first < section.end; first += kWarpLanes) {
-    const bool is_mine = first + lane < section.end;
-    const uint64_t ranks = is_mine ? ranks_of_token(p, input, first + lane) : 0;
-    DeviceHop* mine = hops + uint64_t{first + lane} * width;
-    uint32_t i = 0;
-    for (uint32_t rank = 0; rank < p.options.num_ranks; ++rank) {
-      const uint32_t lanes = __ballot_sync(kAllLanes, in_view(ranks, rank));
-      uint32_t& next = rank < kWarpLanes ? low : high;
-      const uint32_t begin = __shfl_sync(kAllLanes, next, rank % kWarpLanes);
-      if (in_view(ranks, rank)) mine[i++] = {static_cast<int32_t>(rank), begin + __popc(lanes & before_me)};
-      if (lane == rank % kWarpLanes) next += __popc(lanes);
+  if (section.begin == section.end) return;
+  const Columns columns = Columns::of(p, input);
+  const uint32_t before_me = (1u << lane_id()) - 1;
+  for (uint32_t first = section.begin; first < section.end; first += columns.tokens) {
+    uint32_t before = 0;  // hops of the token from earlier rounds: of lower ranks
+    for (uint32_t from = 0; from < columns.count; from += kWarpLanes) {
+      const TokenRank to = look(p, input, columns, section, first, from, [](uint64_t, int64_t, bool) {});
+      const bool has = to.rank >= 0;
+      const uint32_t same = __match_any_sync(kAllLanes, to.rank);  // Tokens of the round that go to this one's rank.
+      DeviceHop* const mine = hops + uint64_t{to.token} * width;
+      uint32_t lower = before;
+      for (uint32_t column = 0; column < min(columns.count, kWarpLanes); ++column) {
+        const auto other = static_cast<uint32_t>(
+            __shfl_sync(kAllLanes, to.rank, static_cast<int>((columns.token * columns.count + column) % kWarpLanes)));
+        if (other < static_cast<uint32_t>(to.rank)) ++lower;
+      }
+      if (has) mine[lower] = {to.rank, at[to.rank] + static_cast<uint32_t>(__popc(same & before_me))};
+      before += static_cast<uint32_t>(__popc(__ballot_sync(kAllLanes, has) & columns.lanes()));
+      __syncwarp();
+      if (has && (same & before_me) == 0) at[to.rank] += static_cast<uint32_t>(__popc(same));
+      __syncwarp();
     }
-    for (; is_mine && i < width; ++i) mine[i] = {-1, 0};
-    __syncwarp();
+    const uint32_t token = first + columns.token;
+    if (columns.token >= columns.tokens || token >= section.end) continue;
+    for (uint32_t i = columns.column; i < width; i += kWarpLanes) {
+      if (i >= before) hops[uint64_t{token} * width + i] = {-1, 0};
+    }
   }
 }
 

@@ -18,6 +18,8 @@ constexpr uint32_t kClerks = 1;
 struct Dispatch : DispatchRows {
   uint8_t* shared;
   FewPart part;
+  CountTables tables;  // where this block counts
+  bool wrong;          // of a block that counts alone: some entry is
 
   __device__ RoutingInput input() const {
     return {reinterpret_cast<const void*>(params.args.topk_idx), reinterpret_cast<const uint8_t*>(params.args.is_token_in_rank),
@@ -45,6 +47,8 @@ struct Dispatch : DispatchRows {
       }
     }
     if (is_leader()) s.pushed.clear();
+    if (counts()) tables = count_tables_of_block();
+    if (counts_alone()) clear_tables(p(), tables, by_expert());
     __syncthreads();
   }
 
@@ -54,14 +58,13 @@ struct Dispatch : DispatchRows {
   // earlier kernel, and has ended: await_kernel_before() has seen to that. Nothing is told but that, so a fence would only say
   // to the memory model what no GPU does otherwise, and it would take longer than all of the message's way.
   __device__ void publish_known() const {
-    Leader(p(), s.call).publish_to<true>(s.expected, s.known.valid == params.routing.name ? 0 : DEEPEP_ERROR_INVALID_ARGUMENT);
+    Leader(p(), s.call).publish_to(s.expected, s.known.valid == params.routing.name ? 0 : DEEPEP_ERROR_INVALID_ARGUMENT, false);
   }
   // deepep_inject may want this rank to say nothing.
   __device__ bool may_be_silent() const { return p().inject[DEEPEP_PHASE_NOTIFY].wanted != 0; }
 
-  // Leader's block: what this rank finds wrong in its own routing, before it says anything.
-  __device__ void check_entries(Leader& leader) {
-    const uint64_t bad = load_relaxed_gpu(&p().state->bad_entry);
+  // Leader's warp: `bad` of the state is what this rank finds wrong in its own routing, before it says anything.
+  __device__ void check_entries(Leader& leader, uint64_t bad) {
     if (bad == 0) return;
     const RoutingInput from = input();
     Finding finding;
@@ -91,22 +94,32 @@ struct Dispatch : DispatchRows {
   // rows would wait for room on this device. Where one block sends alone they do not.
   __device__ bool meets_for_room() const { return !cached() && is_few() && params.sending_blocks > 1; }
 
-  // The tokens that this block counts and places.
+  // Whether this block counts, and whether it does so for all.
+  __device__ bool counts() const { return !cached() && (is_leader() || !is_few()); }
+  __device__ bool counts_alone() const { return !cached() && is_leader() && is_few(); }
+  // The tokens that it counts and places.
   __device__ TokenRange counted_tokens() const {
     return is_few() ? TokenRange{0, params.routing.num_tokens} : block_tokens(params.routing.num_tokens);
   }
 
-  // Leader's block: puts this rank's counts into its messages.
-  __device__ void store_counts(const CountTables& tables, const int32_t* per_expert) {
-    const uint32_t ranks = p().options.num_ranks, columns = ranks + p().options.num_experts;
-    for (uint32_t i = threadIdx.x; i < columns; i += blockDim.x) {
+  // Leader's block: adds up what this rank has, and tells the peers when it has met.
+  __device__ uint32_t columns() const { return p().options.num_ranks + p().options.num_experts; }
+  __device__ uint32_t* sums() const { return reinterpret_cast<uint32_t*>(shared + sums_at()); }
+  __device__ void add_counts_up(const int32_t* per_expert) const {
+    const uint32_t ranks = p().options.num_ranks;
+    for (uint32_t i = threadIdx.x; i < columns(); i += blockDim.x) {
       uint32_t sum = is_few() ? counted_here(p(), tables, by_expert(), i) : counted_before(p(), gridDim.x, i);
       if (i >= ranks && per_expert != nullptr) sum = static_cast<uint32_t>(per_expert[i - ranks]);
-      for (uint32_t peer = 0; peer < ranks; ++peer) {
-        if (in_view(s.call.masked | s.call.lost, peer)) continue;
-        message_counts(message_at(p().symmetric[peer], p().regions, p().rank, s.call.epoch))[i] = sum;
-      }
+      sums()[i] = sum;
     }
+  }
+  __device__ void publish_sums() const {
+    const uint32_t* const values = sums();
+    const auto words_of = [&](uint32_t peer) {
+      return message_counts(message_at(p().symmetric[peer], p().regions, p().rank, s.call.epoch));
+    };
+    publish_counts(p(), s.expected, s.call.epoch, threadIdx.x / kWarpLanes, blockDim.x / kWarpLanes, columns(), words_of,
+                   [&](uint32_t i) { return values[i]; });
   }
 
   // Leader's warp, when the rows of all ranks are known. Every rank has the whole matrix, so all fail alike, before a row has
@@ -145,7 +158,6 @@ struct Dispatch : DispatchRows {
   // The leader's block: says what this rank has. The first warp leads; the second publishes, of a routing that is known as soon
   // as the call has begun. False when the call has been stopped.
   __device__ bool publish() {
-    const CountTables tables = count_tables_of_block();
     const uint32_t warp = threadIdx.x / kWarpLanes;
     const bool leads = warp == 0;
     Leader leader(p(), s.call);
@@ -162,21 +174,25 @@ struct Dispatch : DispatchRows {
       if (may_be_silent() && warp == 1) publish_known();
       const bool known = s.known.valid == params.routing.name;
       // Should all ranks take part.
-      if (known) find_row_bases_beside(p(), params.routing, s.expected, row_tables(p(), shared));
+      if (known) find_row_bases_beside(p(), params.routing, s.expected, row_tables_of_block());
       if (!known && leads) leader.refuse(DEEPEP_ERROR_INVALID_ARGUMENT, Reason::no_routing);
     } else {
       const auto* per_expert = reinterpret_cast<const int32_t*>(params.args.num_tokens_per_expert);
       // Either, since both note what is wrong in the same word.
-      if (params.args.topk_idx != 0) {
-        if (leads) check_entries(leader);
-      } else if (per_expert != nullptr) {
-        check_expert_counts(per_expert);
-      }
+      const bool has_entries = params.args.topk_idx != 0;
+      if (!has_entries && per_expert != nullptr) check_expert_counts(per_expert);
+      const bool looks = leads && has_entries && (wrong || !is_few());
+      const uint64_t bad = looks ? load_relaxed_gpu(&p().state->bad_entry) : 0;
+      add_counts_up(per_expert);
+      if (leads) check_entries(leader, bad);
       if (threadIdx.x == 0) s.said_code = s.call.code;
-      store_counts(tables, per_expert);  // Nobody looks at them in a call that is refused.
       __syncthreads();
+      // Each count says by itself that it is there; where ranks may be left out, whoever has the message has them.
+      const bool counts_first = p().mask_on_timeout != 0;
+      if (warp == 1 && !counts_first) leader.publish_to(s.expected, s.said_code, false);
+      publish_sums();  // Nobody looks at them in a call that is refused.
       place_sections(p(), tables, by_expert());
-      if (warp == 1) leader.publish_to<false>(s.expected, s.said_code);
+      if (warp == 1 && counts_first) leader.publish_to(s.expected, s.said_code, true);
       // While the messages come.
       if (s.said_code == 0) {
         place_block(p(), input(), counted_tokens(), tables, by_expert(), params.routing);
@@ -186,20 +202,34 @@ struct Dispatch : DispatchRows {
     return true;
   }
 
+  // The counts of all ranks. False when the call has been stopped.
+  __device__ bool take_counts(const RowTables& rows) {
+    if (threadIdx.x < kWarpLanes) wait_for_counts(Leader(p(), s.call), s.call.view);
+    __syncthreads();
+    return !__syncthreads_or(s.call.code != 0 || !take_columns_beside(rows, s.call.view, 0));
+  }
+  // Warps from `first` on, of the ranks in a view; see take_columns().
+  __device__ bool take_columns_beside(const RowTables& rows, uint64_t view, uint32_t first) {
+    const uint32_t skipped = first * kWarpLanes;
+    if (threadIdx.x < skipped) return true;
+    return take_columns(p(), params.routing, s.call.epoch, view, rows, threadIdx.x - skipped, blockDim.x - skipped);
+  }
+
   // The same until it goes, or stops with s.call.code: true when rows may be pushed.
   __device__ bool lead() {
     const uint32_t warp = threadIdx.x / kWarpLanes;
     const bool leads = warp == 0;
     Leader leader(p(), s.call);
-    const RowTables rows = row_tables(p(), shared);
+    const RowTables rows = row_tables_of_block();
+    // While the first warp listens the others take what comes, should all ranks take part.
+    const bool came = cached() || s.said_code != 0 || take_columns_beside(rows, s.expected, 1);
     const bool gathered = !leads || leader.gather(0, true);
     if (__syncthreads_or(!gathered)) return stop();
     if (!cached() || s.call.view != s.expected) {
       if (cached()) {
         find_row_bases(p(), params.routing, s.call.view, rows);
       } else {
-        take_columns(p(), params.routing, s.call.epoch, s.call.view, rows);
-        __syncthreads();
+        if (__syncthreads_or(!came || s.call.view != s.expected) && !take_counts(rows)) return stop();
         place_all_groups(p(), params.routing, rows, warp, blockDim.x / kWarpLanes);
       }
       // Any block may push any token: all must have their places.
@@ -238,20 +268,17 @@ struct Dispatch : DispatchRows {
 
   // True when rows may be pushed. By all threads.
   __device__ bool notify() {
-    if (!cached()) {
-      // Until this dispatch has succeeded the handle holds no routing.
-      if (is_leader() && threadIdx.x == 0) params.routing.header->valid = 0;
-      if (!s.call.skipped && (is_leader() || !is_few())) {
-        const CountTables tables = count_tables_of_block();
-        if (is_few()) {
-          count_sections(p(), input(), counted_tokens(), tables, by_expert(), params.routing.experts);
-        } else {
-          count_block(p(), input(), counted_tokens(), tables, by_expert(), params.routing.experts);
-          arrive(p(), kMeetCounted);
-        }
+    // Until this dispatch has succeeded the handle holds no routing.
+    if (!cached() && is_leader() && threadIdx.x == 0) params.routing.header->valid = 0;
+    if (s.call.skipped) return false;
+    if (counts()) {
+      if (is_few()) {
+        wrong = count_sections(p(), input(), counted_tokens(), tables, by_expert(), params.routing.experts);
+      } else {
+        count_block(p(), input(), counted_tokens(), tables, by_expert(), params.routing.experts);
+        arrive(p(), kMeetCounted);
       }
     }
-    if (s.call.skipped) return false;
     // It tells of nothing but itself.
     if (meets_for_room() && threadIdx.x == kWarpLanes) reduce_add_relaxed_gpu(&p().state->arrivals[kMeetCounted], 1);
     if (is_leader()) {
@@ -259,7 +286,6 @@ struct Dispatch : DispatchRows {
     } else if (!cached() && !is_few()) {
       // A stop is for good: whoever asked again would change the answer that others of the block are reading.
       if (!await_leader(p(), s.call, kStepCounted)) return false;
-      const CountTables tables = count_tables_of_block();
       place_sections(p(), tables, by_expert());
       place_block(p(), input(), counted_tokens(), tables, by_expert(), params.routing);
       arrive(p(), kMeetPlaced);
@@ -268,8 +294,16 @@ struct Dispatch : DispatchRows {
     return is_leader() ? lead() : follow();
   }
 
+  // Shared memory: the tables of a count, where rows begin, sums. None is where another is: warps use them at once.
+  __device__ uint32_t sums_at() const {
+    return (params.plan.block_bytes - sums_bytes(p().options.num_ranks, p().options.num_experts)) / 8 * 8;
+  }
+  __device__ uint32_t rows_at() const {
+    return (sums_at() - row_tables_bytes(p().options.num_ranks, p().options.num_experts)) / 8 * 8;
+  }
+  __device__ RowTables row_tables_of_block() const { return row_tables(p(), shared + rows_at()); }
   __device__ CountTables count_tables_of_block() const {
-    CountTables tables = count_tables(p(), shared, params.plan.block_bytes, by_expert());
+    CountTables tables = count_tables(p(), shared, rows_at(), by_expert());
     if (is_few()) tables.sections = min(tables.sections, max(params.routing.num_tokens, 1u));
     return tables;
   }
@@ -465,7 +499,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads + kClerks * kWarpLanes, 1)
   __shared__ DispatchShared s;
   __shared__ uint64_t barriers[kMaxBarriers];
   await_kernel_before();
-  Dispatch dispatch{{params, s}, dynamic_shared, {}};
+  Dispatch dispatch{{params, s}, dynamic_shared, {}, {}, false};
   dispatch.begin();
   const bool goes = dispatch.notify();
   if (goes) {

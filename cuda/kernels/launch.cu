@@ -149,7 +149,8 @@ cudaError_t launch_low_latency_dispatch(LowLatencyDispatchParams& params, Place 
   const auto blocks = static_cast<uint32_t>(params.plan.sms), tokens = params.routing.num_tokens;
   const auto units = static_cast<uint32_t>(ceil_div(args.row_bytes, kUnitBytes));
   params.blocks_a_token = tokens != 0 && blocks > tokens ? blocks / tokens : 1;
-  const uint32_t warps = params.plan.warps * params.blocks_a_token;
+  params.place_shift = place_shift(params.blocks_a_token, ceil_div(units, params.plan.warps), params.routing.num_topk);
+  const uint32_t warps = params.plan.warps * (params.blocks_a_token >> params.place_shift);
   const uint64_t block_tokens = ceil_div(uint64_t{tokens} * params.blocks_a_token, blocks);
   const uint32_t pieces =
       low_latency_pieces(units, params.plan.chunk_bytes / kUnitBytes, std::max<uint64_t>(1, block_tokens), warps);
@@ -194,7 +195,7 @@ cudaError_t launch_readers(ReadersParams params, Place place) {
 }
 
 cudaError_t launch_layout(LayoutParams params, int32_t num_sms, Place place) {
-  return launch(layout_kernel, params, static_cast<uint32_t>(num_sms), kMaxBlockThreads, kCountBytes, place);
+  return launch(layout_kernel, params, static_cast<uint32_t>(num_sms), kMaxBlockThreads, kTablesBytes, place);
 }
 
 cudaError_t launch_copy(void* dst, const void* src, uint64_t bytes, int32_t num_sms, cudaStream_t stream) {

@@ -62,17 +62,17 @@ struct Leader : Waits {
 
   // By one warp, which need not be the leader's: publishes this rank's message to every unmasked rank, also when it refuses the
   // call. With it the peers see what this warp knows of, and may overwrite what it has read.
-  __device__ void publish_all() { publish_to<false>(all_ranks(p) & ~(s.masked | s.lost), s.code); }
-  // The same while the leader may find out more. `kFenced`: what the warp knew of at its latest fence, or what needs none.
-  template <bool kFenced>
-  __device__ void publish_to(uint64_t to, int32_t code) {
+  __device__ void publish_all() { publish_to(all_ranks(p) & ~(s.masked | s.lost), s.code, true); }
+  // The same while the leader may find out more. Without `releases` the peers see what the warp knew of at its latest fence, or
+  // what needs none.
+  __device__ void publish_to(uint64_t to, int32_t code, bool releases) {
     const uint64_t hash = count_word(s.epoch, s.said_hash);
     const uint64_t sender = count_word(s.epoch, sender_word({p.slot, p.op, s.said_topk_weights, code}));
     for (uint32_t peer = lane; peer < p.options.num_ranks; peer += kWarpLanes) {
       if (!in_view(to, peer)) continue;
       uint64_t* words = message_at(p.symmetric[peer], p.regions, p.rank, s.epoch)->words;
       // Pairs with hear() of that peer. A fence costs the multiprocessor's other warps what they have in L1, a release not.
-      kFenced ? store_relaxed_sys(words, hash, sender) : store_release_sys(words, hash, sender);
+      releases ? release_to_peers(p, words, hash, sender) : store_relaxed_sys(words, hash, sender);
     }
     __syncwarp();
   }

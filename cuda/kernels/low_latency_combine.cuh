@@ -312,7 +312,7 @@ struct LowLatencyCombine {
 
   __device__ void lead() {
     const bool sends = params.sends != 0, receives = params.receives != 0;
-    if (is_leader() && is_early()) fence_acq_rel_sys();  // The outputs are there, which announce() says.
+    if (is_leader() && is_early()) fence_to_peers(p());  // The outputs are there, which announce() says.
     if (lane_id() == 0) s.seen = 0;
     for (uint32_t rank = lane_id(); rank < DEEPEP_MAX_RANKS; rank += kWarpLanes) s.waited_ns[rank] = 0;
     __syncthreads();  // The workers have read the state and looked up the entries.
@@ -433,7 +433,7 @@ struct LowLatencyCombine {
       stop_or_release(kStepCounted, true);
       leader.await_blocks(kMeetCopied, false);
     }
-    fence_acq_rel_sys();
+    fence_to_peers(p());
     announce(routed & ~(s.call.masked | s.call.lost), s.call.code);
     publish_message();
     keep_sent();

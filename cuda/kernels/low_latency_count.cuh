@@ -142,19 +142,13 @@ struct LowLatencyCount {
 
   // Workers: this rank's counts to the peers. The warps of all blocks share them: each has a part of one peer's, or more.
   __device__ void publish(uint64_t epoch, uint64_t to) const {
-    // Ranks are counted as a power of two: it spares divisions.
-    const uint32_t ranks = p.options.num_ranks, shift = 32 - static_cast<uint32_t>(__clz(static_cast<int32_t>(ranks - 1)));
-    const uint32_t block_warps = num_workers() / kWarpLanes, warps = gridDim.x * block_warps;
-    const uint32_t warp = blockIdx.x * block_warps + threadIdx.x / kWarpLanes;
-    const uint32_t parts = max(warps >> shift, 1u), part = warp >> shift;
+    const uint32_t block_warps = num_workers() / kWarpLanes;
     const bool refuses = found.bad != 0;
-    for (uint32_t peer = warp & ((1u << shift) - 1); peer < ranks && part < parts; peer += warps) {
-      if (peer == p.rank || !in_view(to, peer)) continue;
-      uint64_t* words = count_words_at(p.symmetric[peer], p.regions, num_experts(), p.rank, epoch);
-      for (uint32_t e = part * kWarpLanes + lane_id(); e < num_experts(); e += parts * kWarpLanes) {
-        store_relaxed_sys(words + e, count_word(epoch, refuses ? 0 : tables.own[e]));
-      }
-    }
+    publish_counts(
+        p, to & ~rank_bit(p.rank), epoch, threadIdx.x / kWarpLanes * gridDim.x + blockIdx.x, gridDim.x * block_warps,
+        num_experts(),
+        [&](uint32_t peer) { return count_words_at(p.symmetric[peer], p.regions, num_experts(), p.rank, epoch); },
+        [&](uint32_t e) { return refuses ? 0 : tables.own[e]; });
   }
 
   // The leader's warp: what this rank says of itself, and that its slot is free. That needs no fence, as in a dispatch of
@@ -180,7 +174,7 @@ struct LowLatencyCount {
     for (uint32_t item = threadIdx.x; item < items; item += num_workers()) {
       if (item >= num_experts() && item < senders) continue;
       const bool came =
-          item < senders ? take_counts(s, view, item) : take_sender(s, view, item - senders, hash, begin_ns, heard);
+          item < senders ? take_expert(s, view, item) : take_sender(s, view, item - senders, hash, begin_ns, heard);
       if (!came) return false;
     }
     return true;
@@ -193,17 +187,17 @@ struct LowLatencyCount {
     for (uint32_t local = lane_id(); local < p.num_local_experts; local += kWarpLanes) {
       const uint64_t* words = words_of(s, 0) + p.first_expert + local;
       uint32_t begin = 0;
-      for (uint32_t first = 0; first < ranks; first += kLoads, words += kLoads * stride) {
-        uint32_t some[kLoads];
+      for (uint32_t first = 0; first < ranks; first += kCountsAtOnce, words += kCountsAtOnce * stride) {
+        uint32_t some[kCountsAtOnce];
 #pragma unroll
-        for (uint32_t nth = 0; nth < kLoads; ++nth) {
+        for (uint32_t nth = 0; nth < kCountsAtOnce; ++nth) {
           some[nth] = 0;
           if (first + nth >= ranks || !in_view(view, first + nth)) continue;
           some[nth] = first + nth == p.rank ? tables.own[p.first_expert + local]
                                             : static_cast<uint32_t>(load_relaxed_sys(words + nth * stride));
         }
 #pragma unroll
-        for (uint32_t nth = 0; nth < kLoads; ++nth) {
+        for (uint32_t nth = 0; nth < kCountsAtOnce; ++nth) {
           if (first + nth < ranks)
             ranges[local * ranks + first + nth] = static_cast<int64_t>(uint64_t{begin} << 32 | some[nth]);
           begin += some[nth];
@@ -267,8 +261,6 @@ struct LowLatencyCount {
   }
 
  private:
-  static constexpr uint32_t kLoads = 8;  // words that a thread has under way
-
   __device__ const uint64_t* words_of(const CallShared& s, uint32_t src) const {
     return count_words_at(own_memory(p), p.regions, num_experts(), src, s.epoch);
   }
@@ -276,31 +268,20 @@ struct LowLatencyCount {
   __device__ uint64_t src_stride() const { return uint64_t{p.regions.message_ring} * (num_experts() + kNumCountInfos); }
 
   // An expert's counts; and what every rank finds alike: whether its region can hold the rows.
-  __device__ bool take_counts(const CallShared& s, uint64_t view, uint32_t expert) const {
+  __device__ bool take_expert(const CallShared& s, uint64_t view, uint32_t expert) const {
     const uint64_t peers = view & all_ranks(p) & ~rank_bit(p.rank), stride = src_stride();
     const uint64_t* words = words_of(s, 0) + expert;
     uint32_t lower = 0, all = tables.own[expert];
-    for (uint32_t first = 0; first < p.options.num_ranks; first += kLoads, words += kLoads * stride) {
+    for (uint32_t first = 0; first < p.options.num_ranks; first += kCountsAtOnce, words += kCountsAtOnce * stride) {
       const auto asked = static_cast<uint32_t>(peers >> first);
       const auto below = static_cast<uint32_t>((rank_bit(p.rank) - 1) >> first);
-      uint64_t word[kLoads];
-      for (uint32_t looks = 1;; ++looks) {
-        bool all_came = true;
+      uint32_t counts[kCountsAtOnce];
+      const auto goes_on = [&](uint32_t looks) { return looks % kLooksBetween != 0 || !is_stopped(p, s); };
+      if (!take_counts(words, stride, asked, s.epoch, counts, goes_on)) return false;
 #pragma unroll
-        for (uint32_t nth = 0; nth < kLoads; ++nth) {
-          word[nth] = count_word(s.epoch, 0);
-          if ((asked >> nth & 1) != 0) word[nth] = load_relaxed_sys(words + nth * stride);
-        }
-#pragma unroll
-        for (uint32_t nth = 0; nth < kLoads; ++nth) all_came = all_came && is_count_of(word[nth], s.epoch);
-        if (all_came) break;
-        if (looks % kLooksBetween == 0 && is_stopped(p, s)) return false;
-      }
-#pragma unroll
-      for (uint32_t nth = 0; nth < kLoads; ++nth) {
-        const auto count = static_cast<uint32_t>(word[nth]);
-        all += count;
-        if ((below >> nth & 1) != 0) lower += count;
+      for (uint32_t nth = 0; nth < kCountsAtOnce; ++nth) {
+        all += counts[nth];
+        if ((below >> nth & 1) != 0) lower += counts[nth];
       }
     }
     tables.base[expert] = lower;

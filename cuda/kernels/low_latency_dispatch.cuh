@@ -160,11 +160,11 @@ struct LowLatencyDispatch {
 
     __device__ void begin(TokenRange next) {
       round = next;
-      token = 0, piece = dispatch.part() * num_warps() + threadIdx.x / kWarpLanes;
+      token = 0, piece = (dispatch.part() >> dispatch.params.place_shift) * num_warps() + threadIdx.x / kWarpLanes;
       turn();
     }
     __device__ void advance() {
-      piece += dispatch.params.blocks_a_token * num_warps();
+      piece += (dispatch.params.blocks_a_token >> dispatch.params.place_shift) * num_warps();
       turn();
     }
     __device__ void turn() {
@@ -236,14 +236,14 @@ struct LowLatencyDispatch {
       const auto share = held.share(rows, first_unit(), bytes(), params.scales.to_elem_stride);
       const bool brings_scales = piece == 0;
       const auto* from = reinterpret_cast<const uint8_t*>(args.scales) + (round.begin + token) * args.scales_row_stride;
-      const RowPlace* place = dispatch.tables.places + token * dispatch.input.num_topk;
-      const RowPlace* const end = place + dispatch.input.num_topk;
+      const RowPlace* const places = dispatch.tables.places + token * dispatch.input.num_topk;
+      const uint32_t step = 1u << params.place_shift;
       if constexpr (kCast) held.load_shared(stage(), units());
       advance();
       fetch();
 #pragma unroll 1
-      for (; place != end; ++place) {
-        const RowPlace to = *place;
+      for (uint32_t nth = dispatch.part() & (step - 1); nth < dispatch.input.num_topk; nth += step) {
+        const RowPlace to = places[nth];
         if (to.x_word == 0) continue;
         held.store(share, kTurns ? to.x() : reinterpret_cast<uint8_t*>(to.x_word), to.scales, kTurns && to.in_row());
         if constexpr (!kCast) {

@@ -95,6 +95,11 @@ __device__ __forceinline__ void store_release_sys(uint64_t* address, uint64_t fi
   asm volatile("st.release.sys.global.v2.u64 [%0], {%1, %2};" ::"l"(address), "l"(first), "l"(second) : "memory");
 }
 
+__device__ __forceinline__ void store_release_gpu(uint64_t* address, uint64_t first, uint64_t second) {
+  asm volatile("st.release.gpu.global.v2.u64 [%0], {%1, %2};" ::"l"(address), "l"(first), "l"(second) : "memory");
+}
+
+__device__ __forceinline__ void fence_acq_rel_gpu() { asm volatile("fence.acq_rel.gpu;" ::: "memory"); }
 __device__ __forceinline__ void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
 
 // ---- 16 bytes at once ----------------------------------------------------------------------------------------------------

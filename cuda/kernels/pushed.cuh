@@ -32,7 +32,7 @@ __device__ inline void announce_block(const CallParams& p, uint64_t view, uint64
       store_relaxed_sys(slot_word_at(p.symmetric[dst], p.regions.pushed_view, p.rank, slots[dst]), view);
     }
     // Pairs with have_pushed() of `dst`.
-    store_release_sys(row_flags_at(p.symmetric[dst], p.regions, p.rank) + blockIdx.x, row_flag(epoch, blocks));
+    release_to_peers(p, row_flags_at(p.symmetric[dst], p.regions, p.rank) + blockIdx.x, row_flag(epoch, blocks));
   }
   __syncwarp();
 }
@@ -145,7 +145,7 @@ __device__ inline void announce_pushed(const Leader& leader, uint64_t view, cons
     if (dst == p.rank || !in_view(view & ~leader.s.lost, dst)) continue;
     store_relaxed_sys(slot_word_at(p.symmetric[dst], p.regions.pushed_view, p.rank, slots[dst]), view);
     // Pairs with the wait in wait_pushed() of `dst`.
-    store_release_sys(slot_word_at(p.symmetric[dst], p.regions.pushed, p.rank, slots[dst]), leader.s.epoch);
+    release_to_peers(p, slot_word_at(p.symmetric[dst], p.regions.pushed, p.rank, slots[dst]), leader.s.epoch);
   }
   __syncwarp();
 }

@@ -78,21 +78,54 @@ __device__ inline void add_columns_up(const CallParams& p, const RoutingParams& 
   }
 }
 
-// The same with the counts of a call's messages, by all threads: takes the matrix out of them, which the ring will reuse.
-__device__ inline void take_columns(const CallParams& p, const RoutingParams& routing, uint64_t epoch, uint64_t view,
-                                    const RowTables& tables) {
+// The same with the counts of a call's messages: takes the matrix out of them, which the ring will reuse. False for a thread of
+// whose counts some do not come soon.
+__device__ inline bool take_columns(const CallParams& p, const RoutingParams& routing, uint64_t epoch, uint64_t view,
+                                    const RowTables& tables, uint32_t first_column, uint32_t step) {
   const uint32_t ranks = p.options.num_ranks, experts = p.options.num_experts;
   const bool by_rank = routing.layout == DEEPEP_LAYOUT_RANK;
-  const uint32_t* first = message_counts(message_at(own_memory(p), p.regions, 0, epoch));
-  const uint64_t stride = uint64_t{p.regions.message_ring} * p.regions.message_bytes / sizeof(uint32_t);
-  for (uint32_t i = threadIdx.x; i < ranks + experts; i += blockDim.x) {
-    uint32_t* const to = i < ranks ? routing.tokens + i : routing.entries + (i - ranks);
+  const uint64_t* const first_words = message_counts(message_at(own_memory(p), p.regions, 0, epoch));
+  const uint64_t stride = uint64_t{p.regions.message_ring} * p.regions.message_bytes / sizeof(uint64_t);
+  for (uint32_t i = first_column; i < ranks + experts; i += step) {
+    uint32_t* to = i < ranks ? routing.tokens + i : routing.entries + (i - ranks);
     const uint32_t width = i < ranks ? ranks : experts;
-    const ColumnSums sums =
-        add_up(first + i, stride, ranks, p.rank, view, [&](uint32_t src, uint32_t count) { to[src * width] = count; });
+    const uint64_t* words = first_words + i;
+    ColumnSums sums;
+    for (uint32_t first = 0; first < ranks; first += kCountsAtOnce, words += kCountsAtOnce * stride) {
+      uint32_t counts[kCountsAtOnce];
+      const auto looks_again = [](uint32_t looks) { return looks < Waits::kSoonLooks; };
+      if (!take_counts(words, stride, static_cast<uint32_t>(view >> first), epoch, counts, looks_again)) return false;
+#pragma unroll
+      for (uint32_t nth = 0; nth < kCountsAtOnce; ++nth) {
+        const uint32_t src = first + nth;
+        if (src < ranks) *to = counts[nth], to += width;
+        sums.before += src < p.rank ? counts[nth] : 0;
+        sums.all += counts[nth];
+      }
+    }
     if (by_rank && i < ranks) put_rank_rows(p, tables, i, sums);
     if (!by_rank && i >= ranks) put_expert_rows(p, tables, i - ranks, sums);
   }
+  return true;
+}
+
+// Leader's warp: waits for the counts of all ranks in the view.
+DEEPEP_COLD __device__ inline void wait_for_counts(Leader leader, uint64_t view) {
+  const CallParams& p = leader.p;
+  const uint64_t epoch = leader.s.epoch, begin_ns = leader.begin_wait();
+  const uint32_t columns = p.options.num_ranks + p.options.num_experts;
+  // One lane: how many of a rank's are there, in order.
+  const auto seen = [&](uint32_t src) -> uint64_t {
+    const uint64_t* const words = message_counts(leader.message_of(src));
+    uint32_t came = 0;
+    while (came < columns && is_count_of(load_relaxed_sys(words + came), epoch)) ++came;
+    return came;
+  };
+  const auto come = [&](uint64_t pending) {
+    return leader.ranks_where([&](uint32_t src) { return in_view(pending, src) && seen(src) == columns; });
+  };
+  leader.begin_waits(begin_ns);
+  leader.wait_until(view, {Reason::late_message, columns, -1, false}, come, seen, begin_ns);
 }
 
 // Warps `first`, `first + step`, … of it, when all columns have been added up: places the groups of the expert layout.

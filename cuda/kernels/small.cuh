@@ -47,6 +47,16 @@ __global__ void __launch_bounds__(kWarpLanes, 1) readers_kernel(const __grid_con
   call_end(p, s, {false, true, false});
 }
 
+// The ranks that a token goes to.
+__device__ inline uint64_t ranks_of_token(const CallParams& p, const RoutingInput& input, uint32_t token) {
+  uint64_t ranks = 0;
+  for (uint32_t k = 0; k < input.num_topk; ++k) {
+    const int32_t expert = expert_of_entry(p, input, uint64_t{token} * input.num_topk + k);
+    if (expert >= 0) ranks |= rank_bit(p.partition.rank(static_cast<uint32_t>(expert)));
+  }
+  return ranks;
+}
+
 // Counts a routing for the user. Not collective; graph-safe.
 __global__ void __launch_bounds__(kMaxBlockThreads, 1) layout_kernel(const __grid_constant__ LayoutParams params) {
   extern __shared__ __align__(128) uint8_t dynamic_shared[];
@@ -62,14 +72,14 @@ __global__ void __launch_bounds__(kMaxBlockThreads, 1) layout_kernel(const __gri
   const TokenRange tokens = block_tokens(num_tokens);
   auto* in_rank = reinterpret_cast<uint8_t*>(args.is_token_in_rank);
   for (uint32_t token = tokens.begin + threadIdx.x; token < tokens.end; token += blockDim.x) {
-    const uint64_t ranks = input.num_topk == 0 ? 0 : ranks_of_token(p, input, token);
+    const uint64_t ranks = ranks_of_token(p, input, token);
     for (uint32_t rank = 0; rank < p.options.num_ranks; ++rank) {
       in_rank[uint64_t{token} * p.options.num_ranks + rank] = in_view(ranks, rank) ? 1 : 0;
     }
   }
   RoutingInput counted = input;
   if (input.num_topk == 0) counted.num_tokens = 0;
-  const CountTables tables = count_tables(p, dynamic_shared, kCountBytes, false);
+  const CountTables tables = count_tables(p, dynamic_shared, kTablesBytes, false);
   count_block(p, counted, block_tokens(counted.num_tokens), tables, false, nullptr);
   arrive(p, kMeetEnd);
   if (!is_leader()) return;

@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "f7ce6400068f4541ffc47c7027b0b6c2590be22276b05e3f8efbcab93b14c963",
-    cuda: "e50383fc01b66ef63b06811f1184c4122da4c00a6750f3c5eaa216c915760bfe",
+    cpu: "98986f9601e1ef4fcac2afd19029bf4f3196e53f16710b2173ec5fbf180f4837",
+    cuda: "1bb50a3ef99a2a19721b40a466128c781eebaf4ed941a3345398f2c407520004",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -30,12 +30,12 @@ export const manifest: Manifest = {
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "62d0343a023f935d772f24e51a4fc632725a99359c4e605d507ef50f8b3a6fb3",
-      bytes: 514480,
+      sha256: "17eea389d7443f8e1da1ce37116a9b9bd5e4ffd640d5138313a8098aa34424c4",
+      bytes: 518576,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "56575e9591de63c9fce2db8209816b07f83578ad065d1a51cdfa76756ec89d33",
-      bytes: 3037912,
+      sha256: "77a71455a51bdb004be19f59c569e98bfda417663fa303b36620c48e41d77884",
+      bytes: 3054296,
     },
   },
 };

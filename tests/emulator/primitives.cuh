@@ -134,6 +134,9 @@ void reduce_add_relaxed_gpu(T* address, std::type_identity_t<T> value) {
   add_relaxed_gpu(address, value);
 }
 
+inline void store_release_gpu(uint64_t* address, uint64_t first, uint64_t second) { store_release_sys(address, first, second); }
+
+inline void fence_acq_rel_gpu() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 inline void fence_acq_rel_sys() { __atomic_thread_fence(__ATOMIC_SEQ_CST); }
 
 // ---- 16 bytes at once ----------------------------------------------------------------------------------------------------
