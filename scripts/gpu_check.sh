@@ -20,6 +20,7 @@ Usage: [BUN=/path/bun] [DENO=/path/deno] scripts/gpu_check.sh [options]
   --mps             start CUDA MPS privately for the steps "process" and "kill_mps", and stop it after
   --programs DIR    compiled programs of tests/cuda (small_world, overlap, ...), and scripts/decode/decode.cu as libdecode.so,
                     for a machine without nvcc
+  --commit NAME     what the results name as the commit; default that of the working tree
   --out DIR         where the results go; default build/gpu_check
   --help            this text
 
@@ -27,12 +28,12 @@ Without BUN and DENO, the bun and deno of the path are used. DEEPEP_LIBRARY_CUDA
 TEXT
 }
 
-quick='' only='' with_mps='' programs='' soak='' out='build/gpu_check'
+quick='' only='' with_mps='' programs='' soak='' commit='' out='build/gpu_check'
 while (($# > 0)); do
   case $1 in
     --quick) quick=1 ;;
     --mps) with_mps=1 ;;
-    --only | --programs | --soak | --out)
+    --only | --programs | --soak | --commit | --out)
       if (($# < 2)); then
         echo "$1 needs a value" >&2
         exit 2
@@ -41,6 +42,7 @@ while (($# > 0)); do
         --only) only=$2 ;;
         --programs) programs=$2 ;;
         --soak) soak=$2 ;;
+        --commit) commit=$2 ;;
         *) out=$2 ;;
       esac
       shift
@@ -280,7 +282,7 @@ sanitized() {
 
 : >"$summary.part"
 gpu=$(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader 2>/dev/null | head -n 1)
-commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
+[[ -n $commit ]] || commit=$(git rev-parse --short HEAD 2>/dev/null || echo unknown)
 printf '{"step":"machine","gpu":%s,"commit":%s,"date":%s,"bun":%s,"deno":%s}\n' "$(json "${gpu:-none}")" "$(json "$commit")" \
   "$(json "$(date -u +%Y-%m-%dT%H:%M:%SZ)")" "$(json "$([[ -n $bun ]] && "$bun" --version)")" \
   "$(json "$([[ -n $deno ]] && "$deno" --version | head -n 1)")" >>"$results"
@@ -334,7 +336,7 @@ if wanted serve; then
   gpu_script serve 120 scripts/serve.ts --backend cuda --port 0 --load 8 --seconds "$([[ -n $quick ]] && echo 5 || echo 20)"
 fi
 
-flags=(--backend cuda --json "$out/bench.jsonl")
+flags=(--backend cuda --commit "$commit" --json "$out/bench.jsonl")
 [[ -n $quick ]] && flags+=(--quick)
 if wanted bench; then one=1 gpu_script bench 600 scripts/bench.ts "${flags[@]}"; fi
 # With several GPUs a rank on each, besides.

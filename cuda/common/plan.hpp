@@ -114,35 +114,41 @@ constexpr uint32_t kUnitBytes = 512;
 // That a warp holds at once, at most: the longer the runs that it writes, the better memory keeps up.
 constexpr uint32_t kPieceUnits = 14;
 
+// How many blocks a token has in a low-latency dispatch, of `most`: those that give every unit of its row a warp, and twice as
+// many for as long as they can divide its places, too. A block takes 0.17 us a place, however many warps it has: places lie in
+// pages far apart, which a multiprocessor seems to look up one after another. Blocks that have other places cast the same
+// pieces.
+struct TokenBlocks {
+  uint32_t row_blocks;   // that divide the row
+  uint32_t place_shift;  // 1 << place_shift times as many, with other places each
+
+  DEEPEP_HOST_DEVICE constexpr uint32_t all() const { return row_blocks << place_shift; }
+  static constexpr TokenBlocks of(uint64_t units, uint64_t most, uint32_t num_topk) {
+    const uint64_t wanted = ceil_div(units, kMaxWarps);
+    TokenBlocks blocks = {static_cast<uint32_t>(larger(smaller(most, wanted), 1)), 0};
+    while (blocks.row_blocks == wanted && 2 * blocks.all() <= most && 2u << blocks.place_shift <= num_topk) {
+      ++blocks.place_shift;
+    }
+    return blocks;
+  }
+};
+
 // Blocks that low latency has work for, at most `sms`: a block more is one more to wait for. A unit for every warp will do; in
-// a dispatch for each place that a token goes to, and every token has as many blocks as the others, or shares one.
+// a dispatch every token has as many blocks as the others, or shares one.
 constexpr int32_t useful_blocks(const Work& work, int32_t sms) {
   const uint64_t units = ceil_div(work.row_bytes, kUnitBytes), most = static_cast<uint64_t>(sms);
   if (work.num_tokens == 0) return 1;
   if (work.op == DEEPEP_OP_LOW_LATENCY_DISPATCH) {
-    const uint64_t wanted = ceil_div(units, kMaxWarps) * larger(work.hops, 1), share = most / work.num_tokens;
-    return static_cast<int32_t>(share < 1 ? most : work.num_tokens * (share < wanted ? share : wanted));
+    const uint64_t share = most / work.num_tokens;
+    return static_cast<int32_t>(share < 1 ? most : work.num_tokens * TokenBlocks::of(units, share, work.hops).all());
   }
   const uint64_t blocks = ceil_div(work.num_tokens * units, kMaxWarps);
   return static_cast<int32_t>(blocks < most ? blocks : most);
 }
 
-// How the blocks that a token has in a low-latency dispatch share it, of which `row_blocks` have a warp for every unit: 1 <<
-// shift of them have other places each, and cast the same pieces; the rest divide the row. A block takes 0.17 us a place, however
-// many warps it has: places lie in pages far apart, which a multiprocessor seems to look up one after another.
-constexpr uint32_t place_shift(uint32_t blocks_a_token, uint64_t row_blocks, uint32_t num_topk) {
-  uint32_t shift = 0;
-  const auto may_double = [&] {
-    const uint32_t row_parts = blocks_a_token >> shift;
-    return row_parts % 2 == 0 && row_parts > row_blocks && 2u << shift <= num_topk;
-  };
-  while (may_double()) ++shift;
-  return shift;
-}
-
-// How many pieces a low-latency dispatch cuts a row of `units` into, of which a warp holds `most_units` at once: with `rows` rows a
-// block, the warp with most to do has as little as can be. A piece more costs as much as two units: runs that memory takes are
-// long ones.
+// How many pieces a low-latency dispatch cuts a row of `units` into, of which a warp holds `most_units` at once: with `rows`
+// rows a block, the warp with most to do has as little as can be. A piece more costs as much as two units: runs that memory takes
+// are long ones.
 constexpr uint32_t low_latency_pieces(uint32_t units, uint32_t most_units, uint64_t rows, uint32_t warps) {
   uint32_t best = 0;
   uint64_t least = ~uint64_t{0};

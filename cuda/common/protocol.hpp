@@ -6,9 +6,10 @@
 // Epochs. A rank numbers the collective calls of a buffer from 1. All ranks make the same calls in the same order, so equal
 // numbers mean the same call. Every flag is an epoch, is only ever raised, and is compared with "at least": nothing is
 // cleaned, a stale flag cannot match, and after a recovery everything up to the base epoch means nothing. A word that holds a
-// value as well has the low half of the epoch, which is compared for equality: it would have to be 2^32 calls old to match, and
-// is written anew long before (a low-latency word only by low latency; check_recovery() keeps recoveries from it). All
-// operations of a rank run on one serial communication stream; "rank s is past e" means its stream has ended call e.
+// value as well has the low half of the epoch, which is compared for equality: to match it must be 2^32 calls old to the call,
+// and nobody has written it since: a message's counts only dispatches with a new routing write, a low-latency word only low
+// latency. check_recovery() keeps recoveries from a number that is as far from a recent call. All operations of a rank run on
+// one serial communication stream; "rank s is past e" means its stream has ended call e.
 //
 // Synchronisation one, the message: `messages[s][e % ring]` in rank A's control area says that s has reached call e, which
 // slot s uses in it, and for a dispatch how many rows s sends to every rank. Before that, s's earlier holder of the slot was

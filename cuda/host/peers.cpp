@@ -17,7 +17,7 @@
 namespace deepep {
 namespace {
 
-constexpr uint64_t kMagic = 0x3261647563706564;  // "depcuda2": the page's layout and its version
+constexpr uint64_t kMagic = 0x3361647563706564;  // "depcuda3": the layout of page and control area, and its version
 constexpr uint64_t kPageBytes = 4096;
 static_assert(sizeof(cudaIpcMemHandle_t) == sizeof PeerPage::ipc);
 static_assert(sizeof(PeerPage) <= kPageBytes);

@@ -52,27 +52,28 @@ struct CountTables {
   uint32_t sections;
 };
 
-// Shared memory of what a count is made of (rows.cuh): a row of sums, and where the rows begin on every rank.
-__host__ __device__ constexpr uint32_t sums_bytes(uint32_t num_ranks, uint32_t num_experts) {
-  return 4 * (num_ranks + num_experts);
+__host__ __device__ constexpr uint64_t count_bytes(uint64_t num_ranks, uint64_t num_experts, uint32_t sections,
+                                                   bool by_expert) {
+  return 4 * (sections * num_ranks + (by_expert ? sections : 1) * num_experts);
 }
-__host__ __device__ constexpr uint32_t row_tables_bytes(uint32_t num_ranks, uint32_t num_experts) {
-  return 8 * num_ranks + 4 * (num_ranks > num_experts ? num_ranks : num_experts);
+// Of what is made of them: a row of sums, and where the rows begin on every rank (rows.cuh).
+__host__ __device__ inline uint32_t sums_bytes(const Options& options) { return 4 * (options.num_ranks + options.num_experts); }
+__host__ __device__ inline uint32_t row_tables_bytes(const Options& options) {
+  return 8 * options.num_ranks + 4 * (options.num_ranks > options.num_experts ? options.num_ranks : options.num_experts);
 }
-// What a kernel needs at least that counts, and that works out row bases besides.
-constexpr uint64_t kTablesBytes = kMaxWarps * DEEPEP_MAX_RANKS * 4 + DEEPEP_MAX_EXPERTS * 4;
-constexpr uint64_t kCountBytes = kTablesBytes + align_up(sums_bytes(DEEPEP_MAX_RANKS, DEEPEP_MAX_EXPERTS), 8) +
-                                 row_tables_bytes(DEEPEP_MAX_RANKS, DEEPEP_MAX_EXPERTS);
-
-__host__ __device__ inline uint64_t count_bytes(const Options& options, uint32_t sections, bool by_expert) {
-  return 4 * (uint64_t{sections} * options.num_ranks + uint64_t{by_expert ? sections : 1} * options.num_experts);
+// What a kernel needs that counts, and one that makes all of it. In the expert layout with room for fewer sections.
+constexpr uint64_t kCountBytes = count_bytes(DEEPEP_MAX_RANKS, DEEPEP_MAX_EXPERTS, kMaxWarps, false);
+inline uint64_t count_room(const Options& options) {
+  return align_up(count_bytes(options.num_ranks, options.num_experts, kMaxWarps, false), 8) +
+         align_up(row_tables_bytes(options), 8) + align_up(sums_bytes(options), 8);
 }
 
 __device__ inline CountTables count_tables(const CallParams& p, uint8_t* shared, uint32_t shared_bytes, bool by_expert) {
+  const uint32_t ranks = p.options.num_ranks, experts = p.options.num_experts;
   uint32_t sections = blockDim.x / kWarpLanes;
-  while (sections > 1 && count_bytes(p.options, sections, by_expert) > shared_bytes) sections -= 1;
+  while (sections > 1 && count_bytes(ranks, experts, sections, by_expert) > shared_bytes) sections -= 1;
   auto* words = reinterpret_cast<uint32_t*>(shared);
-  return {words, words + sections * p.options.num_ranks, sections};
+  return {words, words + sections * ranks, sections};
 }
 
 __device__ inline uint32_t* scratch_row(const CallParams& p, uint32_t row) {
@@ -96,8 +97,8 @@ __device__ inline int32_t expert_of_entry(const CallParams& p, const RoutingInpu
   return value < 0 || value >= static_cast<int64_t>(p.options.num_experts) ? -1 : static_cast<int32_t>(value);
 }
 
-// A round of a section's tokens as one warp looks at it: a lane for each token and column, which is an entry, or in a routing by
-// is_token_in_rank a rank. As many whole tokens as there are lanes for; a token of more columns takes several rounds.
+// A round of a section's tokens as one warp looks at it: a lane for each token and column, which is an entry, or in a routing
+// by is_token_in_rank a rank. As many whole tokens as there are lanes for; a token of more columns takes several rounds.
 struct Columns {
   uint32_t count;   // of a token
   uint32_t tokens;  // in a round

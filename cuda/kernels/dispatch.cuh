@@ -56,7 +56,8 @@ struct Dispatch : DispatchRows {
 
   // Leader's block, second warp: the message of a routing that is known. Whatever has read the slot, or written there, was an
   // earlier kernel, and has ended: await_kernel_before() has seen to that. Nothing is told but that, so a fence would only say
-  // to the memory model what no GPU does otherwise, and it would take longer than all of the message's way.
+  // to the memory model what no GPU does otherwise, and it would take longer than all of the message's way. So it is with a new
+  // routing, too, of which each count says by itself that it is there.
   __device__ void publish_known() const {
     Leader(p(), s.call).publish_to(s.expected, s.known.valid == params.routing.name ? 0 : DEEPEP_ERROR_INVALID_ARGUMENT, false);
   }
@@ -190,7 +191,7 @@ struct Dispatch : DispatchRows {
       // Each count says by itself that it is there; where ranks may be left out, whoever has the message has them.
       const bool counts_first = p().mask_on_timeout != 0;
       if (warp == 1 && !counts_first) leader.publish_to(s.expected, s.said_code, false);
-      publish_sums();  // Nobody looks at them in a call that is refused.
+      publish_sums();  // Should the call be refused, a peer may have taken them: its handle holds no routing then.
       place_sections(p(), tables, by_expert());
       if (warp == 1 && counts_first) leader.publish_to(s.expected, s.said_code, true);
       // While the messages come.
@@ -202,17 +203,18 @@ struct Dispatch : DispatchRows {
     return true;
   }
 
-  // The counts of all ranks. False when the call has been stopped.
-  __device__ bool take_counts(const RowTables& rows) {
-    if (threadIdx.x < kWarpLanes) wait_for_counts(Leader(p(), s.call), s.call.view);
-    __syncthreads();
-    return !__syncthreads_or(s.call.code != 0 || !take_columns_beside(rows, s.call.view, 0));
-  }
-  // Warps from `first` on, of the ranks in a view; see take_columns().
-  __device__ bool take_columns_beside(const RowTables& rows, uint64_t view, uint32_t first) {
+  // Warps from `first` on: take the counts of the ranks in a view. False for a thread of whose counts some do not come soon.
+  __device__ bool take_soon(const RowTables& rows, uint64_t view, uint32_t first) const {
     const uint32_t skipped = first * kWarpLanes;
     if (threadIdx.x < skipped) return true;
     return take_columns(p(), params.routing, s.call.epoch, view, rows, threadIdx.x - skipped, blockDim.x - skipped);
+  }
+  // All threads, when the ranks have agreed: mostly the counts have come with the messages. False when the call has failed.
+  __device__ bool take_late(const RowTables& rows) const {
+    if (!__syncthreads_or(!take_soon(rows, s.call.view, 0))) return true;
+    if (threadIdx.x < kWarpLanes) wait_for_counts(Leader(p(), s.call), s.call.view);
+    __syncthreads();
+    return !__syncthreads_or(s.call.code != 0 || !take_soon(rows, s.call.view, 0));
   }
 
   // The same until it goes, or stops with s.call.code: true when rows may be pushed.
@@ -222,14 +224,14 @@ struct Dispatch : DispatchRows {
     Leader leader(p(), s.call);
     const RowTables rows = row_tables_of_block();
     // While the first warp listens the others take what comes, should all ranks take part.
-    const bool came = cached() || s.said_code != 0 || take_columns_beside(rows, s.expected, 1);
+    const bool came = cached() || s.said_code != 0 || take_soon(rows, s.expected, 1);
     const bool gathered = !leads || leader.gather(0, true);
     if (__syncthreads_or(!gathered)) return stop();
     if (!cached() || s.call.view != s.expected) {
       if (cached()) {
         find_row_bases(p(), params.routing, s.call.view, rows);
       } else {
-        if (__syncthreads_or(!came || s.call.view != s.expected) && !take_counts(rows)) return stop();
+        if (__syncthreads_or(!came || s.call.view != s.expected) && !take_late(rows)) return stop();
         place_all_groups(p(), params.routing, rows, warp, blockDim.x / kWarpLanes);
       }
       // Any block may push any token: all must have their places.
@@ -296,10 +298,10 @@ struct Dispatch : DispatchRows {
 
   // Shared memory: the tables of a count, where rows begin, sums. None is where another is: warps use them at once.
   __device__ uint32_t sums_at() const {
-    return (params.plan.block_bytes - sums_bytes(p().options.num_ranks, p().options.num_experts)) / 8 * 8;
+    return (params.plan.block_bytes - sums_bytes(p().options)) / 8 * 8;
   }
   __device__ uint32_t rows_at() const {
-    return (sums_at() - row_tables_bytes(p().options.num_ranks, p().options.num_experts)) / 8 * 8;
+    return (sums_at() - row_tables_bytes(p().options)) / 8 * 8;
   }
   __device__ RowTables row_tables_of_block() const { return row_tables(p(), shared + rows_at()); }
   __device__ CountTables count_tables_of_block() const {

@@ -96,9 +96,9 @@ void divide_few(DispatchParams& params) {
   params.sending_blocks = is_few && all < params.plan.warps ? 1 : blocks;
 }
 
-// A block of an operation needs room to count in, too.
-Plan with_room(Plan plan) {
-  plan.block_bytes = std::max(plan.block_bytes, static_cast<uint32_t>(kCountBytes));
+// A block of an operation needs room to count in, or to work out row bases, too.
+Plan with_room(Plan plan, uint64_t bytes) {
+  plan.block_bytes = std::max(plan.block_bytes, static_cast<uint32_t>(bytes));
   return plan;
 }
 
@@ -123,7 +123,7 @@ cudaError_t load_kernels(bool& launch_early) {
 }
 
 cudaError_t launch_dispatch(DispatchParams& params, Place place) {
-  params.plan = with_room(params.plan);
+  params.plan = with_room(params.plan, count_room(params.call.options));
   divide_few(params);
   agree(params.call, params);
   const auto kernel = params.plan.tma != 0 ? dispatch_kernel<true> : dispatch_kernel<false>;
@@ -132,7 +132,7 @@ cudaError_t launch_dispatch(DispatchParams& params, Place place) {
 }
 
 cudaError_t launch_combine(CombineParams& params, Place place) {
-  params.plan = with_room(params.plan);
+  params.plan = with_room(params.plan, row_tables_bytes(params.call.options));
   agree(params.call, params);
   params.copy = copy_plan(params.plan, params.args.hidden * 2);
   const bool weighted = params.args.weights != 0;
@@ -148,9 +148,10 @@ cudaError_t launch_low_latency_dispatch(LowLatencyDispatchParams& params, Place 
   // Few tokens are spread over all warps; many are cut into pieces that a warp can hold.
   const auto blocks = static_cast<uint32_t>(params.plan.sms), tokens = params.routing.num_tokens;
   const auto units = static_cast<uint32_t>(ceil_div(args.row_bytes, kUnitBytes));
-  params.blocks_a_token = tokens != 0 && blocks > tokens ? blocks / tokens : 1;
-  params.place_shift = place_shift(params.blocks_a_token, ceil_div(units, params.plan.warps), params.routing.num_topk);
-  const uint32_t warps = params.plan.warps * (params.blocks_a_token >> params.place_shift);
+  const TokenBlocks token_blocks = TokenBlocks::of(units, tokens != 0 ? blocks / tokens : 1, params.routing.num_topk);
+  params.blocks_a_token = token_blocks.all();
+  params.place_shift = token_blocks.place_shift;
+  const uint32_t warps = params.plan.warps * token_blocks.row_blocks;
   const uint64_t block_tokens = ceil_div(uint64_t{tokens} * params.blocks_a_token, blocks);
   const uint32_t pieces =
       low_latency_pieces(units, params.plan.chunk_bytes / kUnitBytes, std::max<uint64_t>(1, block_tokens), warps);
@@ -195,7 +196,7 @@ cudaError_t launch_readers(ReadersParams params, Place place) {
 }
 
 cudaError_t launch_layout(LayoutParams params, int32_t num_sms, Place place) {
-  return launch(layout_kernel, params, static_cast<uint32_t>(num_sms), kMaxBlockThreads, kTablesBytes, place);
+  return launch(layout_kernel, params, static_cast<uint32_t>(num_sms), kMaxBlockThreads, kCountBytes, place);
 }
 
 cudaError_t launch_copy(void* dst, const void* src, uint64_t bytes, int32_t num_sms, cudaStream_t stream) {

@@ -95,7 +95,7 @@ struct Leader : Waits {
     uint64_t hash;
     uint64_t sender;
   };
-  // False when it has not said it yet. Pairs with publish_all() of the peer.
+  // False when it has not said it yet. Pairs with publish_to() of the peer, where that releases something.
   __device__ bool hear(uint32_t peer, Heard& heard) const {
     load_acquire_sys(message_of(peer)->words, heard.hash, heard.sender);
     return is_count_of(heard.hash, s.epoch) && is_count_of(heard.sender, s.epoch);

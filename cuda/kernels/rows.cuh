@@ -114,15 +114,24 @@ DEEPEP_COLD __device__ inline void wait_for_counts(Leader leader, uint64_t view)
   const CallParams& p = leader.p;
   const uint64_t epoch = leader.s.epoch, begin_ns = leader.begin_wait();
   const uint32_t columns = p.options.num_ranks + p.options.num_experts;
-  // One lane: how many of a rank's are there, in order.
-  const auto seen = [&](uint32_t src) -> uint64_t {
-    const uint64_t* const words = message_counts(leader.message_of(src));
-    uint32_t came = 0;
-    while (came < columns && is_count_of(load_relaxed_sys(words + came), epoch)) ++came;
-    return came;
+  const auto is_there = [&](uint32_t src, uint32_t i) {
+    return is_count_of(load_relaxed_sys(message_counts(leader.message_of(src)) + i), epoch);
   };
   const auto come = [&](uint64_t pending) {
-    return leader.ranks_where([&](uint32_t src) { return in_view(pending, src) && seen(src) == columns; });
+    uint64_t came = 0;
+    for (uint64_t rest = pending; rest != 0; rest &= rest - 1) {
+      const auto src = static_cast<uint32_t>(__ffsll(static_cast<long long>(rest)) - 1);
+      bool all = true;
+      for (uint32_t i = leader.lane; i < columns; i += kWarpLanes) all = is_there(src, i) && all;
+      if (__all_sync(kAllLanes, all)) came |= rank_bit(src);
+    }
+    return came;
+  };
+  // One lane, for a finding: how many words are there, in order.
+  const auto seen = [&](uint32_t src) {
+    uint64_t came = 0;
+    while (came < columns && is_there(src, static_cast<uint32_t>(came))) ++came;
+    return came;
   };
   leader.begin_waits(begin_ns);
   leader.wait_until(view, {Reason::late_message, columns, -1, false}, come, seen, begin_ns);

@@ -79,7 +79,7 @@ __global__ void __launch_bounds__(kMaxBlockThreads, 1) layout_kernel(const __gri
   }
   RoutingInput counted = input;
   if (input.num_topk == 0) counted.num_tokens = 0;
-  const CountTables tables = count_tables(p, dynamic_shared, kTablesBytes, false);
+  const CountTables tables = count_tables(p, dynamic_shared, kCountBytes, false);
   count_block(p, counted, block_tokens(counted.num_tokens), tables, false, nullptr);
   arrive(p, kMeetEnd);
   if (!is_leader()) return;

@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "98986f9601e1ef4fcac2afd19029bf4f3196e53f16710b2173ec5fbf180f4837",
-    cuda: "1bb50a3ef99a2a19721b40a466128c781eebaf4ed941a3345398f2c407520004",
+    cpu: "ca1df3fe152642b6be6c791baae51e49046c738edbca36332708d322f732f8eb",
+    cuda: "6ff228cd4cbbae95abb869ddaf16929f6bd390929890bacd887fa192e2353ee0",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -34,8 +34,8 @@ export const manifest: Manifest = {
       bytes: 518576,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "77a71455a51bdb004be19f59c569e98bfda417663fa303b36620c48e41d77884",
-      bytes: 3054296,
+      sha256: "df8509db492103be094251bddce4d14cb720c59f8d383ce42a7a1c36009554d1",
+      bytes: 3058392,
     },
   },
 };
