@@ -158,8 +158,10 @@ export function runProcessCases(
   const folder = "/dev/shm"; // other programs have files there too
   const files = () => existsSync(folder) ? readdirSync(folder).filter((name) => name.includes("deepep")) : [];
   const modes = skipLowLatency ? [normal] : [normal, lowLatency(false)];
-  const killed = (when: string, mode: Mode, kill: Kill, skip: string | false = false) =>
-    test(`${when}: the others are told who, at once, and go on; nothing is left behind`, { skip }, async () => {
+  const killed = (when: string, mode: Mode, kill: Kill, skip: string | false = false) => {
+    // Bun tells of a skipped test nothing but its name.
+    const why = skip ? ` (skipped: ${skip})` : "";
+    test(`${when}: the others are told who, at once, and go on; nothing is left behind${why}`, { skip }, async () => {
       const ranks = await start(backend);
       await Promise.all(ranks.map((rank, place) => mode.send(rank, place, 0)));
       await Promise.all(ranks.map((rank) => rank.call("release", [0])));
@@ -167,6 +169,7 @@ export function runProcessCases(
       await goOn(ranks, modes);
       assertEquals(files(), []);
     });
+  };
 
   const inKernel = mps && "under MPS a client that is killed in a kernel ends the others' kernels too";
   const everyPhase = (mode: Mode) => {
