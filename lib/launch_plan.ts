@@ -52,7 +52,7 @@ export interface LaunchPlanOptions extends BufferPlanOptions {
   deviceSms: number;
   /** Ranks that share the device. Default 1. */
   ranksOnDevice?: number;
-  /** 10 * major + minor. */
+  /** 10 * major + minor: 90 for 9.0. */
   computeCapability: number;
   /** Shared memory that a block can have, bytes. Default 232448, that of compute capability 9.0 and 10.0. */
   sharedBytes?: number;
@@ -136,8 +136,17 @@ export function bufferPlan(core: Core, o: BufferPlanOptions): LaunchPlan {
  *
  * @throws {LibraryError} when the library cannot be found or loaded
  * @throws {EpError} `unsupported` on the cpu backend, `invalidArgument` when `numSms` does not fit beside the ranks of the device
+ * @throws {RangeError} when `computeCapability` is no such number, or `numExperts` is missing
  */
 export async function launchPlan(o: LaunchPlanOptions): Promise<LaunchPlan> {
+  if (!Number.isInteger(o.computeCapability) || o.computeCapability < 50) {
+    throw new RangeError(
+      `Cannot plan: computeCapability is ${o.computeCapability}, needs 10 * major + minor, as 90 for 9.0`,
+    );
+  }
+  if (o.op === "lowLatencyDispatch" && o.numExperts === undefined) {
+    throw new RangeError(`Cannot plan: ${o.op} needs numExperts`);
+  }
   const device = await openDevice(o.backend ?? "cuda", { path: o.library });
   return ask(device, 0n, o, {
     row_bytes: o.rowBytes,

@@ -67,6 +67,7 @@ async function combines(low: LowLatencyWorld, numSms: number, suffix: string): P
       "": () => ({}),
       _wait_stats: (r) => ({ waitStats: waits[r]! }),
       _hook: () => ({ recvHook: true }),
+      _fp8: () => ({ fp8: true }),
     };
     for (const [kind, choices] of Object.entries(kinds)) {
       if (suffix === "" || kind === "") {
