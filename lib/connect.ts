@@ -24,7 +24,7 @@ export interface BufferOptions extends BufferShape {
   device?: number;
   /** Deadline of each wait inside an operation, milliseconds. Default 30000. */
   timeoutMs?: number;
-  /** Multiprocessors an operation uses unless it says. Default: the plan's choice. */
+  /** Multiprocessors an operation uses unless it says. Default: 16, in low latency 32, or an equal share of the device if that is less. */
   numSms?: number;
   /** A peer that times out or dies is masked and calls go on without it, instead of failing; alike on every rank. Default false. */
   maskOnTimeout?: boolean;

@@ -25,7 +25,7 @@ struct Work {
   uint32_t row_bytes = 0;
   uint32_t hops = 0;         // rows a token becomes at most
   int32_t num_sms = 0;       // asked for; 0 = default
-  uint32_t num_tokens = 0;   // low latency: few tokens want few blocks
+  uint32_t num_tokens = 0;   // low latency, which has no work for all blocks where there are few
   uint32_t num_experts = 0;  // low latency, whose blocks keep tables of them
   bool fp8 = false;          // low latency that casts; row_bytes are those of bf16
 };

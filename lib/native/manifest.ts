@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "ca1df3fe152642b6be6c791baae51e49046c738edbca36332708d322f732f8eb",
-    cuda: "6ff228cd4cbbae95abb869ddaf16929f6bd390929890bacd887fa192e2353ee0",
+    cpu: "2eac37cadaf07e6139a69099cf3f6858318f0f3da38a48b6685b51d5d2ab7f6b",
+    cuda: "79d3543b09bab4b72a6c11da09623ffec11d03793df75e158394a8c9f0c0a7b6",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
