@@ -31,7 +31,7 @@ const emulated = "^cuda: (low latency|order (each|what) " +
   "|(dispatch|combine) (tiny|skewed|eight|wide|fp8|random|experts|more|many)" +
   "|peers that are late, silent or gone, low latency (silent )?in " +
   "|peers that are late, silent or gone (ranks|three ranks,|a late rank|a rank|a count) " +
-  "|peers that are late, silent or gone a peer that never comes silent in DISPATCH .*ten tokens|no room )";
+  "|peers that are late, silent or gone a peer that never comes silent in DISPATCH .*ten tokens|no room |refusals )";
 /** The longest run of a step: only what hangs takes so long, even on a busy machine. Compilers get what the others leave. */
 const PATIENCE_S = 600, COMPILER_PATIENCE_S = 1800;
 /** Of compilers: what is not run by tests. */
@@ -114,6 +114,7 @@ const steps: readonly Step[] = [
       "cuda_failure_test",
       "cuda_low_latency_graph",
       "cuda_order_test",
+      "refusal_test",
       "-t",
       emulated,
     ],

@@ -3,6 +3,7 @@
  * with the words that `EpBuffer.create` has for it there.
  */
 import { spawnSync } from "node:child_process";
+import { readdirSync, readFileSync } from "node:fs";
 import { join } from "node:path";
 import process from "node:process";
 import { test } from "node:test";
@@ -80,7 +81,8 @@ test("a healthy machine has no cross, and two GPUs show how they reach each othe
   assertStringIncludes(text, "✓ the driver is for CUDA 13.0");
 });
 
-// The messages are those of the library; the first words of the advice are what must follow.
+// The messages are those of the library, as the next test sees; the first words of the advice are what must follow.
+const gpu = "GPU 0 (NVIDIA H100 80GB HBM3)";
 const conditions: [string, string, string][] = [
   [
     "no driver",
@@ -99,11 +101,43 @@ const conditions: [string, string, string][] = [
   ],
   [
     "a wrong architecture",
-    "this library has no code for GPU 0 (Tesla V100), whose compute capability is 7.0: it needs 8.0 or later",
+    "this library has no code for GPU 0 (Tesla V100-SXM2-16GB), whose compute capability is 7.0: it needs 8.0 or later",
     "use a GPU of compute capability 8.0",
   ],
-  ["no peer access", "GPU 0 has no peer access to GPU 1", "put the ranks on GPUs that reach each other"],
-  ["no MPS", "ranks 0 and 1 are processes that share GPU 0 without CUDA MPS", "start CUDA MPS"],
+  [
+    "no peer access",
+    `${gpu} cannot reach the memory of rank 1 on GPU 1 (NVIDIA H100 80GB HBM3): there is neither NVLink nor PCIe peer access`,
+    "put the ranks on GPUs that reach each other",
+  ],
+  [
+    "no MPS",
+    `rank 1 in process 4242 shares ${gpu} with this process without CUDA MPS: their kernels would take turns of milliseconds ` +
+    "and wait for each other. Start MPS (nvidia-cuda-mps-control -d) before both, put the ranks into one process, or set " +
+    "DEEPEP_ALLOW_TIME_SLICING=1",
+    "start CUDA MPS",
+  ],
+  [
+    "no CUDA IPC",
+    "rank 1 could not make a CUDA IPC handle: put the ranks into one process",
+    "run the ranks in one process",
+  ],
+  [
+    "CUDA IPC between containers",
+    "the memory of rank 1 could not be mapped on GPU 0: invalid argument (cudaErrorInvalidValue). Ranks in separate processes " +
+    "need CUDA IPC: one machine and one container, and GPUs that reach each other (deepep_get_peer_access)",
+    "run the ranks in one process; or in processes of one machine and one container",
+  ],
+  [
+    "too little memory of a GPU",
+    "the 90194313216 bytes of its symmetric memory are not to be had on GPU 0: 1024 of 85000000000 are free",
+    "make the buffer smaller (EpBuffer.sizeHint",
+  ],
+  ["too little memory of the host", "67108864 bytes of pinned memory are not to be had", "free memory of the host"],
+  [
+    "too many ranks on a GPU",
+    `8 ranks on the device * 32 multiprocessors = 256, but ${gpu} has 132: their kernels could not run at once`,
+    "use fewer ranks on the GPU",
+  ],
   [
     "a library of another release",
     "Cannot use x.so: its ABI version is 7, this package needs 1",
@@ -111,13 +145,33 @@ const conditions: [string, string, string][] = [
   ],
 ];
 
+test("the messages are those of the library", () => {
+  const folders = ["cuda/host", "lib/ffi"].map((folder) => join(root, folder));
+  const files = folders.flatMap((folder) =>
+    readdirSync(folder).filter((name) => /\.(cpp|ts)$/.test(name)).map((name) =>
+      readFileSync(join(folder, name), "utf8")
+    )
+  );
+  // String literals that follow each other are one. A place for a value takes any, and what has few words of its own says nothing.
+  const literals = files.flatMap((text) => text.match(/"(?:[^"\\\n]|\\.)*"(?:\s*"(?:[^"\\\n]|\\.)*")*|`[^`]*`/g) ?? []);
+  const patterns = literals
+    .map((literal) => literal.slice(1, -1).replace(/"\s*"/g, "").replace(/\\n[^]*/, "").split(/%[a-z]+|\$\{[^}]*\}/))
+    .filter((parts) => parts.join("").length > 20)
+    .map((parts) => new RegExp(`^${parts.map((part) => part.replace(/[.*+?^${}()|[\]\\]/g, "\\$&")).join(".+")}$`));
+  const invented = conditions.filter(([, message]) => !patterns.some((pattern) => pattern.test(message)));
+  assertEquals(invented, []);
+});
+
 for (const [name, message, advice] of conditions) {
   test(`advice for ${name} follows from the message of EpBuffer.create`, () => {
     assert(adviceFor(message).startsWith(advice), adviceFor(message));
-    const sick: Facts = { ...healthy, backends: [{ backend: "cuda", device: 0, error: `Cannot create: ${message}` }] };
+    const sick: Facts = {
+      ...healthy,
+      backends: [{ backend: "cuda", device: 0, error: `Cannot create a buffer: ${message}` }],
+    };
     const diagnosis = diagnose(sick);
     assertEquals(diagnosis.ok, false);
-    assertStringIncludes(format(diagnosis), `✗ cuda on GPU 0: Cannot create: ${message}\n      -> ${advice}`);
+    assertStringIncludes(format(diagnosis), `✗ cuda on GPU 0: Cannot create a buffer: ${message}\n      -> ${advice}`);
   });
 }
 
@@ -130,6 +184,64 @@ test("facts about GPUs get the same advice as the messages", () => {
     `✗ GPU 0: NVIDIA H100 80GB HBM3, 132 SMs, 79.2 GiB, compute capability 7.0\n      -> use a GPU`,
   );
   assertStringIncludes(format(split), "✗ GPU 0: self    NO\n      -> put the ranks on GPUs that reach each other");
-  assertStringIncludes(format(bare), "· none is seen\n      -> see that nvidia-smi lists a GPU");
+  assertStringIncludes(format(bare), "✗ none is seen\n      -> see that nvidia-smi lists a GPU");
   assertStringIncludes(format(diagnose(healthy)), "off: ranks in one process");
+});
+
+test("a machine without a GPU has crosses with what to do, and a backend that works", () => {
+  const error = "Cannot create a buffer: no NVIDIA driver was found (libcuda.so.1): install one for CUDA 13.0 or later";
+  const { kernelDriver: _, ...rest } = healthy;
+  const diagnosis = diagnose({
+    ...rest,
+    gpus: [],
+    peers: [],
+    backends: [{ backend: "cpu", device: 0 }, { backend: "cuda", device: 0, error }],
+  });
+  assertEquals(diagnosis.ok, true);
+  const text = format(diagnosis);
+  assertStringIncludes(
+    text,
+    "✗ none is loaded: there is no /proc/driver/nvidia/version\n      -> install the NVIDIA driver",
+  );
+  assertStringIncludes(text, "✗ none is seen\n      -> see that nvidia-smi lists a GPU");
+  assertStringIncludes(text, `✗ cuda on GPU 0: ${error}\n      -> install the NVIDIA driver`);
+  assertStringIncludes(text, "✓ cpu: a dispatch and combine came back right");
+});
+
+test("a GPU that nvidia-smi sees and the library does not has the advice of the backend", () => {
+  const error =
+    "Cannot create a buffer: the NVIDIA driver is for CUDA 12.4, this library needs one for CUDA 13.0 or later";
+  const backends: Facts["backends"] = [{ backend: "cuda", device: 0, error }];
+  const text = format(diagnose({ ...healthy, gpus: [], peers: [], nvidiaSmi: ["0, NVIDIA H100, 550.54"], backends }));
+  assertStringIncludes(
+    text,
+    "✗ nvidia-smi sees 0, NVIDIA H100, 550.54; the cuda library does not\n      -> update the NVIDIA driver",
+  );
+});
+
+test("a question for peer access that fails is a cross with the error", () => {
+  const error =
+    "Cannot look at the access between devices: CUDA could not ask for peer access: unknown error (cudaErrorUnknown)";
+  const gpus = [h100, h100, h100];
+  const yes = { access: true, performanceRank: 0 };
+  const text = format(diagnose({
+    ...healthy,
+    gpus,
+    peers: [
+      { from: 0, to: 1, error },
+      { from: 0, to: 2, error },
+      { from: 1, to: 0, access: false, performanceRank: 0 },
+      { from: 1, to: 2, error },
+      { from: 2, to: 0, ...yes },
+      { from: 2, to: 1, ...yes },
+    ],
+  }));
+  const advice = "the driver itself fails: see whether nvidia-smi topo -m answers";
+  assertStringIncludes(text, `✗ GPU 0: self    ?       ? (${error})\n      -> ${advice}`);
+  assertStringIncludes(
+    text,
+    `✗ GPU 1: NO      self    ? (${error})\n      -> put the ranks on GPUs that reach each other`,
+  );
+  assertStringIncludes(text, `; ${advice}`);
+  assertStringIncludes(text, "✓ GPU 2: yes(0)  yes(0)  self");
 });

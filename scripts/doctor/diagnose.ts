@@ -48,11 +48,21 @@ const remedies: readonly [RegExp, string][] = [
   ],
   [
     /no GPU|no CUDA-capable device|sees no device/i,
-    "see that nvidia-smi lists a GPU and that CUDA_VISIBLE_DEVICES does not hide it",
+    "see that nvidia-smi lists a GPU and that CUDA_VISIBLE_DEVICES does not hide it; the cpu backend needs none",
   ],
   [
     /no code for|compute capability|no kernel image|architecture/i,
     "use a GPU of compute capability 8.0 or later, or rebuild with its architecture: bun scripts/build.ts --backend cuda",
+  ],
+  [
+    /could not ask for/,
+    "the driver itself fails: see whether nvidia-smi topo -m answers, and what the kernel's log says of NVRM (dmesg)",
+  ],
+  // Before peer access and memory, of which CUDA IPC's messages speak too.
+  [
+    /CUDA IPC/,
+    "run the ranks in one process; or in processes of one machine and one container, on GPUs that reach each other, with a " +
+    "driver that has CUDA IPC (some virtual machines have none)",
   ],
   [
     /peer access/i,
@@ -63,7 +73,14 @@ const remedies: readonly [RegExp, string][] = [
     "start CUDA MPS (nvidia-cuda-mps-control -d), give each process a GPU of its own, or run the ranks in one process",
   ],
   [/multiprocessors|SMs/, "use fewer ranks on the GPU, or fewer SMs an operation (numSms)"],
-  [/out of memory|memory could not/i, "make the buffer smaller: EpBuffer.sizeHint(options) says what it takes"],
+  [
+    /pinned memory|shared memory could not be had/,
+    "free memory of the host, or raise what this process or container may have of it (ulimit -l, docker run --memory)",
+  ],
+  [
+    /out of memory|not to be had/i,
+    "make the buffer smaller (EpBuffer.sizeHint(options) says what it takes), or end what else fills the GPU: nvidia-smi lists it",
+  ],
 ];
 
 /** What to do about a message of `EpBuffer.create`. */
@@ -94,6 +111,7 @@ function driver(facts: Facts): Line[] {
   if (gpu) lines.push({ ok: true, text: `the driver is for CUDA ${gpu.driverVersion}` });
   if (lines.length === 0) {
     lines.push({
+      ok: false,
       text: "none is loaded: there is no /proc/driver/nvidia/version",
       advice: adviceFor("no NVIDIA driver"),
     });
@@ -113,23 +131,33 @@ function gpus(facts: Facts): Line[] {
     });
   }
   const seen = facts.nvidiaSmi ?? [];
-  if (seen.length === 0) return [{ text: "none is seen", advice: adviceFor("no GPU") }];
-  return seen.map((line) => ({ text: `nvidia-smi sees ${line}` }));
+  if (seen.length === 0) return [{ ok: false, text: "none is seen", advice: adviceFor("no GPU") }];
+  // Why is in the words of the backend.
+  const why = facts.backends.find(({ backend }) => backend === "cuda")?.error ?? "no GPU";
+  return seen.map((line) => ({
+    ok: false,
+    text: `nvidia-smi sees ${line}; the cuda library does not`,
+    advice: adviceFor(why),
+  }));
 }
 
 function peers(facts: Facts): Line[] {
   if (facts.gpus.length < 2) return [{ text: "there is no second GPU" }];
-  const rows = facts.gpus.map((_, from) => {
+  return facts.gpus.map((_, from): Line => {
+    const errors = new Set<string>();
     const cells = facts.gpus.map((_, to) => {
+      if (from === to) return "self";
       const found = facts.peers.find((p) => p.from === from && p.to === to);
-      return from === to ? "self" : found?.access ? `yes(${found.performanceRank})` : found?.error ? "?" : "NO";
+      if (found?.error === undefined) return found?.access ? `yes(${found.performanceRank})` : "NO";
+      errors.add(firstLine(found.error));
+      return "?";
     });
-    return {
-      ok: !cells.includes("NO"),
-      text: `GPU ${from}: ${cells.map((cell) => cell.padEnd(7)).join(" ").trimEnd()}`,
-    };
+    const text = `GPU ${from}: ${cells.map((cell) => cell.padEnd(7)).join(" ").trimEnd()}`;
+    const faults = [...cells.includes("NO") ? ["peer access"] : [], ...errors];
+    if (faults.length === 0) return { ok: true, text };
+    const advice = [...new Set(faults.map(adviceFor))].join("; ");
+    return { ok: false, text: errors.size === 0 ? text : `${text} (${[...errors].join("; ")})`, advice };
   });
-  return rows.map((row) => row.ok ? row : { ...row, advice: adviceFor("peer access") });
 }
 
 function mps(facts: Facts): Line[] {

@@ -204,7 +204,7 @@ export async function look(): Promise<Facts> {
     libraries,
     backends,
     gpus,
-    ...(smi !== undefined && { nvidiaSmi: smi.split("\n") }),
+    ...(smi && { nvidiaSmi: smi.split("\n") }),
     ...(topology && { topology }),
     peers,
     nvshmem: await nvshmemFacts(),

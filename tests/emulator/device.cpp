@@ -1,8 +1,11 @@
 // Devices and errors of the emulated runtime.
 //
-// In: the environment: EMULATED_DEVICES (1), EMULATED_SMS (32) and EMULATED_COMPUTE_CAPABILITY (90) of each; EMULATED_LATE_MS
-// (0), how late all blocks of a grid but the first begin, as when other work fills the device. Out: devices that reach each
-// other's memory, and whose memory other processes cannot reach.
+// In: the environment: EMULATED_DEVICES (1), EMULATED_SMS (32) and EMULATED_COMPUTE_CAPABILITY (90) of each, for which there
+// are no kernels below 80; EMULATED_LATE_MS (0), how late all blocks of a grid but the first begin, as when other work fills
+// the device. For machines that do not do: EMULATED_DRIVER_VERSION (13000), 0 for none; EMULATED_PEER_ACCESS (1), 0 for none
+// between devices, 2 where asking fails; EMULATED_MPS (0), 1 where processes may share a device; EMULATED_IPC (0), 1 where
+// there are handles, which nobody can open. Out: devices that reach each other's memory unless it says otherwise, and whose
+// memory other processes cannot reach.
 
 #include <sys/random.h>
 #include <unistd.h>
@@ -17,10 +20,13 @@
 namespace emulator {
 namespace {
 
+constexpr int kVersion = 13000;  // of CUDA
+
 thread_local cudaError_t last_error = cudaSuccess;
 thread_local int present_device = 0;
 
 int num_devices() { return static_cast<int>(setting("EMULATED_DEVICES", 1)); }
+int driver_version() { return static_cast<int>(setting("EMULATED_DRIVER_VERSION", kVersion)); }
 bool exists(int device) { return device >= 0 && device < num_devices(); }
 
 }  // namespace
@@ -73,14 +79,18 @@ const char* cudaGetErrorName(cudaError_t error) {
 const char* cudaGetErrorString(cudaError_t) { return "the emulated device says so"; }
 
 cudaError_t cudaRuntimeGetVersion(int* version) {
-  *version = 13000;
+  *version = emulator::kVersion;
   return cudaSuccess;
 }
 
-cudaError_t cudaDriverGetVersion(int* version) { return cudaRuntimeGetVersion(version); }
+cudaError_t cudaDriverGetVersion(int* version) {
+  *version = emulator::driver_version();
+  return cudaSuccess;
+}
 
 cudaError_t cudaGetDeviceCount(int* count) {
   *count = emulator::num_devices();
+  if (emulator::driver_version() < emulator::kVersion) return fail(cudaErrorInsufficientDriver);  // also where there is none
   return *count == 0 ? fail(cudaErrorNoDevice) : cudaSuccess;
 }
 
@@ -112,14 +122,16 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     case cudaDevAttrComputeCapabilityMinor: *value = capability % 10; break;
     case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulator::kMostShared; break;
     case cudaDevAttrMemoryPoolsSupported: *value = 1; break;
-    case cudaDevAttrMpsEnabled: *value = 0; break;
+    case cudaDevAttrMpsEnabled: *value = emulator::setting("EMULATED_MPS", 0) != 0; break;
   }
   return cudaSuccess;
 }
 
 cudaError_t cudaDeviceCanAccessPeer(int* can, int device, int peer) {
   if (!emulator::exists(device) || !emulator::exists(peer)) return fail(cudaErrorInvalidDevice);
-  *can = device != peer;
+  const uint64_t access = emulator::setting("EMULATED_PEER_ACCESS", 1);
+  if (access > 1) return fail(cudaErrorNotSupported);
+  *can = access == 1 && device != peer;
   return cudaSuccess;
 }
 
@@ -145,6 +157,11 @@ cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
   return cudaSuccess;
 }
 
-cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t*, void*) { return fail(cudaErrorNotSupported); }
+cudaError_t cudaIpcGetMemHandle(cudaIpcMemHandle_t* handle, void*) {
+  if (emulator::setting("EMULATED_IPC", 0) == 0) return fail(cudaErrorNotSupported);
+  *handle = {"emulated"};
+  return cudaSuccess;
+}
+
 cudaError_t cudaIpcOpenMemHandle(void**, cudaIpcMemHandle_t, unsigned) { return fail(cudaErrorNotSupported); }
 cudaError_t cudaIpcCloseMemHandle(void*) { return fail(cudaErrorNotSupported); }

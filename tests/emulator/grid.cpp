@@ -61,6 +61,7 @@ cudaError_t launch(const void* kernel, Grid grid, cudaStream_t stream) {
 }  // namespace emulator
 
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
+  if (emulator::setting("EMULATED_COMPUTE_CAPABILITY", 90) < 80) return emulator::fail(cudaErrorNoKernelImageForDevice);
   attributes->sharedSizeBytes = emulator::kReservedShared;
   attributes->ptxVersion = attributes->binaryVersion = 90;
   return cudaSuccess;
