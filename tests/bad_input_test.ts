@@ -1,7 +1,8 @@
 /**
  * What bad input gets: a typed error that names the values, on the rank that gave it and on the others where they are
  * concerned, with nothing corrupted and the buffer good for the next call. Peers that die or stay away are in
- * failure_test.ts and process_test.ts, strangers on the rendezvous port in group_tcp_test.ts.
+ * failure_test.ts and process_test.ts, calls that need more than there is in support/limit_cases.ts, strangers on the
+ * rendezvous port in group_tcp_test.ts.
  */
 import { existsSync } from "node:fs";
 import process from "node:process";
@@ -235,18 +236,6 @@ describe("arguments", () => {
       });
     });
   });
-  test("overflow is found by all ranks alike, nothing is sent, and all name it", async () => {
-    await withRanks(3, { maxRecvTokens: 2 }, async (b, rank) => {
-      using x = rows(b), topkIdx = idx(b, [0, 0, rank === 2 ? 0 : 7, 7]); // rank 0 would get 4 rows
-      const reason = await reasonOf(b.dispatch(x, { topkIdx }));
-      assert(reason instanceof EpError, String(reason));
-      assertEquals([reason.code, reason.peer, reason.seen, reason.expected], ["capacity", 0, 4, 2]);
-      assertEquals(b.failed, false);
-      using own = idx(b, [[0, 3, 6][rank]!, -1, -1, -1]);
-      using again = await b.dispatch(x, { topkIdx: own });
-      assertEquals(again.numTokens, 1);
-    });
-  });
 });
 
 describe("a call that one rank refuses", () => {
@@ -295,21 +284,6 @@ describe("a call that one rank refuses", () => {
 });
 
 describe("life", () => {
-  test("a dispatch with no free slot names the holders", async () => {
-    await withRanks(1, { numSlots: 2 }, async (b) => {
-      using x = rows(b), topkIdx = idx(b);
-      using _first = await b.dispatch(x, { topkIdx });
-      using second = b.lowLatencyDispatch(x, { topkIdx });
-      const reason = await reasonOf(b.dispatch(x, { topkIdx }));
-      assert(reason instanceof EpError && reason.code === "noFreeSlot", String(reason));
-      assert(
-        /all 2 slots are held by dispatch #\d+ and low-latency dispatch #\d+/.test(reason.message),
-        reason.message,
-      );
-      second.release();
-      await works(b);
-    });
-  });
   test("released results, handles and tensors say so", async () => {
     await withRanks(1, {}, async (b) => {
       const x = rows(b), topkIdx = idx(b);

@@ -8,6 +8,7 @@ import {
   runLowLatencyCases,
   runLowLatencySizes,
   runMostTokens,
+  runSizes,
 } from "./support/cases.ts";
 import { localWorlds } from "./support/drivers.ts";
 
@@ -17,3 +18,4 @@ runCombineCases(subject);
 runLowLatencyCases(subject);
 runLowLatencySizes(subject);
 runMostTokens(subject);
+runSizes(subject);

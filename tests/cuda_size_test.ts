@@ -1,13 +1,12 @@
 /** The CUDA backend at the ends of its sizes: no tokens, one, thousands, 16 ranks, rows of 14336 bytes. */
 import { test } from "node:test";
 import { runMostTokens, thereAndBack } from "./support/big_worlds.ts";
-import { everyWay } from "./support/combine_cases.ts";
 import { noCuda, noCudaLowLatency } from "./support/cuda.ts";
-import { everyCall } from "./support/dispatch_cases.ts";
 import { localWorlds } from "./support/drivers.ts";
 import { runLowLatencySizes } from "./support/low_latency_sizes.ts";
+import { inEveryWay, runSizes } from "./support/sizes.ts";
 import { suite } from "./support/suite.ts";
-import { makeWorld, type WorldSpec } from "./support/worlds.ts";
+import type { WorldSpec } from "./support/worlds.ts";
 
 const newWorld = localWorlds("cuda");
 const base = { numRanks: 4, numExperts: 16, numTopk: 4, hidden: 64 } as const;
@@ -16,15 +15,6 @@ const base = { numRanks: 4, numExperts: 16, numTopk: 4, hidden: 64 } as const;
 const worlds: readonly WorldSpec[] = [
   { ...base, name: "0 tokens on all ranks", tokens: [0, 0, 0, 0] },
   { ...base, name: "1 token on one rank", tokens: [0, 0, 1, 0] },
-  {
-    ...base,
-    name: "16 ranks",
-    numRanks: 16,
-    numExperts: 40,
-    numTopk: 6,
-    tokens: Array.from({ length: 16 }, (_, r) => 3 * r),
-  },
-  { ...base, name: "32 experts a token", numExperts: 48, numTopk: 32, tokens: [20, 3, 0, 33] },
   { ...base, name: "more tokens than blocks", tokens: [700, 513, 1, 640] },
   { ...base, name: "hidden 8", hidden: 8, tokens: [17, 33, 2, 9] },
   // Eight parts a token: four pieces of a row, and what travels beside the rows of four ranks. A block has 16 warps.
@@ -51,15 +41,12 @@ const big: readonly (WorldSpec & { layout: "rank" | "expert" })[] = [
 ];
 
 runLowLatencySizes({ name: "cuda", newWorld, skip: noCudaLowLatency });
+runSizes({ name: "cuda", newWorld, skip: noCuda });
 runMostTokens({ name: "cuda", newWorld, skip: noCuda });
 
 suite("cuda: sizes", noCuda, () => {
   for (const spec of worlds) {
-    test(spec.name, { timeout: 60_000 }, async () => {
-      const world = makeWorld(spec, 7);
-      await everyCall(newWorld, world);
-      await everyWay(newWorld, world);
-    });
+    test(spec.name, { timeout: 60_000 }, () => inEveryWay(newWorld, spec));
   }
   for (const { layout, ...spec } of big) {
     test(`${spec.name}, ${layout} layout`, { timeout: 120_000 }, () => thereAndBack(newWorld, spec, layout));

@@ -1,11 +1,13 @@
 /**
- * The partition of experts, strides of scales, and the room for them.
+ * The partition of experts, strides of scales, and the room for them; what a buffer takes, as both libraries say, with no GPU.
  */
 import { assert, assertEquals, assertThrows } from "@std/assert";
 import { describe, test } from "node:test";
-import { EpBuffer } from "@deepep/deepep";
+import { type BufferOptions, type BufferSize, EpBuffer } from "@deepep/deepep";
+import { openDevice } from "../lib/device.ts";
 import { alignUp, expertRank, localExperts, maxLocalExperts, scaleStrides } from "../lib/layout.ts";
 import { dealExperts } from "./support/brute_force.ts";
+import { suite } from "./support/suite.ts";
 
 describe("experts of ranks", () => {
   test("every partition up to 40 experts and 9 ranks is the one dealt by hand", () => {
@@ -51,3 +53,66 @@ test("a slot has room for the scales of the widest rows, in columns and, while t
     assert(recvScalesBytes >= rows * (maxScaleBytes + asRows), `${maxRowBytes}, ${maxScaleBytes}: ${recvScalesBytes}`);
   }
 });
+
+/** Normal and low-latency mode of rows with scales. */
+const shape = {
+  numRanks: 3,
+  hidden: 1024,
+  numExperts: 64,
+  numTopk: 4,
+  maxTokensPerRank: 500,
+  maxLowLatencyTokensPerRank: 20,
+  numSlots: 3,
+};
+const sizeOf = (backend: "cpu" | "cuda", change: Partial<BufferOptions & { numRanks: number }> = {}) =>
+  EpBuffer.sizeHint({ ...shape, backend, ...change });
+const noLibrary = (backend: "cpu" | "cuda") =>
+  openDevice(backend).then(() => false as const, (e: Error) => e.message.split("\n")[0]!);
+
+for (const backend of ["cpu", "cuda"] as const) {
+  suite(`${backend}: what a buffer takes`, await noLibrary(backend), () => {
+    test("is the sum of its parts, each with room for what it holds", async () => {
+      const size = await sizeOf(backend), { maxRecvTokens: rows } = size;
+      assertEquals(rows, Math.max(3 * 500, 3 * 500 * 4 + 128 * 22)); // rank layout; expert layout, padded
+      assertEquals(size.symmetricBytes, size.controlBytes + 3 * size.slotBytes);
+      const { recvXBytes, recvScalesBytes, expertOutputBytes, metadataBytes } = size;
+      const parts = recvXBytes + recvScalesBytes + expertOutputBytes + metadataBytes;
+      assertEquals(size.slotBytes, alignUp(parts, 4096));
+      assert(recvXBytes >= rows * 2048 && expertOutputBytes >= rows * 2048, JSON.stringify(size));
+      // 8 scales of 4 bytes; 4 indices of up to 8 bytes, 4 weights and a source index a row.
+      assert(recvScalesBytes >= rows * 32 && metadataBytes >= rows * (4 * 8 + 4 * 4 + 4), JSON.stringify(size));
+      assert(size.controlBytes > 0 && size.localBytes > 0, JSON.stringify(size));
+    });
+
+    type Part = keyof BufferSize;
+    const slot: Part[] = ["recvXBytes", "recvScalesBytes", "expertOutputBytes", "metadataBytes", "slotBytes"];
+    const growth: [keyof typeof shape, number[], Part[]][] = [
+      ["numSlots", [1, 2, 3, 8], ["symmetricBytes"]],
+      ["maxTokensPerRank", [500, 1000, 4096], ["symmetricBytes", "maxRecvTokens", ...slot]],
+      ["maxLowLatencyTokensPerRank", [200, 400, 1024], ["symmetricBytes", ...slot]],
+      ["numRanks", [1, 2, 4, 8], ["controlBytes", "symmetricBytes", "maxRecvTokens", ...slot]],
+      ["numTopk", [1, 4, 8], ["symmetricBytes", "metadataBytes", "maxRecvTokens"]],
+      ["hidden", [1024, 2048, 7168], ["symmetricBytes", ...slot.filter((part) => part !== "metadataBytes")]],
+    ];
+    for (const [option, values, parts] of growth) {
+      test(`grows with ${option}, and no part shrinks`, async () => {
+        // So many that what experts are padded by, which is less with more ranks, does not count.
+        const many = option === "numRanks" ? { maxTokensPerRank: 4096 } : {};
+        const sizes = await Promise.all(values.map((value) => sizeOf(backend, { ...many, [option]: value })));
+        for (let i = 1; i < sizes.length; i++) {
+          const before = sizes[i - 1]!, after = sizes[i]!;
+          for (const part of Object.keys(after) as Part[]) {
+            const what = `${part} of ${option} ${values[i - 1]} and ${values[i]}: ${before[part]}, ${after[part]}`;
+            assert(parts.includes(part) ? after[part] > before[part] : after[part] >= before[part], what);
+          }
+        }
+      });
+    }
+
+    test("is on each rank what peers map, alike on every backend", async () => {
+      const { localBytes: _, ...mapped } = await sizeOf(backend);
+      const { localBytes: __, ...onCpu } = await sizeOf("cpu");
+      assertEquals(mapped, onCpu);
+    });
+  });
+}

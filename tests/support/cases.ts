@@ -10,6 +10,7 @@ export { runDispatchCases } from "./dispatch_cases.ts";
 export { runLowLatencyCases } from "./low_latency_cases.ts";
 export { runMostTokens } from "./big_worlds.ts";
 export { runLowLatencySizes } from "./low_latency_sizes.ts";
+export { runSizes } from "./sizes.ts";
 
 /** What the suite runs over. */
 export interface Subject {

@@ -74,6 +74,10 @@ export function callsFor(world: TestWorld): DispatchCall[] {
     ...calls,
     { numTopk, layout: "rank", scalesColumnMajor: true },
     { numTopk, layout: "expert", expertAlignment: ALIGNMENT, scalesColumnMajor: true, zeroPadding: true },
+    // Rows of scales at no multiple of 16 bytes, at multiples, and columns with room behind them.
+    { numTopk, layout: "rank", inputStrides: { scaleGap: 1 } },
+    { numTopk, layout: "expert", inputStrides: { rowGap: 16, scaleGap: 16 } },
+    { numTopk, layout: "rank", scalesColumnMajor: true, inputStrides: { scalesColumnMajor: true, scaleGap: 3 } },
   ];
 }
 

@@ -49,6 +49,8 @@ export interface InputStrides {
   readonly rowGap?: number;
   /** Scales are given column-major. */
   readonly scalesColumnMajor?: boolean;
+  /** Elements between rows of scales, or between columns where they are column-major. */
+  readonly scaleGap?: number;
 }
 
 /** A dispatch. */

@@ -17,6 +17,7 @@ import {
 } from "@deepep/deepep";
 import type { constants } from "../../lib/ffi/abi.ts";
 import { struct } from "../../lib/ffi/struct.ts";
+import { limitCases } from "./limit_cases.ts";
 import { inject, ranksOf, reasonOf, tiny } from "./ranks.ts";
 import { type BackendSubject, suite } from "./suite.ts";
 
@@ -472,6 +473,8 @@ function everyCase(
       await normalLayer(b);
     });
   });
+
+  limitCases(ranks, lowLatency);
 
   test("a dispatch that fails leaves no counts of an earlier one on the device", async () => {
     await ranks(1, { maxRecvTokens: 2, numSlots: 1 }, async (b) => {

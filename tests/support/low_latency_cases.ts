@@ -18,7 +18,7 @@ import type { WorldDriver, WorldOptions } from "./driver.ts";
 import { lowLatencyOutput } from "./experts.ts";
 import { Random, runSeed } from "./random.ts";
 import { randomCount, suite } from "./suite.ts";
-import { makeWorld, namedWorld, namedWorlds, randomSpec, type TestWorld, tinyWorld } from "./worlds.ts";
+import { makeWorld, namedWorld, namedWorlds, randomSpec, rowShape, type TestWorld, tinyWorld } from "./worlds.ts";
 
 /** Options of a buffer that holds a world in low-latency mode; tokens that list an expert twice may need more rows. */
 function lowLatencyOptions(world: TestWorld, more: Partial<WorldOptions> = {}): WorldOptions {
@@ -148,11 +148,18 @@ const fp8Ways: Way[] = [
   [{ fp8: true, wild: true }, { fp8: true, recvHook: true }],
   [{ weights: false }, { fp8: true, zeroCopy: true }],
 ];
+/** Scales whose rows or columns have room behind them. */
+const scaleWays: Way[] = [
+  [{ inputStrides: { scaleGap: 1 } }, {}],
+  [{ scalesColumnMajor: true, inputStrides: { rowGap: 16, scaleGap: 16 } }, {}],
+  [{ inputStrides: { scalesColumnMajor: true, scaleGap: 3 } }, {}],
+];
 
 /** There and back in every way. */
 export async function everyWay(newWorld: NewWorld, world: TestWorld): Promise<void> {
   await using driver = await newWorld(lowLatencyOptions(world));
-  const ways = world.payload.kind === "bf16" && world.hidden % 16 === 0 ? [...plainWays, ...fp8Ways] : plainWays;
+  const castable = world.payload.kind === "bf16" && world.hidden % 16 === 0, scaled = rowShape(world).numScales > 0;
+  const ways = [...plainWays, ...(castable ? fp8Ways : []), ...(scaled ? scaleWays : [])];
   for (const [way, combine] of ways) {
     const call = { ...way, numTopk: world.numTopk };
     try {

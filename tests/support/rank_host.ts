@@ -136,21 +136,23 @@ export class RankHost {
     // There is no 16-byte dtype: such elements travel as pairs.
     const pair = scaleElemBytes === 16 ? 2 : 1, columns = numScales * pair;
     const dtype = scaleDtype[scaleElemBytes / pair]!, width = scaleElemBytes / pair;
+    const gap = strides.scaleGap ?? 0;
     if (!strides.scalesColumnMajor || pair === 2) {
-      return { data: x, scales: this.#rows(dtype, numTokens, scales, numScales * scaleElemBytes, 0) };
+      return { data: x, scales: this.#rows(dtype, numTokens, scales, numScales * scaleElemBytes, gap * width) };
     }
-    const turned = new Uint8Array(scales.length);
+    const columnElems = numTokens + gap;
+    const turned = new Uint8Array(columns * columnElems * width).fill(0xa5);
     for (let t = 0; t < numTokens; t++) {
       for (let s = 0; s < columns; s++) {
         const from = (t * columns + s) * width;
-        turned.set(scales.subarray(from, from + width), (s * numTokens + t) * width);
+        turned.set(scales.subarray(from, from + width), (s * columnElems + t) * width);
       }
     }
     const whole = this.#tensor("u8", [turned.length], turned);
     return {
       data: x,
       scales: new Tensor(whole.address, dtype, [numTokens, columns], {
-        strides: [1, Math.max(1, numTokens)],
+        strides: [1, Math.max(1, columnElems)],
         ...(whole.hold && { hold: whole.hold }),
       }),
     };

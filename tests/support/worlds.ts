@@ -119,6 +119,7 @@ export const specs: readonly WorldSpec[] = [
   { ...base, name: "nvfp4 bytes", hidden: 128, tokens: [5, 4, 3, 8], payload: nvfp4 },
   { ...base, name: "mxfp8 bytes", hidden: 128, tokens: [5, 4, 3, 8], payload: mxfp8, topkType: "i64" },
   { ...base, name: "scales of any bits", hidden: 64, tokens: [40, 40, 40, 40], payload: words },
+  { ...base, name: "experts, 32 a token", numExperts: 40, numTopk: 32, tokens: [5, 3, 0, 6], topkType: "i64" },
 ];
 
 /** Every named world, `tiny` first. */

@@ -1,0 +1,84 @@
+/**
+ * What ranks hear when a call needs more than there is, of rows or of slots: who needs how much of what, in fields and in words,
+ * with the buffer good for the next call. In: buffers of a backend. Out: tests. Called by failure_cases.ts.
+ */
+import { test } from "node:test";
+import { assert, assertEquals, assertMatch, assertStringIncludes } from "@std/assert";
+import { type EpBuffer, EpError } from "@deepep/deepep";
+import { type ranksOf, reasonOf } from "./ranks.ts";
+
+const rows = (b: EpBuffer) => b.tensor("bf16", [2, 16], new Float32Array(32).fill(b.rank + 1));
+const topk = (b: EpBuffer, ...entries: number[]) => b.tensor("i32", [2, 2], Int32Array.from(entries));
+
+/** One token of each of three ranks to an expert of its own, which must work. Rank r owns experts 3r to 3r + 2, of 8. */
+async function fits(b: EpBuffer): Promise<void> {
+  using x = rows(b), topkIdx = topk(b, [0, 3, 6][b.rank]!, -1, -1, -1);
+  using recv = await b.dispatch(x, { topkIdx });
+  assertEquals([b.failed, recv.numTokens], [false, 1]);
+}
+
+/** Asserts the code, the rank, what it needs and what it has, and the words. */
+function assertLimit(
+  reason: Error,
+  { seen, expected, words }: { seen: number; expected: number; words: string },
+): void {
+  assert(reason instanceof EpError, String(reason));
+  assertEquals([reason.code, reason.peer, reason.seen, reason.expected], ["capacity", 1, seen, expected]);
+  assertStringIncludes(reason.message, words);
+}
+
+/** Registers the cases. */
+export function limitCases(ranks: ReturnType<typeof ranksOf>, lowLatency: boolean): void {
+  // Three ranks' tokens to experts 3 and 4, then 3: as rows 6 tokens, or groups of 6 and 3, padded to 8 and 4.
+  for (const [layout, need] of [["rank", 6], ["expert", 12]] as const) {
+    for (const cpuSync of [true, false]) {
+      test(`a rank that would receive more than it holds is named by all, ${layout} layout, cpuSync ${cpuSync}`, async () => {
+        await ranks(3, { maxRecvTokens: need - 1 }, async (b) => {
+          using x = rows(b), topkIdx = topk(b, 3, 4, 3, -1);
+          const call = async () => {
+            using recv = await b.dispatch(x, { topkIdx, layout, cpuSync, expertAlignment: 4 });
+            await recv.event;
+          };
+          const words = `Cannot dispatch: rank 1 would receive ${need} rows, a buffer holds ${need - 1}`;
+          assertLimit(await reasonOf(call()), { seen: need, expected: need - 1, words });
+          await fits(b);
+        });
+      });
+    }
+  }
+
+  if (lowLatency) {
+    test("a rank whose expert would receive more than it holds is named by all", async () => {
+      await ranks(3, { maxLowLatencyTokensPerRank: 2 }, async (b, rank) => {
+        using x = rows(b), topkIdx = topk(b, 4, 4, 4, rank === 2 ? 4 : 5);
+        using recv = b.lowLatencyDispatch(x, { topkIdx, fp8: false });
+        const words = "rank 1 would receive 10 rows for expert 4, a buffer holds 6 an expert";
+        assertLimit(await reasonOf(recv.received()), { seen: 10, expected: 6, words });
+        await fits(b);
+      });
+    });
+  }
+
+  test("a rank without a free slot hears who holds them", async () => {
+    await ranks(1, { numSlots: 2 }, async (b) => {
+      using x = rows(b), topkIdx = topk(b, 0, 7, 2, 3);
+      using _first = await b.dispatch(x, { topkIdx });
+      using second = lowLatency ? b.lowLatencyDispatch(x, { topkIdx }) : await b.dispatch(x, { topkIdx });
+      const mode = lowLatency ? "low-latency " : "";
+      const refused = async (words: RegExp) => {
+        const reason = await reasonOf(b.dispatch(x, { topkIdx }));
+        assert(reason instanceof EpError && reason.code === "noFreeSlot", String(reason));
+        assertMatch(reason.message, words);
+      };
+      await refused(new RegExp(`all 2 slots are held by dispatch #\\d+ and ${mode}dispatch #\\d+`));
+      // The library would find it as well.
+      const { core } = b, { wantSlot } = core;
+      core.wantSlot = () => -1;
+      await refused(new RegExp(`all slots are held .*\\(slot 0 by a dispatch of .*, slot 1 by a ${mode}dispatch of `));
+      core.wantSlot = wantSlot;
+      second.release();
+      using again = await b.dispatch(x, { topkIdx });
+      assertEquals(again.numTokens, 2);
+    });
+  });
+}
