@@ -137,9 +137,24 @@ function backendsFor(wanted: readonly string[] | undefined, toolkit: Toolkit | s
   });
 }
 
+const usage = `Usage: build.ts [options]
+
+Builds the native libraries from the sources in cuda/, and the manifest that says so.
+
+  --backend NAME            cpu or cuda; may be given more than once. Default: those that can be built here
+  --out DIR                 only the libraries, there; the manifest stays as it is
+  --strict                  warnings are errors
+  --cuda DIR                the CUDA toolkit
+  --arch NAME               of cuda, with --out: only this architecture, as sm_90; may be given more than once
+  --ptxas                   also prints what the kernels use
+  --check                   builds nothing: fails where a library is stale, not the manifest's, or the package too large
+  --help                    this text
+`;
+
 async function main(): Promise<number> {
   const { values } = parseArgs({
     options: {
+      help: { type: "boolean", default: false },
       backend: { type: "string", multiple: true },
       out: { type: "string" },
       strict: { type: "boolean", default: false },
@@ -149,6 +164,10 @@ async function main(): Promise<number> {
       ptxas: { type: "boolean", default: false },
     },
   });
+  if (values.help) {
+    console.log(usage);
+    return 0;
+  }
   if (values.check) {
     const found = problems();
     for (const line of found) console.error(line);

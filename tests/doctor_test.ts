@@ -14,12 +14,13 @@ import type { Capabilities } from "../lib/device.ts";
 import { root } from "./support/compile.ts";
 import { runArgs } from "./support/transport.ts";
 
+function run(args: readonly string[], env: Record<string, string> = {}) {
+  const all = [...runArgs(join(root, "scripts/doctor.ts")), ...args];
+  return spawnSync(process.execPath, all, { encoding: "utf8", timeout: 60_000, env: { ...process.env, ...env } });
+}
+
 function doctor(args: readonly string[], env: Record<string, string> = {}): { status: number | null; stdout: string } {
-  const { status, stdout, stderr } = spawnSync(
-    process.execPath,
-    [...runArgs(join(root, "scripts/doctor.ts")), ...args],
-    { encoding: "utf8", timeout: 60_000, env: { ...process.env, ...env } },
-  );
+  const { status, stdout, stderr } = run(args, env);
   assertEquals(stderr, "");
   return { status, stdout };
 }
@@ -48,6 +49,15 @@ test("where no backend works it exits with 1 and says what was looked for", { ti
   assertEquals(status, 1);
   assertStringIncludes(stdout, "✗ cpu: Cannot find libdeepep_cpu.so: DEEPEP_LIBRARY_CPU names /nowhere/cpu.so");
   assertStringIncludes(stdout, "No backend works here");
+});
+
+test("--help says how it is called, and so does a flag that it does not know", { timeout: 60_000 }, () => {
+  const { status, stdout } = doctor(["--help"]);
+  assertEquals(status, 0);
+  assertStringIncludes(stdout, "Usage: doctor.ts [--json]");
+  const wrong = run(["--jsom"]);
+  assertEquals([wrong.status, wrong.stdout], [2, ""]);
+  for (const words of ["--jsom", "Usage: doctor.ts [--json]"]) assertStringIncludes(wrong.stderr, words);
 });
 
 const h100: Capabilities = {
