@@ -161,7 +161,8 @@ export function referenceLowLatencyCombine(
   return sums.map(bf16FromF32);
 }
 
-function throughFp8(x: Uint16Array, hidden: number): Float32Array {
+/** bf16 rows as a combine with `fp8` reads them: values of e4m3 times their scales. */
+export function throughFp8(x: Uint16Array, hidden: number): Float32Array {
   const rows = x.length / hidden;
   const { data, scales, numScales } = castToFp8(x, rows, hidden);
   return f32FromE4m3(data).map((value, i) => value * scales[Math.floor(i / hidden) * numScales + blockOf(i % hidden)]!);

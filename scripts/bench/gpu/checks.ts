@@ -108,7 +108,7 @@ export async function checkRouting(
 /** Reduced tokens, against sums of the host's in the order that the header of the ABI gives. */
 export async function checkSums(
   what: string,
-  { stage, loaded, verifier, route, shift, weighted }: {
+  { stage, loaded, verifier, route, shift, weighted, valuesOf = f32FromBf16 }: {
     stage: Stage;
     loaded: Loaded;
     verifier: Verifier;
@@ -116,6 +116,8 @@ export async function checkSums(
     /** Of the expert outputs, see `Stage.fillOutput`. */
     shift: number;
     weighted: boolean;
+    /** What is summed of a row. */
+    valuesOf?: (row: Uint16Array) => Float32Array;
   },
   out: readonly Tensor<"bf16">[],
 ): Promise<void> {
@@ -129,7 +131,7 @@ export async function checkSums(
         const rank = route.rankOf[s]![hop]!;
         if (rank < 0) continue;
         const source = stage.outputSource(rank, route.rowOf[s]![hop]!, shift);
-        const row = f32FromBf16(stage.value(source.rank, source.token));
+        const row = valuesOf(stage.value(source.rank, source.token));
         const weight = weighted ? loaded.routing.topkWeights[s]![hop]! : 1;
         for (let c = 0; c < row.length; c++) sums[c] = sums[c]! + Math.fround(row[c]! * weight);
       }

@@ -6,6 +6,7 @@
  */
 import { type EpEvent, LowLatencyResult, type Stream, type Tensor } from "../../../../mod.ts";
 import type { Fp8Options } from "../../../../lib/dtype.ts";
+import { throughFp8 } from "../../../../lib/reference/mod.ts";
 import {
   type CombineChoices,
   type DispatchChoices,
@@ -153,10 +154,11 @@ export class LowLatencyWorld {
     return { y, [Symbol.dispose]: () => y.forEach((tensor) => tensor.release()) };
   }
 
-  /** Checks what combines made of outputs that {@linkcode fill} filled. */
-  async checkSums(what: string, out: readonly Tensor<"bf16">[]): Promise<void> {
+  /** Checks what combines made of outputs that {@linkcode fill} filled. `fp8`: rows have travelled as e4m3. */
+  async checkSums(what: string, out: readonly Tensor<"bf16">[], fp8 = false): Promise<void> {
     const { stage, world: { loaded, routing, context: { verifier } } } = this;
-    await checkSums(what, { stage, loaded, verifier, route: routing.expert, shift: SHIFT, weighted: true }, out);
+    const facts = { stage, loaded, verifier, route: routing.expert, shift: SHIFT, weighted: true };
+    await checkSums(what, { ...facts, ...(fp8 && { valuesOf: (row) => throughFp8(row, stage.hidden) }) }, out);
   }
 
   /** Fills the expert outputs of every slot; they stay until they are filled anew. */
@@ -179,13 +181,13 @@ export class LowLatencyWorld {
     },
   ): Promise<void> {
     const { world } = this, { verifier } = world.context, { routing, out } = world, { numSms } = facts;
-    const what = `${facts.op} of ${routing.tokens} tokens`;
-    await this.#time(facts, "bf16", this.traffic("combine"), {
+    const what = `${facts.op} of ${routing.tokens} tokens`, fp8 = choices(0).fp8 === true;
+    await this.#time(facts, fp8 ? "fp8" : "bf16", fp8 ? undefined : this.traffic("combine"), {
       calls: CALLS_A_GRAPH,
       record: (operations, r) =>
         this.calls.combine(operations, r, { ...choices(r), numSms, y: y[r]!, of: held[r]!, out: out[r]! }),
       check: async () => {
-        await this.checkSums(what, out);
+        await this.checkSums(what, out, fp8);
         await naive?.compare(what, verifier, out);
       },
       poison: () => world.poisonOut(),
