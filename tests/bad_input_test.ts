@@ -14,6 +14,7 @@ import {
   EpError,
   type EpEvent,
   Group,
+  launchPlan,
   LibraryError,
   type LowLatencyHandle,
   type Stream,
@@ -131,6 +132,19 @@ describe("creation", () => {
   test("an unknown backend", async () => {
     const [group] = Group.local(1);
     await assertRejects(() => EpBuffer.create(group!, { ...tiny, backend: "tpu" as "cpu" }), RangeError, '"tpu"');
+  });
+
+  test("a launch plan's compute capability is in its unit, and low latency has experts", async () => {
+    const plan = { rowBytes: 256, numRanks: 2, numTopk: 2, deviceSms: 132, computeCapability: 90 } as const;
+    for (const computeCapability of [9, 90.5, -1]) {
+      const wrong = launchPlan({ ...plan, op: "dispatch", computeCapability });
+      await assertRejects(
+        () => wrong,
+        RangeError,
+        `computeCapability is ${computeCapability}, needs 10 * major + minor`,
+      );
+    }
+    await assertRejects(() => launchPlan({ ...plan, op: "lowLatencyDispatch" }), RangeError, "needs numExperts");
   });
 });
 

@@ -4,7 +4,7 @@ import process from "node:process";
 import { test } from "node:test";
 import { fileURLToPath } from "node:url";
 import { assertEquals } from "@std/assert";
-import { cudaCapabilities, noCuda, noCudaLowLatency } from "./support/cuda.ts";
+import { noCuda, noCudaLowLatency, notEmulated } from "./support/cuda.ts";
 import { runFailureCases } from "./support/failure_cases.ts";
 import { runMaskingCases } from "./support/masking_cases.ts";
 import { runMixedCases } from "./support/mixed_cases.ts";
@@ -20,8 +20,7 @@ runMixedCases(subject);
 runOwnershipCases(subject);
 runWakeCases(subject);
 
-const emulated = cudaCapabilities?.name.startsWith("emulated") ?? false;
-suite("cuda: no room", noCuda || (emulated ? false : "only an emulated device can be filled at will"), () => {
+suite("cuda: no room", notEmulated, () => {
   test("is found before anything is said to the peers, where several blocks send", { timeout: 60_000 }, () => {
     const child = fileURLToPath(new URL("./support/room_child.ts", import.meta.url));
     const env = { ...process.env, EMULATED_SMS: "8", EMULATED_LATE_MS: "1000" };

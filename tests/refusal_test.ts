@@ -10,7 +10,7 @@ import { assert, assertEquals, assertStringIncludes } from "@std/assert";
 import { adviceFor, type Diagnosis } from "../scripts/doctor/diagnose.ts";
 import type { Facts } from "../scripts/doctor/facts.ts";
 import { root } from "./support/compile.ts";
-import { cudaCapabilities, noCuda } from "./support/cuda.ts";
+import { notEmulated } from "./support/cuda.ts";
 import { suite } from "./support/suite.ts";
 import { runArgs } from "./support/transport.ts";
 
@@ -149,9 +149,7 @@ function create(machine: Machine): Said[] {
 const settled = (text: string): string =>
   text.replace(/(?<=process )\d+/g, "N").replace(/\d+(?= bytes| of)/g, "N").replace(/(?<= of )\d+/g, "N");
 
-const emulated = cudaCapabilities?.name.startsWith("emulated") ?? false;
-const skip = noCuda || (emulated ? false : "only an emulated device can be made one that does not do");
-suite("cuda: refusals", skip, () => {
+suite("cuda: refusals", notEmulated, () => {
   for (const [name, machine] of Object.entries(machines)) {
     test(`${name}: create says what is wrong, and the doctor what to do`, { timeout: 60_000 }, () => {
       const all = create(machine);

@@ -122,7 +122,7 @@ struct TokenBlocks {
   uint32_t row_blocks;   // that divide the row
   uint32_t place_shift;  // 1 << place_shift times as many, with other places each
 
-  DEEPEP_HOST_DEVICE constexpr uint32_t all() const { return row_blocks << place_shift; }
+  constexpr uint32_t all() const { return row_blocks << place_shift; }
   static constexpr TokenBlocks of(uint64_t units, uint64_t most, uint32_t num_topk) {
     const uint64_t wanted = ceil_div(units, kMaxWarps);
     TokenBlocks blocks = {static_cast<uint32_t>(larger(smaller(most, wanted), 1)), 0};

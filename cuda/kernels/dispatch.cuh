@@ -103,9 +103,9 @@ struct Dispatch : DispatchRows {
     return is_few() ? TokenRange{0, params.routing.num_tokens} : block_tokens(params.routing.num_tokens);
   }
 
-  // Leader's block: adds up what this rank has, and tells the peers when it has met.
   __device__ uint32_t columns() const { return p().options.num_ranks + p().options.num_experts; }
   __device__ uint32_t* sums() const { return reinterpret_cast<uint32_t*>(shared + sums_at()); }
+  // Leader's block: adds up what this rank has.
   __device__ void add_counts_up(const int32_t* per_expert) const {
     const uint32_t ranks = p().options.num_ranks;
     for (uint32_t i = threadIdx.x; i < columns(); i += blockDim.x) {
@@ -114,6 +114,7 @@ struct Dispatch : DispatchRows {
       sums()[i] = sum;
     }
   }
+  // When it has met: tells the peers.
   __device__ void publish_sums() const {
     const uint32_t* const values = sums();
     const auto words_of = [&](uint32_t peer) {
@@ -203,7 +204,7 @@ struct Dispatch : DispatchRows {
     return true;
   }
 
-  // Warps from `first` on: take the counts of the ranks in a view. False for a thread of whose counts some do not come soon.
+  // Warps from `first` on; see take_columns().
   __device__ bool take_soon(const RowTables& rows, uint64_t view, uint32_t first) const {
     const uint32_t skipped = first * kWarpLanes;
     if (threadIdx.x < skipped) return true;

@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "2eac37cadaf07e6139a69099cf3f6858318f0f3da38a48b6685b51d5d2ab7f6b",
-    cuda: "79d3543b09bab4b72a6c11da09623ffec11d03793df75e158394a8c9f0c0a7b6",
+    cpu: "c3c88384cb6c9fc26285b4b6c657669920b7198db15a43de71c8dcd0e0169c95",
+    cuda: "43c37a928a339a24cf367397f8890f32a59ef7f3202e5c44715d2795e4491504",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",

@@ -28,6 +28,10 @@ export const cudaCapabilities: Capabilities | undefined = typeof found === "stri
 /** Why there is no CUDA here. */
 export const noCuda: string | false = typeof found === "string" ? found : false;
 
+/** Why the device cannot be made one that lacks something: a GPU is as it is. */
+export const notEmulated: string | false = noCuda ||
+  (cudaCapabilities?.name.startsWith("emulated") ? false : "only an emulated device can be made to lack something");
+
 const has = (feature: keyof typeof constants.FEATURE): boolean =>
   ((cudaCapabilities?.features ?? 0) & constants.FEATURE[feature][0]) !== 0;
 
