@@ -182,7 +182,7 @@ test(
     const options = ["", "wait_stats", "expert_stats", "row_major_scales", "round_scale", "ue8m0", "hook", "bf16"];
     assertEquals(opsOf("low_latency_options"), [
       ...options.map((option) => `ll_dispatch${option && "_"}${option}`),
-      ...["ll_combine", "ll_combine_wait_stats", "ll_combine_hook", "ll_combine_fp8", "ll_combine_copy"],
+      ...["ll_combine", "ll_combine_wait_stats", "ll_combine_hook", "ll_combine_copy", "ll_combine_copy_fp8"],
       ...["ll_dispatch_mask_on_timeout", "ll_combine_mask_on_timeout"],
     ]);
     assertEquals(

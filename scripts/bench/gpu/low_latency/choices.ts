@@ -67,7 +67,6 @@ async function combines(low: LowLatencyWorld, numSms: number, suffix: string): P
       "": () => ({}),
       _wait_stats: (r) => ({ waitStats: waits[r]! }),
       _hook: () => ({ recvHook: true }),
-      _fp8: () => ({ fp8: true }),
     };
     for (const [kind, choices] of Object.entries(kinds)) {
       if (suffix === "" || kind === "") {
@@ -82,7 +81,7 @@ async function combines(low: LowLatencyWorld, numSms: number, suffix: string): P
   }
 }
 
-/** From tensors of the user's: rows are first put where peers read. */
+/** From tensors of the user's: rows are first put where peers read, as they are or cast, which in place would leave e4m3 to the next. */
 async function copied(
   low: LowLatencyWorld,
   { held, numSms }: { held: ReturnType<LowLatencyWorld["dispatchAll"]>; numSms: number },
@@ -90,5 +89,6 @@ async function copied(
   const own = low.stage.ranks.buffers.map((b, r) => b.tensor("bf16", held[r]!.handle.expertOutput().shape));
   await low.fill(own);
   await low.combine({ op: "ll_combine_copy", numSms }, { held, y: own });
+  await low.combine({ op: "ll_combine_copy_fp8", numSms }, { held, y: own, choices: () => ({ fp8: true }) });
   for (const tensor of own) tensor.release();
 }
