@@ -148,7 +148,7 @@ test(
   bounded,
   async () => {
     const flags = ["--gpu-bench", "--sms", "4,2", "--sweep-tokens", "2,8,16", "--compare-tokens", "8"]
-      .concat(["--sweep-sms", "2", "--sweep-ranks", "1,2", "--quick"]);
+      .concat(["--sweep-sms", "2", "--sweep-ranks", "1,2", "--quick", "--limit", "150"]);
     const { code, stdout, stderr, lines } = await bench(...flags);
     assertEquals(code, 0, stderr);
     const all = lines as GpuLine[], figures = all.filter(({ phase }) => phase !== undefined);

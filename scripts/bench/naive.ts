@@ -133,6 +133,7 @@ export class NaiveDispatch implements AsyncDisposable {
         })
       ))
       : [];
+    await ranks.rest(); // what was written to `rows` is read on other streams
     return new NaiveDispatch(ranks, world, sent, { senders, expanders, received });
   }
 

@@ -43,8 +43,8 @@ export class NaiveCombine implements AsyncDisposable {
     this.#reducers = reducers;
     this.#pieces = pieces;
     this.#out = reducers.map(({ buffer }) => buffer.tensor("bf16", [world.tokens, world.hidden]));
-    this.#weights = reducers.map(({ buffer }, r) =>
-      pieces && buffer.tensor("f32", [world.tokens, world.topk], world.inputs[r]!.topkWeights)
+    this.#weights = reducers.map(({ buffer, lane: { stream } }, r) =>
+      pieces && buffer.tensor("f32", [world.tokens, world.topk], world.inputs[r]!.topkWeights, { stream })
     );
     this.#send = pieces
       ? [0, 1].map(() => ranks.buffers.map((b, d) => b.tensor("bf16", [world.expertRows[d]!, world.hidden])))
@@ -62,6 +62,7 @@ export class NaiveCombine implements AsyncDisposable {
     const reducers = await Promise.all(
       x.map((rows, s) => Permuter.create(o, { bins: destinations[s]!, width, numBins: world.ranks, hidden, rows })),
     );
+    await ranks.rest(); // what was written to `y` is read on other streams
     return new NaiveCombine(ranks, world, y, reducers, undefined);
   }
 
@@ -92,6 +93,7 @@ export class NaiveCombine implements AsyncDisposable {
         }).filter((piece) => piece.count > 0)
       );
     });
+    await ranks.rest();
     return new NaiveCombine(ranks, world, y, reducers, pieces);
   }
 
