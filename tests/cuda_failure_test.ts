@@ -10,6 +10,7 @@ import { runMaskingCases } from "./support/masking_cases.ts";
 import { runMixedCases } from "./support/mixed_cases.ts";
 import { runOwnershipCases } from "./support/ownership_cases.ts";
 import { suite } from "./support/suite.ts";
+import { runSurvivorCases } from "./support/survivor_cases.ts";
 import { runArgs } from "./support/transport.ts";
 import { runWakeCases } from "./support/wake_cases.ts";
 
@@ -18,6 +19,7 @@ runFailureCases(subject);
 runMaskingCases(subject);
 runMixedCases(subject);
 runOwnershipCases(subject);
+runSurvivorCases(subject);
 runWakeCases(subject);
 
 suite("cuda: no room", notEmulated, () => {

@@ -20,7 +20,6 @@ struct LowLatencySlot;
 struct Slot {
   bool held = false;
   bool borrowed = false;                  // by an operation that gives it back itself
-  uint64_t combine_epoch = 0;             // of the last combine that used its expert-output region; 0 after a recovery
   std::shared_ptr<LowLatencySlot> state;  // of a low-latency dispatch that holds it; empty when a slot was just taken
   int32_t holder_op = 0;                  // who holds it, for messages
   uint64_t holder_epoch = 0;

@@ -36,7 +36,9 @@
 // Failures. An error that a rank finds in its own arguments travels in its message (`code`), one that follows from all
 // messages (capacity, disagreement) is found by every rank alike: both before a byte moves, so the buffer stays good. A rank
 // that fails half-way raises `aborts[s]` in every peer, so that nobody waits for the deadline in vain; it counts in calls
-// from its epoch on until the next recovery, or until the rank that it blames is masked.
+// from its epoch on until the next recovery, or until the rank that it blames is masked. Until then it makes no call, and receives
+// none of what earlier ones have sent: so with a mask that ends a failure it raises `pulled` everywhere, up to the call that it
+// has come to, and what was still to be received of combines is given up.
 //
 // Leaving ranks out. Under MASK_ON_TIMEOUT a call goes on without a rank that does not come. Rows have their places by the
 // counts of those who take part, so all must leave out the same: before rows are pushed, every rank publishes whose messages
@@ -193,6 +195,12 @@ DEEPEP_HOST_DEVICE constexpr uint32_t ready_said(int32_t code, uint32_t flags) {
 DEEPEP_HOST_DEVICE constexpr int32_t code_said(uint64_t said) { return static_cast<int32_t>(said >> 16 & 0xffff); }
 DEEPEP_HOST_DEVICE constexpr uint32_t flags_said(uint64_t said) { return static_cast<uint32_t>(said) & 0xffff; }
 
+// Who may still read what is in a slot's expert-output region.
+struct Readers {
+  uint64_t epoch;  // of the last combine that used it; 0 = nobody reads
+  uint64_t ranks;  // whom that has told
+};
+
 // An abort word: epoch << 16 | code << 8 | culprit. One word, so that it is never seen half-written.
 struct Abort {
   uint64_t epoch = 0;
@@ -203,10 +211,13 @@ struct Abort {
 constexpr uint64_t kAbortGoesOn = 0x80;
 // The highest epoch that a recovery may continue at: the word has 48 bits for epochs, and calls come on top.
 constexpr uint64_t kMaxBaseEpoch = uint64_t{1} << 47;
-// And how far from a multiple of 2^32 above a rank's own, for the words that name their call by the low half of its epoch: more
-// than the messages of a ring.
-constexpr uint64_t kEpochMargin = 128;
-static_assert(2 * kMaxSlots + 2 <= kEpochMargin / 4);
+// How many calls a rank can be behind another and still be told so: a message farther ahead is rather an old one, from before a
+// recovery.
+constexpr uint64_t kMaxLead = 1 << 20;
+// And how far from a multiple of 2^32 above a rank's own, for the words that name their call by the low half of its epoch: so
+// that what the messages of a ring say is never that far ahead.
+constexpr uint64_t kEpochMargin = 2 * kMaxLead;
+static_assert(2 * kMaxSlots + 2 <= kMaxLead);
 
 DEEPEP_HOST_DEVICE constexpr uint64_t abort_word(const Abort& abort) {
   const uint64_t code = static_cast<uint64_t>(abort.code) | (abort.goes_on ? kAbortGoesOn : 0);

@@ -13,6 +13,7 @@
 #include "../api/checks.hpp"
 #include "../api/options.hpp"
 #include "../api/registry.hpp"
+#include "expert_region.hpp"
 
 namespace deepep {
 
@@ -133,9 +134,10 @@ void Buffer::recover(const deepep_buffer_recover_args& args) {
   if (!comm_->push([this, ranks = args.masked_ranks] { masked = ranks; })) reject(DEEPEP_ERROR_CLOSED, "the buffer was destroyed");
   epoch = args.epoch;
   base_epoch = args.epoch;
+  given_up = args.epoch;
   masked_next_ = args.masked_ranks;
   // Nobody reads what earlier combines left in the slots: no survivor has work enqueued.
-  for (Slot& slot : slots) slot.combine_epoch = 0;
+  for (Readers& of_slot : readers) of_slot = {};
   generation_ += 1;
   failed_peer_ = -1;
   failed = false;
@@ -147,21 +149,23 @@ void Buffer::mask(const deepep_mask_args& args) {
   check_mask(*this, args);
   const bool mask_it = args.masked != 0;
   const uint64_t bit = uint64_t{1} << args.rank;
-  const bool pushed = comm_->push([self = this, bit, mask_it] {
+  const bool forgives = mask_it && failed && failed_peer_ == static_cast<int32_t>(args.rank);
+  const bool pushed = comm_->push([self = this, bit, mask_it, forgiven = forgives ? epoch : 0] {
     if (mask_it) {
       self->masked.fetch_or(bit);
     } else {
       self->masked.fetch_and(~bit);
     }
+    if (forgiven != 0) end_all_reading(*self, forgiven);
   });
   if (!pushed) reject(DEEPEP_ERROR_CLOSED, "the buffer was destroyed");
   masked_next_ = mask_it ? masked_next_ | bit : masked_next_ & ~bit;
-  if (mask_it && failed && failed_peer_ == static_cast<int32_t>(args.rank)) {
-    // What was enqueued before still ends with NEEDS_RECOVERY: the generation tells it from what comes now.
-    generation_ += 1;
-    failed_peer_ = -1;
-    failed = false;
-  }
+  if (!forgives) return;
+  // What was enqueued before still ends with NEEDS_RECOVERY: the generation tells it from what comes now.
+  generation_ += 1;
+  given_up = epoch;
+  failed_peer_ = -1;
+  failed = false;
 }
 
 void Buffer::mask_now(uint32_t peer) {

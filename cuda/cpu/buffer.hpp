@@ -23,6 +23,7 @@
 #include "../api/shared_memory.hpp"
 #include "../common/describe.hpp"
 #include "../common/failure.hpp"
+#include "../common/protocol.hpp"
 #include "memory.hpp"
 #include "stream.hpp"
 
@@ -98,11 +99,13 @@ class Buffer : public BufferBase, public std::enable_shared_from_this<Buffer> {
   bool has_failed() const { return failed; }
   // Flags and aborts of an epoch <= base_epoch are from before a recovery and mean nothing.
   std::atomic<uint64_t> base_epoch{0};
+  uint64_t given_up = 0;  // combines up to this epoch have no receive half any more: see protocol.hpp, Failures; under mutex
   Counters counters;
   // Nanoseconds waited for each rank, i64 [num_ranks]; kind 0 = dispatch, 1 = combine. Written by the communication stream.
   int64_t* wait_ns(int kind) { return wait_ns_ + static_cast<size_t>(kind) * options.num_ranks; }
 
   uint64_t epoch = 0;  // under mutex: collective calls enqueued so far
+  Readers readers[kMaxSlots] = {};  // under mutex: of the slots' expert-output regions
 
   // Runs `work` in order on the communication stream: first waits for previous_event, or for the present work of `stream`,
   // and for the earlier readers of slots that this call took; then works; then completes its record, which `event` may name,

@@ -155,7 +155,7 @@ bool CombineRun::publish() {
   check_content();  // A refusal stays in op_.failure: exchange() passes it on.
   if (op_.failure.code == 0) {
     if (!wait_for_readers(op_, job_.slot, wait)) return false;
-    begin_reading(op_, job_.slot);
+    begin_reading(op_, job_.slot, ~uint64_t{0});
     copy_in();
   }
   PeerWait for_messages = wait.again();

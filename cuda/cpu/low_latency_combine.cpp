@@ -137,7 +137,7 @@ bool send(Operation& op, LowLatencyCombine& job) {
   PeerWait wait(op, 1, reinterpret_cast<int64_t*>(job.args.wait_stats));
   if (!wait_for_readers(op, job.slot, wait)) return false;
   take_routing(op, job);
-  begin_reading(op, job.slot);
+  begin_reading(op, job.slot, job.state->routing.view);
   if (op.failure.code == 0) {
     if (casts(job))
       cast_in(op.buffer, job);

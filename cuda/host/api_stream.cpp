@@ -260,7 +260,9 @@ int32_t deepep_event_destroy(uint64_t handle, deepep_error* error) {
 int32_t deepep_event_elapsed(uint64_t handle, deepep_event_elapsed_args* args, deepep_error* error) {
   return cross("measure between events", DEEPEP_OP_COPY, error, [&](Call& call) {
     check(args);
-    const auto until = find_event(call, handle)->latest();
+    const auto event = find_event(call, handle);
+    use_device(event->device);
+    const auto until = event->latest();
     const auto since = find<Event>(Kind::event, args->since, "since")->latest();
     const Relaxed relaxed;
     for (const auto& record : {since, until}) {

@@ -239,14 +239,13 @@ void Buffer::recover(const deepep_buffer_recover_args& args) {
   enter();
   if (is_captured_) look();
   check_recovery(*this, args, seen_epoch(), num_under_way());
-  update({.state = nullptr,
-          .host = nullptr,
+  update({.call = {},
           .mask = args.masked_ranks,
           .unmask = 0,
           .epoch = args.epoch,
           .recover = 1,
           .clear_failed = 1});
-  epoch_ = base_epoch = args.epoch;
+  epoch_ = base_epoch = given_up = args.epoch;
   masked_ = args.masked_ranks;
   failed_peer_ = -1;
   failed_ = false;
@@ -260,9 +259,9 @@ void Buffer::mask(const deepep_mask_args& args) {
   const bool mask_it = args.masked != 0;
   // What was enqueued before still ends with NEEDS_RECOVERY: the update comes after it.
   const bool forgives = mask_it && failed_ && failed_peer_ == static_cast<int32_t>(args.rank);
+  if (forgives && is_captured_) look();
   const uint64_t before = shown_masked();
-  update({.state = nullptr,
-          .host = nullptr,
+  update({.call = {},
           .mask = mask_it ? bit : 0,
           .unmask = mask_it ? 0 : bit,
           .epoch = 0,
@@ -270,6 +269,7 @@ void Buffer::mask(const deepep_mask_args& args) {
           .clear_failed = forgives ? 1u : 0u});
   masked_ = mask_it ? before | bit : before & ~bit;
   if (!forgives) return;
+  given_up = seen_epoch();
   failed_peer_ = -1;
   failed_ = false;
 }

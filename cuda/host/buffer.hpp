@@ -54,6 +54,9 @@ struct Enqueued {
   std::shared_ptr<void> needs = nullptr;  // must live until then, and as long as a graph that has captured it
 };
 
+// Counting a routing touches no peer, so it goes on when the buffer has failed.
+constexpr bool needs_peers(int32_t op) { return op != DEEPEP_OP_LAYOUT; }
+
 // Launches an operation's kernel with the params that concern every operation.
 using Launch = std::function<cudaError_t(const CallParams&, Place)>;
 
@@ -144,6 +147,7 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   bool has_failed() const { return failed_; }
   // Of the last recovery: calls up to it were given up. Under mutex.
   uint64_t base_epoch = 0;
+  uint64_t given_up = 0;  // combines up to this epoch have no receive half any more: see protocol.hpp, Failures
 
   // Memory of a dispatch that has no handle, or of low latency; how the device's part of a slot's counts reach the host.
   RoutingParams own_routing() const { return own_routing_; }
@@ -213,6 +217,7 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   uint64_t num_under_way() const;
   void update(UpdateParams params);
 
+  std::unique_ptr<LiveBuffer> live_;  // goes last: with the last of all, memory that is kept goes too
   std::unique_ptr<Peers> peers_;
   std::shared_ptr<DeviceBlock> local_;    // what peers do not see: state, scratch, own routing
   HostState* host_ = nullptr;             // pinned, from pinned_pool, as is the next
@@ -227,7 +232,6 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   cudaStream_t last_ = nullptr;        // where the last operation was launched: comm_, or a stream of deepep_stream_create
   std::shared_ptr<Record> last_end_;   // its end, where that is not comm_
   cudaEvent_t order_event_ = nullptr;  // recorded again and again: a wait takes what it has recorded then
-  std::unique_ptr<LiveBuffer> live_;
 
   // Under mutex.
   uint64_t seq_ = 0;  // operations enqueued so far

@@ -133,8 +133,8 @@ const Device& prepare_device(uint64_t index) {
   const Device& device = find_device(index);
   Cuda& all = cuda();
   const std::lock_guard lock(all.mutex);
-  const Relaxed relaxed;
   use_device(device.index);
+  const Relaxed relaxed;
   if (all.prepared[index]) return device;
   const cudaError_t error = load_kernels(all.devices[index].launches_early);
   if (error == cudaErrorNoKernelImageForDevice || error == cudaErrorInvalidDeviceFunction ||

@@ -161,6 +161,7 @@ class DeviceSource : public BlockSource {
 
   void give(void* block, uint64_t bytes) noexcept override {
     if (!heap_.pool) return keep({device_, static_cast<uint8_t*>(block), bytes, true, false});
+    cudaSetDevice(device_);  // This thread may have none yet, and would set up the first for nothing.
     const Relaxed relaxed;
     const std::lock_guard lock(heap_.mutex);
     if (cudaFreeAsync(block, heap_.stream) != cudaSuccess) cudaGetLastError();

@@ -16,8 +16,8 @@
 
 namespace deepep {
 
-constexpr uint32_t kNumBarriers = 6;       // grid-wide meetings a call can have, its end included
-constexpr uint32_t kNumFailuresKept = 64;  // in HostState; deepep_get_status keeps as many
+constexpr uint32_t kNumBarriers = 5;       // grid-wide meetings a call can have, its end included
+constexpr uint32_t kNumFailuresKept = 1024;  // in HostState: as many as a stream takes calls ahead
 
 // One rank's own state. Zeros at creation. Only kernels of the communication stream touch it, one at a time.
 struct DeviceState {
@@ -31,7 +31,7 @@ struct DeviceState {
   uint64_t arrivals[kNumBarriers];
   uint64_t verdict;                   // of the running kernel: collective.cuh
   uint64_t bad_entry;                 // of the running call: ~position of the first wrong topk_idx entry; 0 = none
-  uint64_t combine_epoch[kMaxSlots];  // of the last combine that used the slot's expert-output region
+  Readers readers[kMaxSlots];         // of the slots' expert-output regions
   uint64_t view;                      // ranks that take part in the running call, and the slot that each uses
   uint32_t peer_slots[DEEPEP_MAX_RANKS];
   uint32_t claims[2];  // of the running call: how often warps have claimed rows to push, and to pull; 0 when a call begins
@@ -248,8 +248,7 @@ struct LayoutParams {
 
 // Changes of the state in stream order.
 struct UpdateParams {
-  DeviceState* state;
-  HostState* host;
+  CallParams call;
   uint64_t mask;          // ranks to leave out
   uint64_t unmask;        // ranks to take in again
   uint64_t epoch;         // of a recovery: the state continues there

@@ -61,8 +61,8 @@ void await_idle(cudaStream_t stream, std::chrono::steady_clock::time_point deadl
 void prepare_reads(int device) { glass_of(device); }
 
 void read_device(int device, void* dst, const void* src, uint64_t bytes) {
-  const Relaxed relaxed;
   use_device(device);
+  const Relaxed relaxed;
   Glass& glass = glass_of(device);
   const auto deadline = std::chrono::steady_clock::now() + kPatience;
   // A mutex that is waited for until then would need a newer C library.

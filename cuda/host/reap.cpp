@@ -21,7 +21,18 @@ uint64_t load(const uint64_t& word) {
   return std::atomic_ref<uint64_t>(const_cast<uint64_t&>(word)).load(std::memory_order_acquire);
 }
 
-bool needs_peers(int32_t op) { return op != DEEPEP_OP_LAYOUT; }
+// The findings from the `first`-th to the `end`-th. The device writes on meanwhile: `first` becomes that of the earliest which it
+// has not come to again.
+std::vector<Finding> copy_findings(const HostState& host, uint64_t& first, uint64_t end) {
+  const auto intact_from = [](uint64_t written) { return written < kNumFailuresKept ? 0 : written - kNumFailuresKept + 1; };
+  uint64_t begin = std::max(first, intact_from(end));
+  std::vector<Finding> findings;
+  for (uint64_t i = begin; i < end; ++i) findings.push_back(host.findings[i % kNumFailuresKept]);
+  std::atomic_thread_fence(std::memory_order_acquire);  // What was copied was read before what follows.
+  first = std::clamp(intact_from(load(host.num_failures)), begin, end);
+  findings.erase(findings.begin(), findings.begin() + static_cast<std::ptrdiff_t>(first - begin));
+  return findings;
+}
 
 // deepep_inject EXIT: as kill -9 would.
 void heed_exit(HostState& host) {
@@ -92,19 +103,18 @@ void Buffer::reap() {
 // captured ones, which have no number, lie between.
 void Buffer::reap_ended(uint64_t ended) {
   const uint64_t num_findings = load(host_->num_failures);  // after ended_seq: what has ended has left its finding
-  uint64_t at = findings_seen_;
-  uint64_t num_lost = 0;
-  if (num_findings - at > kNumFailuresKept) {
-    num_lost = num_findings - kNumFailuresKept - at;
-    at = num_findings - kNumFailuresKept;
-  }
-  const auto finding_at = [&](uint64_t i) -> const Finding& { return host_->findings[i % kNumFailuresKept]; };
-  // The device has overwritten what nobody has looked at in time. Those that failed before what is left had failed for the same
-  // reason, one after another: the last `num_lost` of the operations before it.
+  uint64_t first = findings_seen_;
+  const std::vector<Finding> findings = copy_findings(*host_, first, num_findings);
+  const uint64_t num_lost = first - findings_seen_;
+  // The device has overwritten what nobody has looked at in time, which takes calls that only find that the buffer needs a
+  // recovery. Those were one after another: the last `num_lost` of the operations before what is left.
   uint64_t num_before = 0;
   if (num_lost != 0) {
-    for (const Pending& op : pending_) num_before += op.seq <= ended && op.seq < finding_at(at).seq ? 1 : 0;
+    const auto left = std::ranges::find_if(findings, [](const Finding& finding) { return finding.seq != 0; });
+    for (const Pending& op : pending_) num_before += op.seq <= ended && (left == findings.end() || op.seq < left->seq) ? 1 : 0;
   }
+  uint64_t at = first;
+  const auto finding_at = [&](uint64_t i) -> const Finding& { return findings[i - first]; };
   while (!pending_.empty() && pending_.front().seq <= ended) {
     Pending op = std::move(pending_.front());
     pending_.pop_front();
@@ -305,6 +315,8 @@ bool Buffer::watch() noexcept {
   const std::lock_guard lock(mutex);
   if (closed_ || !connected_) return false;
   try {
+    use_device(device->index);
+    const Relaxed relaxed;
     uint64_t lost = host_->lost;
     for (uint32_t peer = 0; peer < options.num_ranks; ++peer) {
       if (peer != rank && (lost >> peer & 1) == 0 && !peers_->alive(peer)) lost |= uint64_t{1} << peer;

@@ -12,9 +12,6 @@
 namespace deepep {
 namespace {
 
-// Counting a routing touches no peer, so it goes on when the buffer has failed.
-bool needs_peers(int32_t op) { return op != DEEPEP_OP_LAYOUT; }
-
 // Whether what deepep_inject wants in a phase is for this part of a call.
 bool enters(Halves halves, int32_t phase) {
   const bool receives = phase == DEEPEP_PHASE_ARRIVE || phase == DEEPEP_PHASE_REDUCE;
@@ -204,8 +201,8 @@ uint64_t Buffer::enqueue(const StreamFields& fields, Enqueued what, const Launch
 
 void Buffer::update(UpdateParams params) {
   if (present_capture() != 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the buffer's calls are being captured");
-  params.state = state_;
-  params.host = host_;
+  params.call = call_;
+  params.call.lost = std::atomic_ref<uint64_t>(host_->lost).load(std::memory_order_relaxed);
   settle();
   auto record = std::make_shared<Record>(device->index);
   if (const cudaError_t error = launch_update(params, comm_); error != cudaSuccess) reject_cuda(error, "launch the kernel");

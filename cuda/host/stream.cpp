@@ -147,6 +147,7 @@ bool Record::done() {
   check_capture(0);
   if (done_.load(std::memory_order_acquire)) return true;
   if (is_operation_) return false;
+  use_device(device_);
   const Relaxed relaxed;
   const cudaError_t error = cudaEventQuery(event_);
   if (error == cudaErrorNotReady) {

@@ -51,8 +51,6 @@ bool look(Watchdog& self) {
       self.held = buffer.get();
     }
     if (!buffer) continue;
-    cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // for good: this thread captures nothing
-    cudaThreadExchangeStreamCaptureMode(&mode);
     again |= buffer->watch();
     buffer = nullptr;
     {

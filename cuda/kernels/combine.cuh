@@ -21,27 +21,28 @@ struct Source {
 struct CombineShared {
   CallShared call;
   RoutingHeader known;     // the handle's
-  uint64_t combine_epoch;  // leader: as the call began, of the last combine that used the slot's region
-  uint64_t told;           // leader: the ranks that its message goes to
-  int32_t said_code;       // leader: what that says
-  uint64_t pulled;         // leader: rows that this rank has pulled
+  Readers readers;   // leader: of the slot's region, as the call began
+  uint64_t told;     // leader: the ranks that its message goes to
+  int32_t said_code; // leader: what that says
+  uint64_t pulled;   // leader: rows that this rank has pulled
   Source sources[DEEPEP_MAX_RANKS];
 };
 
-// Leader's first warp: waits until no rank reads the expert-output region of this rank's slot any more. `epoch` is that of the
-// last combine which used it.
-__device__ inline void wait_for_readers(Leader& leader, uint32_t slot, uint64_t epoch, int32_t kind) {
+// Leader's first warp: waits until no rank reads the expert-output region of this rank's slot any more.
+__device__ inline void wait_for_readers(Leader& leader, uint32_t slot, const Readers& readers, int32_t kind) {
   // Readers of a combine before the last recovery have gone with it.
-  if (epoch <= leader.s.base_epoch) return;
+  if (readers.epoch <= leader.s.base_epoch) return;
   // Pairs with end_reading() of the peers, or with the announcement of one that gave up and reads no more.
-  leader.wait_for(all_ranks(leader.p), {Reason::late_reader, epoch, kind, true},
+  leader.wait_for(readers.ranks, {Reason::late_reader, readers.epoch, kind, true},
                   [&](uint32_t peer) { return slot_word_at(own_memory(leader.p), leader.p.regions.pulled, peer, slot); });
 }
 
-// The same where nobody knows the epoch yet. One look for all lanes: the leader writes it soon after this, and a lane that
-// looked late would wait alone.
+// The same where nobody knows them yet. One look for all lanes: the leader writes them soon after this, and a lane that looked
+// late would wait alone.
 __device__ inline void wait_for_readers(Leader& leader, uint32_t slot, int32_t kind) {
-  wait_for_readers(leader, slot, __shfl_sync(kAllLanes, leader.p.state->combine_epoch[slot], 0), kind);
+  const Readers readers = leader.p.state->readers[slot];
+  wait_for_readers(leader, slot,
+                   {__shfl_sync(kAllLanes, readers.epoch, 0), __shfl_sync(kAllLanes, readers.ranks, 0)}, kind);
 }
 
 // This rank has read all it wants of a combine: tells `rank`.
@@ -83,7 +84,7 @@ struct Combine {
   // A thread of each block, before call_begin(): its loads are under way together with those there.
   __device__ void read_known() const {
     s.known = *params.routing.header;
-    if (is_leader()) s.combine_epoch = p().state->combine_epoch[p().slot];
+    if (is_leader()) s.readers = p().state->readers[p().slot];
   }
   __device__ bool is_valid() const { return s.known.valid == params.routing.name; }
 
@@ -131,13 +132,13 @@ struct Combine {
       if (ready) check_content(leader);
       if (!leader.failed()) {
         leader.begin_waits();
-        wait_for_readers(leader, p().slot, s.combine_epoch, 1);
+        wait_for_readers(leader, p().slot, s.readers, 1);
         ready = !leader.failed();
-        if (ready && leader.lane == 0) p().state->combine_epoch[p().slot] = s.call.epoch;
       }
       if (leader.lane == 0) {
         s.told = all_ranks(p()) & ~(s.call.masked | s.call.lost);
         s.said_code = s.call.code;
+        if (ready && s.call.code == 0) p().state->readers[p().slot] = {s.call.epoch, s.told};
       }
     }
     // A call that failed half-way says no more; one that is refused says so in its message.
@@ -158,7 +159,7 @@ struct Combine {
       if (leader.gather(1, false)) leader.enter(DEEPEP_PHASE_REDUCE);
       // All ranks found it alike before any has read: the region has no readers after all.
       else if (leader.lane == 0 && p().state->finding.agreed != 0)
-        p().state->combine_epoch[p().slot] = 0;
+        p().state->readers[p().slot] = {};
     }
     const bool goes = !__syncthreads_or(leads && s.call.code != 0);
     if (threadIdx.x == 0) release_blocks(p(), s.call, kStepGo, goes);

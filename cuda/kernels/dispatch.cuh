@@ -179,9 +179,10 @@ struct Dispatch : DispatchRows {
       if (known) find_row_bases_beside(p(), params.routing, s.expected, row_tables_of_block());
       if (!known && leads) leader.refuse(DEEPEP_ERROR_INVALID_ARGUMENT, Reason::no_routing);
     } else {
-      const auto* per_expert = reinterpret_cast<const int32_t*>(params.args.num_tokens_per_expert);
       // Either, since both note what is wrong in the same word.
       const bool has_entries = params.args.topk_idx != 0;
+      const uint64_t given = params.routing.num_topk == 0 ? params.args.num_tokens_per_expert : 0;
+      const auto* per_expert = reinterpret_cast<const int32_t*>(given);
       if (!has_entries && per_expert != nullptr) check_expert_counts(per_expert);
       const bool looks = leads && has_entries && (wrong || !is_few());
       const uint64_t bad = looks ? load_relaxed_gpu(&p().state->bad_entry) : 0;

@@ -214,13 +214,11 @@ struct Leader : Waits {
     return true;
   }
 
-  // How many calls a peer is ahead of this rank, as its message tells. 0 when it is not, or so far that the message is rather
-  // an old one, from before a recovery.
+  // How many calls a peer is ahead of this rank, as its message tells. 0 when it is not, or by more than kMaxLead.
   __device__ uint32_t calls_later(const MessageHeader* message) const {
-    constexpr uint32_t kMost = 1 << 20;
     const uint64_t word = load_relaxed_sys(message->words + kMessageHash);
     const uint32_t calls = static_cast<uint32_t>(word >> 32) - static_cast<uint32_t>(s.epoch);
-    return word != 0 && calls <= kMost ? calls : 0;
+    return word != 0 && calls <= kMaxLead ? calls : 0;
   }
 
   // Ends the call: of the ranks in the view these refuse it, or differ in what all must say alike; if none does, those who have

@@ -323,7 +323,7 @@ struct LowLatencyCombine {
       if (is_early() && routed != 0 && s.bad == 0) {
         announce(routed & ~s.gone, 0);
         publish_message();
-        keep_sent();
+        keep_sent(routed & ~s.gone);
       } else {
         goes = send_slowly(params, s, starts);
       }
@@ -377,9 +377,9 @@ struct LowLatencyCombine {
   }
 
   // What the receive half, and later calls, need to know of the send half.
-  __device__ void keep_sent() const {
+  __device__ void keep_sent(uint64_t told) const {
     if (lane_id() == 0) {
-      p().state->combine_epoch[p().slot] = s.call.epoch;
+      p().state->readers[p().slot] = {s.call.epoch, told};
       header().refusal.code = 0;
       if (s.call.code != 0) header().refusal = p().state->finding;
       header().num_rows = s.num_rows;
@@ -434,9 +434,10 @@ struct LowLatencyCombine {
       leader.await_blocks(kMeetCopied, false);
     }
     fence_to_peers(p());
-    announce(routed & ~(s.call.masked | s.call.lost), s.call.code);
+    const uint64_t told = routed & ~(s.call.masked | s.call.lost);
+    announce(told, s.call.code);
     publish_message();
-    keep_sent();
+    keep_sent(told);
     return true;
   }
 
@@ -517,7 +518,7 @@ struct LowLatencyCombine {
       leader.refuse(DEEPEP_ERROR_MISMATCH, Reason::disagreement, finding);
     }
     // Found by every rank: the region has no readers after all.
-    if (leader.failed() && leader.lane == 0) p().state->combine_epoch[p().slot] = 0;
+    if (leader.failed() && leader.lane == 0) p().state->readers[p().slot] = {};
     __syncwarp();
     return !leader.failed();
   }

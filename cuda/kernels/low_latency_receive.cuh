@@ -82,18 +82,21 @@ DEEPEP_COLD __device__ inline void forget_expert_rows_of(const CallParams& p, co
     if (lane == 0) range = static_cast<int64_t>(begin) << 32;
   }
 }
+// Of all ranks of a set.
+DEEPEP_COLD __device__ inline void forget_expert_rows(const CallParams& p, const ExpertRegions& regions, uint64_t ranks) {
+  for (; ranks != 0; ranks &= ranks - 1) {
+    forget_expert_rows_of(p, regions, static_cast<uint32_t>(__ffsll(static_cast<long long>(ranks)) - 1));
+  }
+}
 
 // Waits for everyone's rows, as long as it takes. False when the call has failed.
 DEEPEP_COLD __device__ inline bool wait_for_rows(const CallParams& p, CallShared& s, const LowLatencyRouting& routing,
-                                                 const ExpertRegions& regions, const Arrivals& arrivals,
+                                                 const ExpertRegions& regions, const Arrivals& arrivals, uint64_t view,
                                                  int64_t* wait_stats) {
   Leader leader(p, s);
-  const uint64_t view = routing.header->view;
   if (p.mask_on_timeout != 0) {
     leader.wait_stats = wait_stats;
-    for (uint64_t rest = wait_pushed(leader, view); rest != 0; rest &= rest - 1) {
-      forget_expert_rows_of(p, regions, static_cast<uint32_t>(__ffsll(static_cast<long long>(rest)) - 1));
-    }
+    forget_expert_rows(p, regions, wait_pushed(leader, routing.header->view));
     return !leader.failed();
   }
   if (!leader.enter(DEEPEP_PHASE_ARRIVE)) return false;
@@ -116,14 +119,14 @@ DEEPEP_COLD __device__ inline bool wait_for_rows(const CallParams& p, CallShared
   return !leader.failed();
 }
 
-// Waits for the rows that look_for_rows() looks for. False when the call has failed.
+// Waits for the rows that look_for_rows() looks for, of the ranks in the view. False when the call has failed.
 __device__ inline bool receive_rows(const CallParams& p, CallShared& s, const LowLatencyRouting& routing,
                                     const ExpertRegions& regions, const Arrivals& arrivals, uint64_t view,
                                     int64_t* wait_stats) {
   const bool plain = p.mask_on_timeout == 0 && p.inject[DEEPEP_PHASE_ARRIVE].wanted == 0;
   const auto others = static_cast<uint32_t>(__popcll(view & ~rank_bit(p.rank)));
   if (plain && comes_soon(&arrivals.num_came, others)) return true;
-  const bool came = wait_for_rows(p, s, routing, regions, arrivals, wait_stats);
+  const bool came = wait_for_rows(p, s, routing, regions, arrivals, view, wait_stats);
   if (!came && lane_id() == 0) release_blocks(p, s, kStepGo, false);  // The workers may still look.
   __syncwarp();
   while (came && p.mask_on_timeout == 0 && !comes_soon(&arrivals.num_came, others)) {
@@ -162,17 +165,19 @@ __global__ void __launch_bounds__(kReceiveWarps* kWarpLanes, 1)
   for (uint32_t src = threadIdx.x; src < p.options.num_ranks; src += blockDim.x) {
     arrivals.came[src] = arrivals.waited_ns[src] = 0;
   }
-  const uint64_t view = header.view;
   const bool is_valid = header.valid != 0;
   __syncthreads();
+  // Of a rank that was masked after the send half nothing is awaited, nor kept: the same whether its rows have come or not.
   if (is_worker()) {
-    if (!s.skipped && is_valid && p.mask_on_timeout == 0) look_for_rows(p, s, arrivals, view);
+    if (!s.skipped && is_valid && p.mask_on_timeout == 0) look_for_rows(p, s, arrivals, header.view & ~s.masked);
     return;
   }
+  const uint64_t view = header.view & ~s.masked;
   auto* wait_stats = reinterpret_cast<int64_t*>(params.wait_stats);
+  const ExpertRegions regions = {params.scales, params.row_bytes, p.regions.low_latency_rows};
   if (!s.skipped && (is_valid || check_send_half(p, s, header))) {
-    receive_rows(p, s, params.routing, {params.scales, params.row_bytes, p.regions.low_latency_rows}, arrivals, view,
-                 wait_stats);
+    const bool came = receive_rows(p, s, params.routing, regions, arrivals, view, wait_stats);
+    if (came && p.mask_on_timeout == 0) forget_expert_rows(p, regions, header.view & ~view);
   }
   if (s.code == 0 && p.mask_on_timeout == 0) keep_waits(p, 0, arrivals.waited_ns, wait_stats);
   call_end(p, s, {false, true, true});

@@ -108,19 +108,29 @@ __global__ void __launch_bounds__(kMaxBlockThreads, 1) layout_kernel(const __gri
 
 // Masks, unmasks, recovers. Graph-safe, but of no use in one.
 __global__ void update_kernel(const __grid_constant__ UpdateParams params) {
-  DeviceState& state = *params.state;
+  const CallParams& p = params.call;
+  DeviceState& state = *p.state;
   if (params.recover != 0) {
     state.masked = params.mask;
     state.epoch = state.base_epoch = params.epoch;
     state.failed = 0;
     // Nobody reads what earlier combines left in the slots: no survivor has work enqueued.
-    for (uint64_t& epoch : state.combine_epoch) epoch = 0;
+    for (Readers& readers : state.readers) readers = {};
   } else {
     state.masked = (state.masked | params.mask) & ~params.unmask;
-    if (params.clear_failed != 0) state.failed = 0;
+    if (params.clear_failed != 0) {
+      state.failed = 0;
+      // Since the failure this rank has skipped its calls, and what it has yet to receive of earlier ones it will not.
+      const uint64_t gone = p.lost | state.lost | rank_bit(p.rank);
+      for (uint32_t peer = 0; peer < p.options.num_ranks; ++peer) {
+        for (uint32_t slot = 0; slot < p.options.num_slots && !in_view(gone, peer); ++slot) {
+          end_reading(p, peer, slot, state.epoch);
+        }
+      }
+    }
   }
-  params.host->masked = state.masked;
-  store_release_sys(&params.host->epoch, state.epoch);
+  p.host->masked = state.masked;
+  store_release_sys(&p.host->epoch, state.epoch);
 }
 
 }  // namespace deepep

@@ -1,9 +1,10 @@
 /**
- * A peer that falls silent in the middle of low-latency mode where buffers mask on timeout: the call goes on, and what the
- * survivors get is, bit for bit, what the reference says of a world without that peer. In: a backend. Out: tests.
+ * A peer that falls silent in the middle of low-latency mode where buffers mask on timeout, or that is masked by hand between
+ * the halves of a call: the call goes on, and what the survivors get is, bit for bit, what the reference says of a world without
+ * that peer. In: a backend. Out: tests.
  *
  * World: 4 ranks of one thread; rank 1 falls silent in one phase of one call. What it did before that phase is done: its counts
- * stay counted, and where its rows did not come, their places are zeros without a source.
+ * stay counted, and where its rows did not come, or are not wanted, their places are zeros without a source.
  */
 import { test } from "node:test";
 import { assertEquals } from "@std/assert";
@@ -85,6 +86,8 @@ interface Round {
   readonly present: readonly number[];
   readonly watched: readonly number[];
   readonly where?: Where;
+  /** The others mask the silent rank between the halves of the dispatch, before or after its rows came. */
+  readonly byHand?: boolean;
   readonly gone: readonly number[];
 }
 
@@ -97,9 +100,9 @@ class Hosts implements AsyncDisposable {
     this.all = all;
   }
 
-  static async create(backend: BackendSubject["backend"]): Promise<Hosts> {
-    const groups = Group.local(spec.numRanks);
-    return new Hosts(await Promise.all(groups.map((group) => RankHost.create(group, { ...options, backend }))));
+  static async create(backend: BackendSubject["backend"], maskOnTimeout = true): Promise<Hosts> {
+    const groups = Group.local(spec.numRanks), all = { ...options, maskOnTimeout, backend };
+    return new Hosts(await Promise.all(groups.map((group) => RankHost.create(group, all))));
   }
 
   /** Makes a layer, each half of which is compared with the reference. */
@@ -110,20 +113,25 @@ class Hosts implements AsyncDisposable {
   }
 
   /** What every rank received; of ranks that are not watched, what they would have. */
-  async #dispatch(id: number, { world: { inputs }, call, present, watched, where, gone }: Round) {
+  async #dispatch(id: number, { world: { inputs }, call, present, watched, where, byHand = false, gone }: Round) {
     for (const rank of present) this.all[rank]!.lowLatencySend(id, inputs[rank]!, call);
-    const received = present.map((rank) => this.all[rank]!.lowLatencyReceive(id));
+    if (byHand) {
+      if (where?.phase === "arrive") await this.all[SILENT]!.lowLatencyReceive(id); // its rows have been sent by then
+      for (const rank of watched) this.all[rank]!.mask([SILENT]);
+    }
+    const receiving = byHand ? watched : present;
+    const received = receiving.map((rank) => this.all[rank]!.lowLatencyReceive(id));
     received.forEach((promise) => promise.catch(() => {})); // of a rank that is not watched nobody asks
     const got = new Map<number, LowLatencyOutput>();
-    for (const rank of watched) got.set(rank, (await received[present.indexOf(rank)]!).output);
+    for (const rank of watched) got.set(rank, (await received[receiving.indexOf(rank)]!).output);
     // The silent rank receives before it falls silent in the combine.
-    if (where?.op === "lowLatencyCombine") await received[present.indexOf(SILENT)];
+    if (where?.op === "lowLatencyCombine") await received[receiving.indexOf(SILENT)];
     // Before its counts were known it is as if it were not there.
     const full = referenceLowLatencyDispatch(inputs, {
       ...referenceOptions(call),
       masked: where?.phase === "notify" ? [SILENT] : gone,
     });
-    const expected = where?.phase === "send" ? full.map(withEmptyPlaces) : full;
+    const expected = byHand || where?.phase === "send" ? full.map(withEmptyPlaces) : full;
     const ranks = inputs.map((_, rank) => got.get(rank) ?? full[rank]!), release = () => Promise.resolve();
     const masked = inputs.map((_, rank) => rank).filter((rank) => !watched.includes(rank));
     assertLowLatencyDispatched({ ranks, release }, expected, { inputs, call, options, masked });
@@ -191,6 +199,22 @@ export function runMaskingCases({ name, backend, skip, skipLowLatency }: Backend
           }
         });
       }
+    }
+    for (const phase of ["send", "arrive"] as const) {
+      test(`masked between the halves of a dispatch, ${phase === "send" ? "before" : "after"} its rows came`, async () => {
+        await using hosts = await Hosts.create(backend, false);
+        const call = { numTopk: spec.numTopk, fp8: phase === "send", recvHook: true };
+        const about = (round: number) => ({ world: makeWorld(spec, 100 + round), call, watched: SURVIVORS });
+        const where: Where = { op: "lowLatencyDispatch", phase };
+        if (phase === "send") hosts.all[SILENT]!.inject({ ...where, action: "stall" });
+        await hosts.layer({ ...about(0), present: [0, 1, 2, 3], where, byHand: true, gone: [] });
+        for (let round = 1; round < 4; round++) {
+          await hosts.layer({ ...about(round), present: SURVIVORS, gone: [SILENT] });
+        }
+        for (const rank of SURVIVORS) {
+          assertEquals(hosts.all[rank]!.state(), { maskedRanks: [SILENT], numFailures: 0 });
+        }
+      });
     }
   });
 }
