@@ -19,7 +19,7 @@ export interface CombineOptions extends OperationOptions {
   /** f32 `[numTokens, numTopk]`, expert layout only: row k of a token is multiplied by it. */
   weights?: Tensor;
   /** One or two bf16 `[numTokens, hidden]`, added before the rows. */
-  bias?: Tensor | readonly [Tensor] | readonly [Tensor, Tensor];
+  bias?: Tensor | readonly Tensor[];
   /** bf16 `[numTokens, hidden]` to write to. Default: a new tensor, yours to release. */
   out?: Tensor<"bf16">;
 }
@@ -34,27 +34,37 @@ export interface CombineResult extends Disposable {
   readonly event: EpEvent;
 }
 
-function checkShapes(core: Core, y: Tensor, handle: DispatchHandle, o: CombineOptions): number {
-  checkTensor(core, "combine", "x", y, ["bf16"], [undefined, undefined]);
+/** Answers the channels, and how many rows there are where nobody knows yet how many are needed: else 0. */
+function checkShapes(core: Core, y: Tensor, handle: DispatchHandle, o: CombineOptions): [number, number] {
+  checkTensor(core, "combine", "y", y, ["bf16"], [undefined, undefined]);
   const hidden = y.shape[1]!;
   if (hidden === 0 || hidden % 8 !== 0 || hidden > core.options.hidden) {
     throw new RangeError(
-      `Cannot combine: x is ${describe(y)}, hidden needs a multiple of 8 up to the buffer's ${core.options.hidden}`,
+      `Cannot combine: y is ${describe(y)}, hidden needs a multiple of 8 up to the buffer's ${core.options.hidden}`,
     );
   }
   const { counts, layout } = handle;
-  const need = counts === undefined ? 0 : layout === "rank" ? counts.numTokens : counts.numRows;
-  for (const [name, tensor] of [["x", y], ["topkWeights", o.topkWeights]] as const) {
-    if (tensor && tensor.shape[0]! < need) {
+  const need = counts && (layout === "rank" ? counts.numTokens : counts.numRows);
+  let given = Infinity;
+  for (const [name, tensor] of [["y", y], ["topkWeights", o.topkWeights]] as const) {
+    if (!tensor) continue;
+    const rows = tensor.shape[0]!;
+    if (need !== undefined && rows < need) {
       throw new RangeError(`Cannot combine: ${name} is ${describe(tensor)}, the dispatch received ${need} rows`);
     }
+    if (need === undefined && rows === 0) {
+      throw new RangeError(
+        `Cannot combine: ${name} is ${describe(tensor)}, and what the dispatch received is not known`,
+      );
+    }
+    given = Math.min(given, rows);
   }
   if (o.weights && layout !== "expert") {
     throw new TypeError(
       "Cannot combine: weights need the expert layout; a row of the rank layout is already the sum of its experts, weight them before",
     );
   }
-  return hidden;
+  return [hidden, need === undefined ? given : 0];
 }
 
 /** Enqueues a combine. Nothing to wait for: failures show at `await result.event` and when the result is read. */
@@ -66,7 +76,7 @@ function enqueue(core: Core, y: Tensor, handle: DispatchHandle, o: CombineOption
   core.open("combine");
   if (!(handle instanceof DispatchHandle)) throw new TypeError("Cannot combine: handle is no handle of a dispatch");
   const { native } = handle.use(core, "combine");
-  const hidden = checkShapes(core, y, handle, o);
+  const [hidden, num_rows] = checkShapes(core, y, handle, o);
   const { numTokens, numTopk, layout } = handle;
   const tokens = [numTokens, hidden], perEntry = [numTokens, numTopk];
   const biases = o.bias === undefined ? [] : "address" in o.bias ? [o.bias] : o.bias;
@@ -76,11 +86,12 @@ function enqueue(core: Core, y: Tensor, handle: DispatchHandle, o: CombineOption
   const fixed = {
     hidden,
     handle: native,
+    num_rows,
     topk_weights,
     weights: flat(core, "combine", "weights", o.weights, ["f32"], perEntry),
     bias_0: flat(core, "combine", "bias", biases[0], ["bf16"], tokens),
     bias_1: flat(core, "combine", "bias", biases[1], ["bf16"], tokens),
-    x_stride: rowStride("combine", "x", y),
+    x_stride: rowStride("combine", "y", y),
   };
   flat(core, "combine", "out", o.out, ["bf16"], tokens);
   const slot = handle.slotIndex;

@@ -28,9 +28,15 @@ export interface DispatchOptions extends OperationOptions {
   topkIdx?: Tensor;
   /** f32 `[numTokens, numTopk]`. */
   topkWeights?: Tensor;
-  /** Instead of `topkIdx`: destinations as `getDispatchLayout` gives them. Rank layout only. */
+  /**
+   * Instead of `topkIdx`: destinations as `getDispatchLayout` gives them. Rank layout only, without `recv.topkIdx`; without
+   * `numTokensPerExpert` the counts per expert are 0. Beside `topkIdx`, which says the same, it is not looked at.
+   */
   dispatchLayout?: Pick<DispatchLayout, "isTokenInRank"> & Partial<DispatchLayout>;
-  /** Instead of both: the routing of an earlier dispatch. The rows may be others, their number not. */
+  /**
+   * Instead of both: the routing of an earlier dispatch. The rows may be others, their number not. Counts that are on the host
+   * are not waited for again; those of a dispatch with `cpuSync: false` are, unless this one has it too.
+   */
   handle?: DispatchHandle;
   /** Row layout. Default `"rank"`, or the handle's. */
   layout?: RowLayout;
@@ -40,9 +46,12 @@ export interface DispatchOptions extends OperationOptions {
   zeroPadding?: boolean;
   /** Received scales are column-major, columns padded to 16 bytes, as TMA wants them. Default false. */
   scalesColumnMajor?: boolean;
-  /** Resolve when the counts are on the host. `false`: shapes are the capacity, counts stay on the device. Default true. */
+  /**
+   * Resolve when the counts are on the host. `false`: shapes are the capacity, `maxRecvTokens` rows, and counts stay on the
+   * device; of rows that did not come only `topkIdx` is set, to -1, in the rank layout. Default true.
+   */
   cpuSync?: boolean;
-  /** i32 `[numLocalExperts]`: entries received are added to it. */
+  /** i32 `[numLocalExperts]`: entries received, without padding, are added to it, by a dispatch with a handle too. */
   expertStats?: Tensor;
 }
 
@@ -101,7 +110,7 @@ export class DispatchResult<X extends Payload = Payload> extends SlotResult impl
   get numTokensPerRank(): readonly number[] {
     return this.#host.numTokensPerRank;
   }
-  /** i32 `[rows]`: source rank * maxTokensPerRank + token; -1 in padding. */
+  /** i32 `[rows]`: source rank * maxTokensPerRank + token; -1 in padding between rows that came. */
   get srcIdx(): Tensor<"i32"> {
     const rows = this.handle.layout === "rank" ? this.numTokens : this.numRows;
     return this.#srcIdx ??= this.#i32(this.#out.recv_src_idx, rows);
@@ -139,16 +148,20 @@ interface Routing {
 }
 
 function routing(core: Core, x: Payload, o: DispatchOptions): Routing {
-  const given = Number(o.topkIdx !== undefined) + Number(o.dispatchLayout !== undefined) +
-    Number(o.handle !== undefined);
-  if (given !== 1) {
-    throw new TypeError(`Cannot dispatch: needs one of topkIdx, dispatchLayout and handle, got ${given}`);
+  const routes = o.topkIdx !== undefined || o.dispatchLayout !== undefined;
+  if (routes === (o.handle !== undefined)) {
+    throw new TypeError(
+      `Cannot dispatch: needs a routing (topkIdx or dispatchLayout) or a handle, got ${routes ? "both" : "neither"}`,
+    );
   }
   const { data } = parts("dispatch", x);
   checkTensor(core, "dispatch", "x", data, [], [undefined, undefined]);
   const rows = data.shape[0]!;
   if (o.handle) {
     const { numTokens, numTopk } = o.handle;
+    if (o.topkWeights && numTopk === 0) {
+      throw new TypeError("Cannot dispatch: topkWeights need topkIdx, and the handle's dispatch had none");
+    }
     if (rows !== numTokens) {
       throw new RangeError(`Cannot dispatch: x has ${rows} tokens, the handle's dispatch had ${numTokens}`);
     }
@@ -165,7 +178,7 @@ function routing(core: Core, x: Payload, o: DispatchOptions): Routing {
       `Cannot dispatch: x has ${rows} tokens, the buffer holds ${core.options.maxTokensPerRank} a rank`,
     );
   }
-  if (o.dispatchLayout) {
+  if (o.dispatchLayout && !o.topkIdx) {
     if (o.topkWeights) throw new TypeError("Cannot dispatch: topkWeights need topkIdx");
     if (o.layout === "expert") throw new TypeError("Cannot dispatch: the expert layout needs topkIdx");
     const { isTokenInRank, numTokensPerExpert } = o.dispatchLayout;

@@ -162,7 +162,7 @@ export function routingFields(core: Core, op: string, topkIdx: Tensor, maxTokens
   const address = flat(core, op, "topkIdx", topkIdx, ["i32", "i64"], [undefined, undefined]);
   const [numTokens, numTopk] = topkIdx.shape as [number, number];
   if (numTokens > maxTokens) {
-    throw new RangeError(`Cannot ${op}: x has ${numTokens} tokens, the buffer holds ${maxTokens} a rank`);
+    throw new RangeError(`Cannot ${op}: topkIdx has ${numTokens} tokens, the buffer holds ${maxTokens} a rank`);
   }
   if (numTopk < 1 || numTopk > core.options.numTopk) {
     throw new RangeError(

@@ -45,7 +45,7 @@ const preamble = `
  *   - Every struct that a call takes begins with \`size\`: set it to sizeof the struct, and every field that you do not
  *     use to 0. A struct of another size is refused. Set \`error.size\` too.
  *   - [in] fields are read; [out] fields are written before the call returns. Every field is either, but for those whose
- *     text says what goes in and what comes out (\`slot\`, the address of deepep_alloc). Device addresses,
+ *     text says what goes in and what comes out (\`slot\`, the address of deepep_alloc, defaults). Device addresses,
  *     streams, events and objects are plain 64-bit integers; a missing one is 0. Nothing keeps a pointer to the
  *     structs, or to the bytes that deepep_host_read and deepep_host_write are lent.
  *   - Every call is thread-safe. An "enqueues" call returns at once; a buffer's operations run one after another in the
@@ -64,13 +64,13 @@ const preamble = `
  *     drain the queue, and for a status other than DEEPEP_OK ask deepep_get_status for the record.
  *   - Tensors are row-major and dense where no stride is given. Shapes are written dtype [rows, columns]. Payload rows
  *     are 16-byte aligned.
- *   - No call ends the process (but deepep_inject, asked to), prints, or lets a C++ exception out. Every wait
- *     for a peer has a deadline.
+ *   - No call ends the process (but deepep_inject, asked to, and addresses where there is no memory), prints, or lets a
+ *     C++ exception out. Every wait for a peer has a deadline.
  *
  * Life of a buffer (a rank is one buffer; the ranks may share a process or not)
  *   1. deepep_abi_version() must be DEEPEP_ABI_VERSION. deepep_queue_create, then deepep_buffer_create on every rank.
  *   2. deepep_buffer_export; send the deepep_peer_handle bytes to every rank by your own means; deepep_buffer_import
- *      each, the own one included; deepep_buffer_connect; wait until every rank has come so far.
+ *      each (the own one may be among them); deepep_buffer_connect; wait until every rank has come so far.
  *   3. deepep_handle_create; deepep_dispatch; wait for counts_id; run the experts on recv_x; deepep_combine; wait for
  *      done_id; deepep_slot_release. deepep_low_latency_dispatch and _combine do the same for small batches.
  *   4. Wait until every rank is done with its last operation; deepep_buffer_destroy; deepep_queue_destroy.

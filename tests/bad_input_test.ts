@@ -204,7 +204,11 @@ describe("arguments", () => {
     await withRanks(1, {}, async (b) => {
       using x = rows(b, 5), topkIdx = idx(b, [0, 1, 0, 1, 0, 1, 0, 1, 0, 1]);
       await assertRejects(() => b.dispatch(x, { topkIdx }), RangeError, "x has 5 tokens, the buffer holds 4 a rank");
-      assertThrows(() => b.lowLatencyDispatch(x, { topkIdx }), RangeError, "x has 5 tokens, the buffer holds 4 a rank");
+      assertThrows(
+        () => b.lowLatencyDispatch(x, { topkIdx }),
+        RangeError,
+        "topkIdx has 5 tokens, the buffer holds 4 a rank",
+      );
     });
   });
   test("rows that are no multiple of 16 bytes, or too wide", async () => {

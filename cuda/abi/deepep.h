@@ -10,7 +10,7 @@
  *   - Every struct that a call takes begins with `size`: set it to sizeof the struct, and every field that you do not
  *     use to 0. A struct of another size is refused. Set `error.size` too.
  *   - [in] fields are read; [out] fields are written before the call returns. Every field is either, but for those whose
- *     text says what goes in and what comes out (`slot`, the address of deepep_alloc). Device addresses,
+ *     text says what goes in and what comes out (`slot`, the address of deepep_alloc, defaults). Device addresses,
  *     streams, events and objects are plain 64-bit integers; a missing one is 0. Nothing keeps a pointer to the
  *     structs, or to the bytes that deepep_host_read and deepep_host_write are lent.
  *   - Every call is thread-safe. An "enqueues" call returns at once; a buffer's operations run one after another in the
@@ -29,13 +29,13 @@
  *     drain the queue, and for a status other than DEEPEP_OK ask deepep_get_status for the record.
  *   - Tensors are row-major and dense where no stride is given. Shapes are written dtype [rows, columns]. Payload rows
  *     are 16-byte aligned.
- *   - No call ends the process (but deepep_inject, asked to), prints, or lets a C++ exception out. Every wait
- *     for a peer has a deadline.
+ *   - No call ends the process (but deepep_inject, asked to, and addresses where there is no memory), prints, or lets a
+ *     C++ exception out. Every wait for a peer has a deadline.
  *
  * Life of a buffer (a rank is one buffer; the ranks may share a process or not)
  *   1. deepep_abi_version() must be DEEPEP_ABI_VERSION. deepep_queue_create, then deepep_buffer_create on every rank.
  *   2. deepep_buffer_export; send the deepep_peer_handle bytes to every rank by your own means; deepep_buffer_import
- *      each, the own one included; deepep_buffer_connect; wait until every rank has come so far.
+ *      each (the own one may be among them); deepep_buffer_connect; wait until every rank has come so far.
  *   3. deepep_handle_create; deepep_dispatch; wait for counts_id; run the experts on recv_x; deepep_combine; wait for
  *      done_id; deepep_slot_release. deepep_low_latency_dispatch and _combine do the same for small batches.
  *   4. Wait until every rank is done with its last operation; deepep_buffer_destroy; deepep_queue_destroy.
@@ -143,8 +143,8 @@ extern "C" {
 #define DEEPEP_FEATURE_INJECT 64         /* deepep_inject works */
 
 /* ---- Bits of deepep_buffer_create_args.flags ---- */
-/* a peer that times out or dies is masked and the call goes on without it, instead of failing; every rank must give
- * it alike */
+/* a peer that times out or dies is masked and the call goes on without it, instead of failing: it ends with
+ * DEEPEP_OK, and masked_ranks of deepep_buffer_get_info says so; every rank must give it alike */
 #define DEEPEP_BUFFER_MASK_ON_TIMEOUT 1
 
 /* ---- Row layouts of deepep_dispatch ---- */
@@ -160,19 +160,24 @@ extern "C" {
 /* expert layout: write zeros into the alignment padding of recv_x and recv_scales */
 #define DEEPEP_FLAG_ZERO_PADDING 2
 #define DEEPEP_FLAG_ASYNC_FINISH 4       /* do not make `stream` wait for the operation; order it with `event` */
-/* the host will not read the counts: rank layout fills recv_topk_idx of unused rows with -1 up to the capacity;
- * needed under graph capture */
+/* the host will not read the counts, so there is no counts_id: rank layout fills recv_topk_idx of unused rows with
+ * -1 up to the capacity; needed under graph capture */
 #define DEEPEP_FLAG_NO_CPU_SYNC 8
 /* received scales are column-major: element (row, s) at row * elem + s * align(max rows, 16 / elem) * elem bytes
  * (per expert in low-latency mode) */
 #define DEEPEP_FLAG_SCALES_COLUMN_MAJOR 16
 #define DEEPEP_FLAG_RECEIVE_HOOK 32      /* only send; the matching *_receive call waits for the arrival */
-/* low latency: x is bf16 and is cast to e4m3 with one scale per 128 channels; hidden must be a multiple of 16.
- * Combine: rows travel so, half the bytes; the same on every rank; the slot's expert-output region then holds cast
- * rows and not the caller's */
+/* low latency: x is bf16, 2 * channels = row_bytes, and is cast to e4m3 with one scale per 128 channels, the last
+ * block being what is left; channels must be a multiple of 16. amax is the largest magnitude of the block, 1e-4 at
+ * least; bf16 * (448 / amax) is rounded to nearest even, at most 448; the scale is amax * (1 / 448), all in f32. NaN
+ * and infinity travel as 0x7f, NaN, or as 448, and make the rest of their block useless. Low-latency combine: rows
+ * travel so, half the bytes; the same on every rank; the slot's expert-output region then holds cast rows and not
+ * the caller's */
 #define DEEPEP_FLAG_FP8 64
-#define DEEPEP_FLAG_ROUND_SCALE 128      /* FP8: scales are rounded up to powers of two */
-/* FP8, with ROUND_SCALE: scales are 8-bit exponents, four to an i32, instead of f32 */
+/* FP8: scales are rounded up to powers of two, and values are multiplied by their inverse */
+#define DEEPEP_FLAG_ROUND_SCALE 128
+/* FP8, with ROUND_SCALE: scales are the 8 bits of the exponent of that f32, four to an i32, the first in its low
+ * byte and 0 where there is no block, instead of f32 */
 #define DEEPEP_FLAG_UE8M0 256
 /* low-latency combine: 10-bit logarithmic payload; answers UNSUPPORTED where a backend has none */
 #define DEEPEP_FLAG_LOGFMT 512
@@ -429,7 +434,8 @@ static_assert(offsetof(deepep_queue_wake_args, size) == 0, "size");
 static_assert(offsetof(deepep_queue_wake_args, action) == 4, "action");
 static_assert(offsetof(deepep_queue_wake_args, callback) == 8, "callback");
 
-/* Options of a buffer, and the sizes they come to. */
+/* Options of a buffer, and the sizes they come to. Where an option is 0 and that means a default, the default is
+ * written in its place: clear the struct before you use it for other options. */
 typedef struct deepep_buffer_create_args {
   /* [in] sizeof this struct */
   uint32_t size;
@@ -451,7 +457,9 @@ typedef struct deepep_buffer_create_args {
   uint32_t max_tokens_per_rank;
   /* [in] largest num_tokens of low-latency mode; 0 = no low-latency mode */
   uint32_t max_low_latency_tokens_per_rank;
-  /* [in] rows a slot holds in normal mode (either layout); 0 = max_tokens_per_rank * num_ranks */
+  /* [in] rows a slot holds in normal mode, padding included; 0 = max_tokens_per_rank * num_ranks, which the rank
+   * layout never exceeds; the expert layout can need num_topk times as many, and expert_alignment - 1 more for each
+   * expert of a rank */
   uint32_t max_recv_tokens;
   /* [in] results that can be held at once, 1 … 8; 0 = 2 */
   uint32_t num_slots;
@@ -471,7 +479,7 @@ typedef struct deepep_buffer_create_args {
   uint64_t symmetric_bytes;
   /* [out] flags and count messages */
   uint64_t control_bytes;
-  /* [out] one slot: recv_x + recv_scales + expert_output + metadata */
+  /* [out] one slot: recv_x + recv_scales + expert_output + metadata, rounded up */
   uint64_t slot_bytes;
   /* [out] received rows of a slot */
   uint64_t recv_x_bytes;
@@ -512,7 +520,8 @@ static_assert(offsetof(deepep_buffer_create_args, expert_output_bytes) == 120, "
 static_assert(offsetof(deepep_buffer_create_args, metadata_bytes) == 128, "metadata_bytes");
 static_assert(offsetof(deepep_buffer_create_args, local_bytes) == 136, "local_bytes");
 
-/* What a peer needs to map a rank's memory. Plain bytes: send it by any means. */
+/* What a peer needs to map a rank's memory: deepep_buffer_export writes all of it, deepep_buffer_import reads it.
+ * Plain bytes: send it by any means. */
 typedef struct deepep_peer_handle {
   /* [in] sizeof this struct */
   uint32_t size;
@@ -530,7 +539,9 @@ typedef struct deepep_peer_handle {
   uint32_t max_tokens_per_rank;
   /* [in] largest num_tokens of low-latency mode; 0 = no low-latency mode */
   uint32_t max_low_latency_tokens_per_rank;
-  /* [in] rows a slot holds in normal mode (either layout); 0 = max_tokens_per_rank * num_ranks */
+  /* [in] rows a slot holds in normal mode, padding included; 0 = max_tokens_per_rank * num_ranks, which the rank
+   * layout never exceeds; the expert layout can need num_topk times as many, and expert_alignment - 1 more for each
+   * expert of a rank */
   uint32_t max_recv_tokens;
   /* [in] results that can be held at once, 1 … 8; 0 = 2 */
   uint32_t num_slots;
@@ -664,7 +675,8 @@ typedef struct deepep_mask_args {
   uint32_t size;
   /* [in] the peer, not this rank */
   uint32_t rank;
-  /* [in] 1 = leave it out of every wait, send and reduction; 0 = take it in again, at the same epoch */
+  /* [in] 1 = leave it out of every wait, send and reduction; 0 = take it in again. Where it has made other calls
+   * than this rank meanwhile, or fewer, epochs have run apart: then every rank calls deepep_buffer_recover instead */
   uint32_t masked;
   /* [in] 0 */
   uint32_t reserved;
@@ -896,7 +908,7 @@ typedef struct deepep_dispatch_layout_args {
   uint64_t event;
   /* [in] completion to queue when the operation has ended, with its status; 0 = none */
   uint64_t done_id;
-  /* [in] DEEPEP_FLAG_* bits; those that the call has no use for are refused */
+  /* [in] DEEPEP_FLAG_* bits; those that no such call has a use for are refused */
   uint32_t flags;
   /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's. A wait is drawn out once, by half,
    * when the awaited peer itself waits for a third: so that the third is blamed */
@@ -951,9 +963,10 @@ typedef struct deepep_dispatch_args {
   uint32_t size;
   /* [in] DEEPEP_LAYOUT_* */
   uint32_t layout;
-  /* [in] handle that keeps the routing; CACHED: that has it */
+  /* [in] handle that keeps the routing, 0 = none; CACHED: that has it */
   uint64_t handle;
-  /* [out] in: a free slot, or -1 (not 0) for any; out: the slot taken, held until deepep_slot_release */
+  /* [out] in: a free slot, or -1 (not 0) for any; out: the slot taken, held until deepep_slot_release, also when the
+   * dispatch fails later */
   int32_t slot;
   /* [in] 1 … 65536: num_recv_tokens_per_expert are rounded up to it; expert layout: groups too */
   uint32_t expert_alignment;
@@ -966,17 +979,18 @@ typedef struct deepep_dispatch_args {
   /* [in] int32 or int64 [num_tokens, num_topk]: expert of each entry, -1 = none; anything else outside 0 …
    * num_experts - 1 fails the call on every rank */
   uint64_t topk_idx;
-  /* [in] f32 [num_tokens, num_topk]; 0 = none */
+  /* [in] f32 [num_tokens, num_topk], CACHED or not; 0 = none */
   uint64_t topk_weights;
   /* [in] without topk_idx: u8 [num_tokens, num_ranks] (rank layout only) */
   uint64_t is_token_in_rank;
-  /* [in] without topk_idx, optional: i32 [num_experts], 0 … 65536 * 32 each, only summed into the per-expert counts */
+  /* [in] without topk_idx, optional: i32 [num_experts], 0 … 65536 * 32 each, only summed into the per-expert counts;
+   * beside topk_idx nobody looks at it */
   uint64_t num_tokens_per_expert;
   /* [in] rows [num_tokens], row_bytes of payload each; aligned to 16 bytes */
   uint64_t x;
   /* [in] bytes from a row to the next; a multiple of 16 */
   uint64_t x_stride;
-  /* [in] payload bytes a row; a multiple of 16, at most max_row_bytes */
+  /* [in] payload bytes a row, with FLAG_FP8 before the cast; a multiple of 16, at most max_row_bytes */
   uint32_t row_bytes;
   /* [in] scale elements a row; 0 = none */
   uint32_t num_scales;
@@ -1002,7 +1016,7 @@ typedef struct deepep_dispatch_args {
   uint64_t event;
   /* [in] completion to queue when the operation has ended, with its status; 0 = none */
   uint64_t done_id;
-  /* [in] DEEPEP_FLAG_* bits; those that the call has no use for are refused */
+  /* [in] DEEPEP_FLAG_* bits; those that no such call has a use for are refused */
   uint32_t flags;
   /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's. A wait is drawn out once, by half,
    * when the awaited peer itself waits for a third: so that the third is blamed */
@@ -1086,16 +1100,18 @@ typedef struct deepep_combine_args {
   uint32_t hidden;
   /* [in] handle of the dispatch */
   uint64_t handle;
-  /* [in] slot whose expert-output region is used: the dispatch's, or -1 for any free one during the call */
+  /* [in] slot whose expert-output region is used: the dispatch's, or -1 for any free one during the call, which then
+   * needs x where there are rows */
   int32_t slot;
-  /* [in] 0 */
-  uint32_t reserved;
+  /* [in] rows that x and topk_weights have: if the dispatch needs more, padding included, the call fails when it
+   * runs and reads none; 0 = you know that they are enough */
+  uint32_t num_rows;
   /* [in] bf16 [rows, hidden] expert outputs in the layout of the dispatch; 0 = already in the slot's region, dense
    * by this call's hidden */
   uint64_t x;
   /* [in] bytes from a row to the next; a multiple of 16 */
   uint64_t x_stride;
-  /* [in] f32, shaped as recv_topk_weights: brought back and summed; 0 = none */
+  /* [in] f32, shaped as recv_topk_weights: brought back and summed, over a token's rows in the rank layout; 0 = none */
   uint64_t topk_weights;
   /* [in] f32 [num_tokens, num_topk], expert layout only: row k of a token is multiplied by it; 0 = none */
   uint64_t weights;
@@ -1105,7 +1121,7 @@ typedef struct deepep_combine_args {
   uint64_t bias_1;
   /* [in] bf16 [num_tokens, hidden], written */
   uint64_t out;
-  /* [in] f32 [num_tokens, num_topk], written when topk_weights is given */
+  /* [in] f32 [num_tokens, num_topk], written when topk_weights is given; 0 where topk_idx was -1 */
   uint64_t out_topk_weights;
   /* [in] the caller's stream: the operation begins after what is enqueued there; 0 = none (CUDA's default stream is
    * cudaStreamLegacy, 1) */
@@ -1117,7 +1133,7 @@ typedef struct deepep_combine_args {
   uint64_t event;
   /* [in] completion to queue when the operation has ended, with its status; 0 = none */
   uint64_t done_id;
-  /* [in] DEEPEP_FLAG_* bits; those that the call has no use for are refused */
+  /* [in] DEEPEP_FLAG_* bits; those that no such call has a use for are refused */
   uint32_t flags;
   /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's. A wait is drawn out once, by half,
    * when the awaited peer itself waits for a third: so that the third is blamed */
@@ -1132,7 +1148,7 @@ static_assert(offsetof(deepep_combine_args, size) == 0, "size");
 static_assert(offsetof(deepep_combine_args, hidden) == 4, "hidden");
 static_assert(offsetof(deepep_combine_args, handle) == 8, "handle");
 static_assert(offsetof(deepep_combine_args, slot) == 16, "slot");
-static_assert(offsetof(deepep_combine_args, reserved) == 20, "reserved");
+static_assert(offsetof(deepep_combine_args, num_rows) == 20, "num_rows");
 static_assert(offsetof(deepep_combine_args, x) == 24, "x");
 static_assert(offsetof(deepep_combine_args, x_stride) == 32, "x_stride");
 static_assert(offsetof(deepep_combine_args, topk_weights) == 40, "topk_weights");
@@ -1169,7 +1185,7 @@ typedef struct deepep_low_latency_dispatch_args {
   uint64_t x;
   /* [in] bytes from a row to the next; a multiple of 16 */
   uint64_t x_stride;
-  /* [in] payload bytes a row; a multiple of 16, at most max_row_bytes */
+  /* [in] payload bytes a row, with FLAG_FP8 before the cast; a multiple of 16, at most max_row_bytes */
   uint32_t row_bytes;
   /* [in] scale elements a row; 0 = none */
   uint32_t num_scales;
@@ -1196,7 +1212,7 @@ typedef struct deepep_low_latency_dispatch_args {
   uint64_t event;
   /* [in] completion to queue when the operation has ended, with its status; 0 = none */
   uint64_t done_id;
-  /* [in] DEEPEP_FLAG_* bits; those that the call has no use for are refused */
+  /* [in] DEEPEP_FLAG_* bits; those that no such call has a use for are refused */
   uint32_t flags;
   /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's. A wait is drawn out once, by half,
    * when the awaited peer itself waits for a third: so that the third is blamed */
@@ -1215,9 +1231,10 @@ typedef struct deepep_low_latency_dispatch_args {
   uint64_t recv_scales_row_stride;
   /* [out] bytes */
   uint64_t recv_scales_elem_stride;
-  /* [out] i32 [num_local_experts]: rows of each expert */
+  /* [out] i32 [num_local_experts]: rows of each expert, by source rank, then by token; more than max_rows, which
+   * only a token that names an expert twice can cause, is CAPACITY on every rank */
   uint64_t recv_count;
-  /* [out] i32 [num_local_experts, max_rows]: token index at the source rank */
+  /* [out] i32 [num_local_experts, max_rows]: token index at the source rank; -1 of a lost row */
   uint64_t recv_src_info;
   /* [out] i64 [num_local_experts, num_ranks]: begin << 32 | count of each source rank's rows */
   uint64_t recv_layout_range;
@@ -1273,7 +1290,8 @@ typedef struct deepep_low_latency_combine_args {
   uint64_t topk_idx;
   /* [in] f32 [num_tokens, num_topk]; 0 = all ones */
   uint64_t topk_weights;
-  /* [in] bf16 [num_local_experts, max_rows, hidden]; 0 = already in the slot's expert-output region */
+  /* [in] bf16 [num_local_experts, max_rows, hidden], hidden being the buffer's whatever was dispatched; 0 = already
+   * in the slot's expert-output region */
   uint64_t x;
   /* [in] bf16 [num_tokens, hidden], written */
   uint64_t out;
@@ -1290,7 +1308,7 @@ typedef struct deepep_low_latency_combine_args {
   uint64_t event;
   /* [in] completion to queue when the operation has ended, with its status; 0 = none */
   uint64_t done_id;
-  /* [in] DEEPEP_FLAG_* bits; those that the call has no use for are refused */
+  /* [in] DEEPEP_FLAG_* bits; those that no such call has a use for are refused */
   uint32_t flags;
   /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's. A wait is drawn out once, by half,
    * when the awaited peer itself waits for a third: so that the third is blamed */
@@ -1336,7 +1354,7 @@ typedef struct deepep_receive_args {
   uint64_t event;
   /* [in] completion to queue when the operation has ended, with its status; 0 = none */
   uint64_t done_id;
-  /* [in] DEEPEP_FLAG_* bits; those that the call has no use for are refused */
+  /* [in] DEEPEP_FLAG_* bits; those that no such call has a use for are refused */
   uint32_t flags;
   /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's. A wait is drawn out once, by half,
    * when the awaited peer itself waits for a third: so that the third is blamed */
@@ -1378,7 +1396,7 @@ typedef struct deepep_expert_output_args {
   uint64_t event;
   /* [in] completion to queue when the operation has ended, with its status; 0 = none */
   uint64_t done_id;
-  /* [in] DEEPEP_FLAG_* bits; those that the call has no use for are refused */
+  /* [in] DEEPEP_FLAG_* bits; those that no such call has a use for are refused */
   uint32_t flags;
   /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's. A wait is drawn out once, by half,
    * when the awaited peer itself waits for a third: so that the third is blamed */
@@ -1418,7 +1436,7 @@ typedef struct deepep_barrier_args {
   uint64_t event;
   /* [in] completion to queue when the operation has ended, with its status; 0 = none */
   uint64_t done_id;
-  /* [in] DEEPEP_FLAG_* bits; those that the call has no use for are refused */
+  /* [in] DEEPEP_FLAG_* bits; those that no such call has a use for are refused */
   uint32_t flags;
   /* [in] deadline of each wait in the operation, milliseconds; 0 = the buffer's. A wait is drawn out once, by half,
    * when the awaited peer itself waits for a third: so that the third is blamed */
@@ -1514,23 +1532,23 @@ DEEPEP_API int32_t deepep_measure_copy(uint64_t device, deepep_measure_copy_args
 DEEPEP_API int32_t deepep_plan(uint64_t buffer, deepep_plan_args* args, deepep_error* error);
 
 /* Copies from memory of the library that the host can read (host_counts, wait_ns, MEMORY_HOST) to the caller's. At
- * once. */
+ * once. Nothing is checked: that the memory is there, as long as its buffer is, the caller knows. */
 DEEPEP_API int32_t deepep_host_read(uint64_t address, void* dst, uint64_t bytes);
 
-/* Copies from the caller's memory to memory of the library that the host can write. At once. */
+/* Copies from the caller's memory to memory of the library that the host can write. At once, and as unchecked. */
 DEEPEP_API int32_t deepep_host_write(uint64_t address, const void* src, uint64_t bytes);
 
 /* Makes a completion queue. */
 DEEPEP_API int32_t deepep_queue_create(uint64_t zero, deepep_queue_create_args* args, deepep_error* error);
 
 /* Takes up to `capacity` deepep_completion entries off the queue; returns how many, or minus a DEEPEP_ERROR_* code
- * when `queue` is none. Never blocks; a few nanoseconds when empty. */
+ * when `queue` is none or there is no place to write to. Never blocks; a few nanoseconds when empty. */
 DEEPEP_API int32_t deepep_queue_drain(uint64_t queue, void* out, uint32_t capacity);
 
 /* Optional wake-up by callback. */
 DEEPEP_API int32_t deepep_queue_wake(uint64_t queue, const deepep_queue_wake_args* args, deepep_error* error);
 
-/* Frees a queue, after the buffers that use it. A notifier that still runs ends without its last call. */
+/* Frees a queue. INVALID_ARGUMENT while a buffer uses it. A notifier that still runs ends without its last call. */
 DEEPEP_API int32_t deepep_queue_destroy(uint64_t queue, deepep_error* error);
 
 /* Writes the sizes that deepep_buffer_create would allocate, and the defaults it would take for zeros. Allocates
@@ -1544,8 +1562,8 @@ DEEPEP_API int32_t deepep_buffer_create(uint64_t device, deepep_buffer_create_ar
 /* Writes the handle that the peers import. Local. */
 DEEPEP_API int32_t deepep_buffer_export(uint64_t buffer, deepep_peer_handle* args, deepep_error* error);
 
-/* Maps a peer's memory. MISMATCH, naming field and values, when its options differ. Local; once per peer, own rank
- * allowed. */
+/* Maps a peer's memory. MISMATCH, naming field and values, when its options differ. Local; once per peer. The own
+ * handle may be imported or not. */
 DEEPEP_API int32_t deepep_buffer_import(uint64_t buffer, deepep_peer_handle* args, deepep_error* error);
 
 /* Checks that every peer was imported and makes the buffer ready. Local, but no rank may call an operation before
@@ -1569,7 +1587,8 @@ DEEPEP_API int32_t deepep_buffer_recover(uint64_t buffer, const deepep_buffer_re
  * peer's destroy. */
 DEEPEP_API int32_t deepep_buffer_destroy(uint64_t buffer, deepep_error* error);
 
-/* Masks or unmasks a peer, from the next enqueued call on. Local. */
+/* Masks or unmasks a peer, from the next enqueued call on. Local. To mask the peer that a failure blames ends the
+ * failure, as deepep_buffer_recover does; combines of low latency whose receive half was to come then are given up. */
 DEEPEP_API int32_t deepep_mask(uint64_t buffer, const deepep_mask_args* args, deepep_error* error);
 
 /* Gives a slot back in stream order; halves of low-latency calls that were still to come are given up. Tensors in it
@@ -1692,8 +1711,8 @@ DEEPEP_API int32_t deepep_barrier(uint64_t buffer, const deepep_barrier_args* ar
  * on every other. Collective, in the place of the call. */
 DEEPEP_API int32_t deepep_refuse(uint64_t buffer, const deepep_refuse_args* args, deepep_error* error);
 
-/* Writes the record of a failed operation into `error`; returns DEEPEP_OK when there is none. The last 64 failures
- * are kept. */
+/* Writes the record of a failed operation into `error` and returns its code; DEEPEP_OK when there is none. A record
+ * names the `op` that failed, the error of a refused call none. The last 64 failures are kept. */
 DEEPEP_API int32_t deepep_get_status(uint64_t buffer, const deepep_status_args* args, deepep_error* error);
 
 /* For tests: makes this rank late, silent or dead in a phase of its next operations. */

@@ -5,13 +5,12 @@
 #include "../common/failure.hpp"
 #include "../common/partition.hpp"
 #include "options.hpp"
-#include "queue.hpp"
 
 namespace deepep {
 
 void BufferBase::take_options(uint64_t device, const deepep_buffer_create_args& args) {
   options = checked_options(device, args);
-  if (args.queue) queue_check(args.queue);
+  if (args.queue) queue_use_.begin(args.queue);
   regions = make_regions(options);
   rank = args.rank;
   const ExpertRange experts = local_experts(options.num_experts, options.num_ranks, args.rank);

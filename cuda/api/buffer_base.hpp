@@ -12,6 +12,7 @@
 #include "../abi/deepep.h"
 #include "../common/regions.hpp"
 #include "injections.hpp"
+#include "queue.hpp"
 #include "slots.hpp"
 #include "statuses.hpp"
 
@@ -50,6 +51,8 @@ class BufferBase {
   void tell_sizes(deepep_buffer_create_args& args);
   // Rejects a handle of a rank that there is not, or with other options.
   void check_handle(const deepep_peer_handle& handle) const;
+  // The last part of a destruction: nothing is queued any more.
+  void leave_queue() { queue_use_.end(); }
   // Writes what does not depend on the backend. The caller holds `mutex`.
   void fill_facts(deepep_buffer_info& out) const;
 
@@ -58,6 +61,7 @@ class BufferBase {
 
  private:
   uint64_t queue_ = 0;
+  QueueUse queue_use_;
 };
 
 }  // namespace deepep

@@ -2,6 +2,8 @@
 
 #include "checks.hpp"
 
+#include <string>
+
 #include "../common/protocol.hpp"
 
 namespace deepep {
@@ -11,6 +13,11 @@ unsigned long long shown(uint64_t value) { return value; }
 
 uint64_t slot_base(const Buffer& buffer, uint32_t slot) {
   return reinterpret_cast<uint64_t>(buffer.symmetric(buffer.rank)) + slot_offset(buffer.regions, slot);
+}
+
+[[noreturn]] void reject_span(const char* name, uint64_t address, const char* what) {
+  reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s is at address 0x%llx, from where %s go past the end of the address space", name,
+         shown(address), what);
 }
 
 // The plan of a dispatch that routes by itself.
@@ -62,6 +69,38 @@ RoutingPlan plan_cached(const deepep_dispatch_args& args, const HandleFacts* han
 
 }  // namespace
 
+void check_span(const char* name, uint64_t address, uint64_t bytes) {
+  uint64_t end;
+  if (bytes != 0 && address == 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s is 0", name);
+  if (__builtin_add_overflow(address, bytes, &end)) {
+    reject_span(name, address, (std::to_string(bytes) + " bytes").c_str());
+  }
+}
+
+void check_rows(const char* name, uint64_t address, uint64_t count, uint64_t stride, uint64_t row_bytes) {
+  uint64_t last, end;
+  if (count == 0 || address == 0) return;
+  if (!__builtin_mul_overflow(count - 1, stride, &last) && !__builtin_add_overflow(last, row_bytes, &end) &&
+      !__builtin_add_overflow(address, end, &end)) {
+    return;
+  }
+  reject_span(name, address, (std::to_string(count) + " rows, " + std::to_string(stride) + " bytes apart,").c_str());
+}
+
+void check_copy(const deepep_copy_args& args) {
+  check_span("dst", args.dst, args.bytes);
+  check_span("src", args.src, args.bytes);
+  if (args.dst < args.src + args.bytes && args.src < args.dst + args.bytes) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%llu bytes from 0x%llx overlap as many from 0x%llx", shown(args.bytes),
+           shown(args.src), shown(args.dst));
+  }
+}
+
+void check_fill(const deepep_fill_args& args) {
+  check_span("dst", args.dst, args.bytes);
+  if (args.value > 255) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "value is %u, at most 255", args.value);
+}
+
 ScaleStrides scale_strides(uint32_t max_rows, uint32_t num_scales, uint32_t elem_bytes, bool column_major) {
   if (num_scales == 0) return {};
   if (!column_major) return {uint64_t{num_scales} * elem_bytes, elem_bytes};
@@ -75,6 +114,12 @@ RoutingPlan check_dispatch(const Buffer& buffer, const deepep_dispatch_args& arg
   if (args.layout > DEEPEP_LAYOUT_EXPERT) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "layout is %u", args.layout);
   if (args.expert_alignment == 0 || args.expert_alignment > 65536) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "expert_alignment is %u, it must be 1 … 65536", args.expert_alignment);
+  }
+  if ((args.flags & DEEPEP_FLAG_ZERO_PADDING) != 0 && args.layout != DEEPEP_LAYOUT_EXPERT) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "ZERO_PADDING belongs to the expert layout");
+  }
+  if ((args.flags & DEEPEP_FLAG_NO_CPU_SYNC) != 0 && args.counts_id != 0) {
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "counts_id is given with NO_CPU_SYNC, which leaves the counts on the device");
   }
   const bool cached = (args.flags & DEEPEP_FLAG_CACHED) != 0;
   const RoutingPlan plan = cached ? plan_cached(args, handle) : plan_routing(args);
@@ -118,6 +163,7 @@ void check_combine(const Buffer& buffer, const deepep_combine_args& args, const 
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "x_stride is %llu, it must be a multiple of 16 and at least %u", shown(args.x_stride),
            args.hidden * 2);
   }
+  check_rows("x", args.x, args.x != 0 ? buffer.options.max_recv_tokens : 0, args.x_stride, uint64_t{args.hidden} * 2);
   if (args.weights != 0 && plan.space != RowSpace::expert) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "weights need a handle of the expert layout");
   }

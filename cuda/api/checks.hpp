@@ -23,6 +23,14 @@ inline void check_address(const char* name, uint64_t address, uint64_t alignment
          static_cast<unsigned long long>(address), static_cast<unsigned long long>(alignment));
 }
 
+// Rejects `bytes` from an address on that are past the end of the address space. 0 passes.
+void check_span(const char* name, uint64_t address, uint64_t bytes);
+// The same of `count` rows, `stride` bytes apart.
+void check_rows(const char* name, uint64_t address, uint64_t count, uint64_t stride, uint64_t row_bytes);
+
+void check_copy(const deepep_copy_args& args);
+void check_fill(const deepep_fill_args& args);
+
 // Checks the fields that every args struct with a routing shares; `most_tokens` is the mode's limit.
 template <class Args>
 void check_routing(const Buffer& buffer, const Args& args, uint32_t most_tokens) {
@@ -54,6 +62,7 @@ void check_payload(const Buffer& buffer, const Args& args) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "x_stride is %llu, it must be a multiple of 16 and at least row_bytes, %u",
            static_cast<unsigned long long>(args.x_stride), args.row_bytes);
   }
+  check_rows("x", args.x, static_cast<uint32_t>(args.num_tokens), args.x_stride, args.row_bytes);
   if (args.num_scales == 0) return;
   const uint32_t elem = args.scale_elem_bytes;
   if (elem != 1 && elem != 2 && elem != 4 && elem != 8 && elem != 16) {

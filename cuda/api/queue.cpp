@@ -42,6 +42,7 @@ struct Cell {
   std::atomic<uint32_t> num_ready{0};  // entries; stored under the mutex
   std::mutex mutex;
   uint64_t generation = 0;
+  uint32_t num_users = 0;  // without users there are no sources
   std::deque<deepep_completion> entries;
   std::shared_ptr<Notifier> notifier;
 
@@ -210,7 +211,21 @@ uint64_t queue_create() {
   return handle;
 }
 
-void queue_check(uint64_t queue) { living_cell(queue); }
+void QueueUse::begin(uint64_t queue) {
+  Cell& cell = living_cell(queue);
+  const std::lock_guard lock(cell.mutex);
+  if (cell.handle.load(std::memory_order_relaxed) != queue) reject(DEEPEP_ERROR_CLOSED, "the queue was destroyed meanwhile");
+  cell.num_users += 1;
+  queue_ = queue;
+}
+
+void QueueUse::end() noexcept {
+  Cell* const cell = queue_ != 0 ? cell_of(queue_) : nullptr;
+  if (!cell) return;
+  const std::lock_guard lock(cell->mutex);
+  cell->num_users -= 1;
+  queue_ = 0;
+}
 
 int32_t queue_drain(uint64_t queue, deepep_completion* out, uint32_t capacity) noexcept {
   Cell* const cell = cell_of(queue);
@@ -218,7 +233,7 @@ int32_t queue_drain(uint64_t queue, deepep_completion* out, uint32_t capacity) n
   if (cell->handle.load(std::memory_order_relaxed) != queue) return -DEEPEP_ERROR_CLOSED;
   if (has_sources(*cell)) poll_sources(*cell);
   if (cell->num_ready.load(std::memory_order_relaxed) == 0) return 0;
-  if (!out) return -DEEPEP_ERROR_INVALID_ARGUMENT;
+  if (!out) return capacity == 0 ? 0 : -DEEPEP_ERROR_INVALID_ARGUMENT;
   // The mutex pairs with queue_push: what was done before the push is seen by the caller.
   const std::lock_guard lock(cell->mutex);
   if (cell->handle.load(std::memory_order_relaxed) != queue) return -DEEPEP_ERROR_CLOSED;
@@ -282,17 +297,16 @@ void queue_wake(uint64_t queue, uint32_t action, uint64_t callback) {
 void queue_destroy(uint64_t queue) {
   Cell& cell = living_cell(queue);
   std::shared_ptr<Notifier> notifier;
-  std::vector<std::shared_ptr<Source>> sources;  // dropped with no lock held
   {
-    const std::lock_guard sources_lock(cell.sources_mutex);
     const std::lock_guard lock(cell.mutex);
+    if (cell.handle.load(std::memory_order_relaxed) == queue && cell.num_users != 0) {
+      reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%u buffers use the queue: destroy them first", cell.num_users);
+    }
     uint64_t expected = queue;
     if (!cell.handle.compare_exchange_strong(expected, 0)) reject(DEEPEP_ERROR_CLOSED, "the queue was destroyed meanwhile");
     cell.entries.clear();
     cell.num_ready.store(0, std::memory_order_relaxed);
     notifier.swap(cell.notifier);
-    sources.swap(cell.sources);
-    cell.num_sources.store(0, std::memory_order_relaxed);
   }
   if (notifier) {
     tell(notifier, &Notifier::silent);

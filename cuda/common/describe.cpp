@@ -13,25 +13,37 @@ constexpr uint32_t kMostEntries = DEEPEP_MAX_TOKENS * DEEPEP_MAX_TOPK;  // of a 
 unsigned long long shown(int64_t value) { return static_cast<unsigned long long>(value); }
 uint32_t number(int64_t value) { return static_cast<uint32_t>(value); }
 
+const char* code_name(int32_t code) {
+  switch (code) {
+    case DEEPEP_ERROR_INVALID_ARGUMENT: return "INVALID_ARGUMENT";
+    case DEEPEP_ERROR_UNSUPPORTED: return "UNSUPPORTED";
+    case DEEPEP_ERROR_OUT_OF_MEMORY: return "OUT_OF_MEMORY";
+    case DEEPEP_ERROR_CAPACITY: return "CAPACITY";
+    case DEEPEP_ERROR_NO_FREE_SLOT: return "NO_FREE_SLOT";
+    case DEEPEP_ERROR_CLOSED: return "CLOSED";
+    case DEEPEP_ERROR_SYSTEM: return "SYSTEM";
+    case DEEPEP_ERROR_NEEDS_RECOVERY: return "NEEDS_RECOVERY";
+  }
+  return "INTERNAL";
+}
+
 // Why a rank gave another one up, after the other's name.
 const char* why_gone(int32_t code) {
   switch (code) {
     case DEEPEP_ERROR_TIMEOUT: return "did not come in time";
     case DEEPEP_ERROR_PEER_LOST: return "has ended";
     case DEEPEP_ERROR_ABORTED: return "gave up";
-    default: return "failed";
   }
+  return "failed";
 }
 
 // What was awaited of a rank; comes before "rank 3".
 const char* awaited(Reason reason) {
-  switch (reason) {
-    case Reason::late_rows: return "the rows of";
-    case Reason::late_view: return "the view of";
-    case Reason::late_reader: return "the end of reading of";
-    case Reason::late_output: return "the expert outputs of";
-    default: return "the message of";
-  }
+  return reason == Reason::late_rows     ? "the rows of"
+         : reason == Reason::late_view   ? "the view of"
+         : reason == Reason::late_reader ? "the end of reading of"
+         : reason == Reason::late_output ? "the expert outputs of"
+                                         : "the message of";
 }
 
 }  // namespace
@@ -45,8 +57,8 @@ const char* doing(int32_t op) {
     case DEEPEP_OP_LOW_LATENCY_COMBINE: return "combine in low-latency mode";
     case DEEPEP_OP_BARRIER: return "pass the barrier";
     case DEEPEP_OP_EXPERT_OUTPUT: return "give the expert-output region";
-    default: return "operate";
   }
+  return "operate";
 }
 
 const char* op_name(int32_t op) {
@@ -58,8 +70,8 @@ const char* op_name(int32_t op) {
     case DEEPEP_OP_LOW_LATENCY_COMBINE: return "a low-latency combine";
     case DEEPEP_OP_BARRIER: return "a barrier";
     case DEEPEP_OP_EXPERT_OUTPUT: return "a wait for readers";
-    default: return "an operation";
   }
+  return "an operation";
 }
 
 Failure describe(const Finding& f, uint32_t rank) {
@@ -104,6 +116,10 @@ Failure describe(const Finding& f, uint32_t rank) {
     case Reason::no_rows_given:
       set_message(failure, "Cannot %s: neither x nor a slot is given, but there are %llu rows", what, shown(f.seen));
       break;
+    case Reason::few_rows_given:
+      set_message(failure, "Cannot %s: x or topk_weights have %llu rows, the dispatch received %llu", what, shown(f.seen),
+                  shown(f.expected));
+      break;
     case Reason::own_refusal: set_message(failure, "Cannot %s: this rank refused the call", what); break;
     case Reason::late_message:
     case Reason::late_rows:
@@ -127,8 +143,8 @@ Failure describe(const Finding& f, uint32_t rank) {
                   call);
       break;
     case Reason::refused:
-      set_message(failure, "Cannot %s: rank %u refused call %llu because of its own arguments (its error has code %d)", what,
-                  peer, call, f.a);
+      set_message(failure, "Cannot %s: rank %u refused call %llu because of its own arguments (its error: %s)", what, peer,
+                  call, code_name(f.a));
       break;
     case Reason::left_out:
       set_message(failure, "Cannot %s: rank %d goes on without this rank, %u, which came too late in call %llu", what, f.a,

@@ -22,6 +22,7 @@ enum class Reason : int32_t {
   no_dispatch,       // the slot's has
   no_send,           // a receive half whose send half did not come to its end: expected = its epoch
   no_rows_given,     // combine: neither x nor a slot; seen = rows
+  few_rows_given,    // combine: seen = rows given, expected = rows needed
   own_refusal,       // deepep_refuse: a = the code that was given
   late_message,      // the waits that can time out (code TIMEOUT) or lose their peer (PEER_LOST); peer
   late_rows,

@@ -147,8 +147,8 @@ constexpr int32_t useful_blocks(const Work& work, int32_t sms) {
 }
 
 // How many pieces a low-latency dispatch cuts a row of `units` into, of which a warp holds `most_units` at once: with `rows`
-// rows a block, the warp with most to do has as little as can be. A piece more costs as much as two units: runs that memory takes
-// are long ones.
+// rows a block, the warp with most to do has as little as can be. A piece more costs as much as two units: runs that memory
+// takes are long ones.
 constexpr uint32_t low_latency_pieces(uint32_t units, uint32_t most_units, uint64_t rows, uint32_t warps) {
   uint32_t best = 0;
   uint64_t least = ~uint64_t{0};

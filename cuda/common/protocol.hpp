@@ -36,9 +36,9 @@
 // Failures. An error that a rank finds in its own arguments travels in its message (`code`), one that follows from all
 // messages (capacity, disagreement) is found by every rank alike: both before a byte moves, so the buffer stays good. A rank
 // that fails half-way raises `aborts[s]` in every peer, so that nobody waits for the deadline in vain; it counts in calls
-// from its epoch on until the next recovery, or until the rank that it blames is masked. Until then it makes no call, and receives
-// none of what earlier ones have sent: so with a mask that ends a failure it raises `pulled` everywhere, up to the call that it
-// has come to, and what was still to be received of combines is given up.
+// from its epoch on until the next recovery, or until the rank that it blames is masked. Until then it makes no call, and
+// receives nothing of what earlier ones have sent: so with a mask that ends a failure it raises `pulled` everywhere, up to the
+// call that it has come to, and what was still to be received of combines is given up.
 //
 // Leaving ranks out. Under MASK_ON_TIMEOUT a call goes on without a rank that does not come. Rows have their places by the
 // counts of those who take part, so all must leave out the same: before rows are pushed, every rank publishes whose messages

@@ -5,6 +5,7 @@
 #include <string.h>
 
 #include "../api/border.hpp"
+#include "../api/checks.hpp"
 #include "../api/queue.hpp"
 
 using namespace deepep;
@@ -71,9 +72,7 @@ int32_t deepep_copy(uint64_t handle, const deepep_copy_args* args, deepep_error*
     check(args);
     const auto buffer = find_buffer(call, handle);
     const auto stream = find_stream(args->stream);
-    if (args->bytes != 0 && (args->dst == 0 || args->src == 0)) {
-      reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s is 0", args->dst == 0 ? "dst" : "src");
-    }
+    check_copy(*args);
     buffer->check_id(args->done_id, "done_id");
     push(*stream, [dst = args->dst, src = args->src, bytes = args->bytes, id = args->done_id, queue = buffer->queue()] {
       if (bytes != 0) memcpy(reinterpret_cast<void*>(dst), reinterpret_cast<const void*>(src), bytes);
@@ -87,8 +86,7 @@ int32_t deepep_fill(uint64_t handle, const deepep_fill_args* args, deepep_error*
     check(args);
     find_buffer(call, handle);
     const auto stream = find_stream(args->stream);
-    if (args->bytes != 0 && args->dst == 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "dst is 0");
-    if (args->value > 255) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "value is %u, at most 255", args->value);
+    check_fill(*args);
     push(*stream, [dst = args->dst, value = static_cast<int>(args->value), bytes = args->bytes] {
       if (bytes != 0) memset(reinterpret_cast<void*>(dst), value, bytes);
     });

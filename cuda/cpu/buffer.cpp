@@ -59,7 +59,8 @@ void Buffer::import_peer(const deepep_peer_handle& handle) {
   auto memory_of_peer = SharedMemory::import(handle.bytes, regions.symmetric_bytes, handle.rank);
   if (handle.rank == rank) {
     if (memory_of_peer != peers_[rank]) {
-      reject(DEEPEP_ERROR_MISMATCH, "rank %u is this rank, but the handle is another buffer's: two ranks have one number", rank);
+      reject(DEEPEP_ERROR_MISMATCH, "rank %u is this rank, but the handle is another buffer's: two ranks have one number",
+             rank);
     }
     return;
   }
@@ -98,6 +99,7 @@ void Buffer::destroy() {
   peers_[rank]->retire();
   peers_.clear();
   for (Slot& slot : slots) slot = {};
+  leave_queue();
 }
 
 void Buffer::info(deepep_buffer_info& out) {
@@ -131,7 +133,8 @@ void Buffer::recover(const deepep_buffer_recover_args& args) {
   check_usable();
   check_recovery(*this, args, epoch, num_pending_);
   // In stream order, after what deepep_mask may have enqueued.
-  if (!comm_->push([this, ranks = args.masked_ranks] { masked = ranks; })) reject(DEEPEP_ERROR_CLOSED, "the buffer was destroyed");
+  const bool pushed = comm_->push([this, ranks = args.masked_ranks] { masked = ranks; });
+  if (!pushed) reject(DEEPEP_ERROR_CLOSED, "the buffer was destroyed");
   epoch = args.epoch;
   base_epoch = args.epoch;
   given_up = args.epoch;

@@ -55,6 +55,13 @@ class CombineRun {
   };
 
   uint64_t num_rows() const;
+  const uint8_t* region() const {
+    return buffer_.symmetric(buffer_.rank) + slot_offset(buffer_.regions, job_.slot) + buffer_.regions.expert_output;
+  }
+  // Whether anything is put into the slot before it is announced.
+  bool copies() const {
+    return (args_.x != 0 && reinterpret_cast<const uint8_t*>(args_.x) != region()) || expert_weights_ != nullptr;
+  }
   void check_content();
   void copy_in();
   void copy_rows(uint64_t begin, uint64_t end, const uint8_t* x, uint8_t* region);
@@ -102,6 +109,12 @@ void CombineRun::check_content() {
               .reason = Reason::no_rows_given,
               .agreed = 1,
               .seen = static_cast<int64_t>(num_rows())});
+  } else if (copies() && args_.num_rows != 0 && num_rows() > args_.num_rows) {
+    op_.fail({.code = DEEPEP_ERROR_INVALID_ARGUMENT,
+              .reason = Reason::few_rows_given,
+              .agreed = 1,
+              .expected = static_cast<int64_t>(num_rows()),
+              .seen = args_.num_rows});
   }
 }
 

@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "../api/border.hpp"
+#include "../api/checks.hpp"
 #include "buffer.hpp"
 
 using namespace deepep;
@@ -93,9 +94,7 @@ int32_t deepep_copy(uint64_t handle, const deepep_copy_args* args, deepep_error*
     const auto buffer = find_buffer(call, handle);
     use_device(buffer->device->index);
     const cudaStream_t stream = given_stream(args->stream);
-    if (args->bytes != 0 && (args->dst == 0 || args->src == 0)) {
-      reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s is 0", args->dst == 0 ? "dst" : "src");
-    }
+    check_copy(*args);
     buffer->check_id(args->done_id, "done_id");
     if (args->done_id != 0 && capture_of(stream) != 0) {
       reject(DEEPEP_ERROR_INVALID_ARGUMENT, "a captured call has no done_id: a replay completes none");
@@ -121,8 +120,7 @@ int32_t deepep_fill(uint64_t handle, const deepep_fill_args* args, deepep_error*
     const auto buffer = find_buffer(call, handle);
     use_device(buffer->device->index);
     const cudaStream_t stream = given_stream(args->stream);
-    if (args->bytes != 0 && args->dst == 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "dst is 0");
-    if (args->value > 255) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "value is %u, at most 255", args->value);
+    check_fill(*args);
     if (args->bytes == 0) return;
     settle_if_comm(stream);
     DEEPEP_CUDA("fill memory",

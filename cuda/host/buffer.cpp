@@ -203,6 +203,7 @@ void Buffer::destroy() {
   pinned_pool->recycle(reinterpret_cast<uint64_t>(host_));
   pinned_pool->recycle(reinterpret_cast<uint64_t>(host_count_words_));
   live_ = nullptr;
+  leave_queue();
 }
 
 void Buffer::info(deepep_buffer_info& out) {

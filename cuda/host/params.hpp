@@ -81,7 +81,7 @@ constexpr uint32_t kScratchRows = 3;
 struct CallParams {
   DeviceState* state;
   HostState* host;                       // its address on the device
-  uint32_t* scratch;                     // u32 [kScratchRows + multiprocessors, num_ranks + num_experts]: see below
+  uint32_t* scratch;                     // u32 [kScratchRows + multiprocessors, num_ranks + num_experts]: see above
   uint8_t* symmetric[DEEPEP_MAX_RANKS];  // by rank
   Regions regions;
   Options options;
@@ -91,7 +91,7 @@ struct CallParams {
   uint32_t num_local_experts;
   uint32_t slot;     // of this rank, where the operation has one
   uint32_t one_gpu;  // 1 = all ranks are on this GPU and in this process: what is released to it reaches them
-  int32_t op;     // DEEPEP_OP_*
+  int32_t op;        // DEEPEP_OP_*
   uint32_t mask_on_timeout;
   uint64_t seq;         // 0 = captured
   uint64_t timeout_ns;  // of each wait

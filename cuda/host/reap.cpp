@@ -21,8 +21,8 @@ uint64_t load(const uint64_t& word) {
   return std::atomic_ref<uint64_t>(const_cast<uint64_t&>(word)).load(std::memory_order_acquire);
 }
 
-// The findings from the `first`-th to the `end`-th. The device writes on meanwhile: `first` becomes that of the earliest which it
-// has not come to again.
+// The findings from the `first`-th to the `end`-th. The device writes on meanwhile: `first` becomes that of the earliest which
+// it has not come to again.
 std::vector<Finding> copy_findings(const HostState& host, uint64_t& first, uint64_t end) {
   const auto intact_from = [](uint64_t written) { return written < kNumFailuresKept ? 0 : written - kNumFailuresKept + 1; };
   uint64_t begin = std::max(first, intact_from(end));

@@ -112,6 +112,11 @@ struct Combine {
       Finding finding;
       finding.seen = static_cast<int64_t>(p().state->num_rows);
       leader.refuse(DEEPEP_ERROR_INVALID_ARGUMENT, Reason::no_rows_given, finding);
+    } else if (copies() && params.args.num_rows != 0 && p().state->num_rows > params.args.num_rows) {
+      Finding finding;
+      finding.expected = static_cast<int64_t>(p().state->num_rows);
+      finding.seen = params.args.num_rows;
+      leader.refuse(DEEPEP_ERROR_INVALID_ARGUMENT, Reason::few_rows_given, finding);
     }
   }
 

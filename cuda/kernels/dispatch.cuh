@@ -482,7 +482,7 @@ struct Dispatch : DispatchRows {
   // Waits for those that are late; fails the call when ranks disagree about who takes part, or one has left this one out.
   DEEPEP_COLD __device__ static void settle(Leader leader, uint64_t late, uint64_t begin_ns) {
     const CallShared& s = leader.s;
-    if (late != 0) wait_for_blocks_of(leader, late, begin_ns);
+    if (late != 0) wait_for_late_blocks(leader, late, begin_ns);
     if (!leader.failed()) check_views(leader, s.view, s.view & ~rank_bit(leader.p.rank));
     // Whoever has left this rank out has failed in this call.
     if (must_stop(leader.p, s, s.view)) leader.is_left_out();

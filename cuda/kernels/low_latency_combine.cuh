@@ -266,7 +266,7 @@ struct LowLatencyCombine {
       const ReadyLine* line = ready_at(own_memory(p()), p().regions, src, p().slot);
       const uint64_t begin_ns = global_time_ns();
       uint32_t looks = 1;
-      // Pairs with announce() of src. Whether it refuses the call the leader sees; to read its rows then does no harm.
+      // Pairs with announce_outputs() of src. Whether it refuses the call the leader sees; to read its rows then does no harm.
       for (; load_acquire_sys(&line->epoch) < epoch; ++looks) {
         if (looks % kLooksBetween != 0 || !is_stopped(p(), s.call)) continue;
         atomicOr(&s.stop, 1u);
@@ -312,7 +312,7 @@ struct LowLatencyCombine {
 
   __device__ void lead() {
     const bool sends = params.sends != 0, receives = params.receives != 0;
-    if (is_leader() && is_early()) fence_to_peers(p());  // The outputs are there, which announce() says.
+    if (is_leader() && is_early()) fence_to_peers(p());  // The outputs are there, which announce_outputs() says.
     if (lane_id() == 0) s.seen = 0;
     for (uint32_t rank = lane_id(); rank < DEEPEP_MAX_RANKS; rank += kWarpLanes) s.waited_ns[rank] = 0;
     __syncthreads();  // The workers have read the state and looked up the entries.
@@ -321,7 +321,7 @@ struct LowLatencyCombine {
     bool goes = !s.call.skipped;
     if (goes && sends) {
       if (is_early() && routed != 0 && s.bad == 0) {
-        announce(routed & ~s.gone, 0);
+        announce_outputs(routed & ~s.gone, 0);
         publish_message();
         keep_sent(routed & ~s.gone);
       } else {
@@ -361,7 +361,7 @@ struct LowLatencyCombine {
 
   // Tells the ranks of the dispatch that the outputs are there: after a fence. This rank too, where rows are cast. Pairs with
   // await_outputs() and wait_for_outputs() of the peer.
-  __device__ void announce(uint64_t told, int32_t code) const {
+  __device__ void announce_outputs(uint64_t told, int32_t code) const {
     const uint64_t said = count_word(s.call.epoch, ready_said(code, params.args.flags & DEEPEP_FLAG_FP8));
     for (uint32_t peer = lane_id(); peer < p().options.num_ranks; peer += kWarpLanes) {
       if (!in_view(told, peer) || (peer == p().rank && !casts())) continue;
@@ -435,7 +435,7 @@ struct LowLatencyCombine {
     }
     fence_to_peers(p());
     const uint64_t told = routed & ~(s.call.masked | s.call.lost);
-    announce(told, s.call.code);
+    announce_outputs(told, s.call.code);
     publish_message();
     keep_sent(told);
     return true;
@@ -480,7 +480,7 @@ struct LowLatencyCombine {
     if (!leader.enter(DEEPEP_PHASE_REDUCE)) return false;
     leader.begin_waits();
     const auto line = [&](uint32_t src) { return ready_at(own_memory(p()), p().regions, src, p().slot); };
-    // What a line says may come a little after its epoch. Pairs with announce() of src.
+    // What a line says may come a little after its epoch. Pairs with announce_outputs() of src.
     const auto seen = [&](uint32_t src) {
       const uint64_t epoch = load_acquire_sys(&line(src)->epoch);
       return is_count_of(load_relaxed_sys(&line(src)->said), epoch) ? epoch : 0;

@@ -189,7 +189,7 @@ __device__ inline uint64_t wait_pushed(Leader& leader, uint64_t view) {
 }
 
 // The same elsewhere, when the blocks of all but `late` have told.
-DEEPEP_COLD __device__ inline void wait_for_blocks_of(Leader leader, uint64_t late, uint64_t begin_ns) {
+DEEPEP_COLD __device__ inline void wait_for_late_blocks(Leader leader, uint64_t late, uint64_t begin_ns) {
   const CallParams& p = leader.p;
   const uint64_t epoch = leader.s.epoch;
   leader.begin_waits();

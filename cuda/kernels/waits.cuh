@@ -155,7 +155,7 @@ struct Waits {
   __device__ uint64_t wait_until(uint64_t peers, const Awaited& awaited, Come come, Seen seen, uint64_t begin_ns) {
     uint64_t pending = peers & ~s.masked & ~rank_bit(p.rank);
     uint64_t came = 0;
-    uint64_t looked_ns = (pending & s.lost) != 0 ? 0 : begin_ns;            // For those that are gone nobody waits.
+    uint64_t looked_ns = (pending & s.lost) != 0 ? 0 : begin_ns;  // For those that are gone nobody waits.
     uint64_t asked_ns = begin_ns;
     for (;;) {
       const uint64_t arrived = come(pending);

@@ -98,7 +98,7 @@ export const constants = {
   BUFFER: {
     MASK_ON_TIMEOUT: [
       1,
-      "a peer that times out or dies is masked and the call goes on without it, instead of failing; every rank must give it alike",
+      "a peer that times out or dies is masked and the call goes on without it, instead of failing: it ends with DEEPEP_OK, and masked_ranks of deepep_buffer_get_info says so; every rank must give it alike",
     ],
   },
   /** Row layouts of `deepep_dispatch`. */
@@ -119,7 +119,7 @@ export const constants = {
     ASYNC_FINISH: [4, "do not make `stream` wait for the operation; order it with `event`"],
     NO_CPU_SYNC: [
       8,
-      "the host will not read the counts: rank layout fills recv_topk_idx of unused rows with -1 up to the capacity; needed under graph capture",
+      "the host will not read the counts, so there is no counts_id: rank layout fills recv_topk_idx of unused rows with -1 up to the capacity; needed under graph capture",
     ],
     SCALES_COLUMN_MAJOR: [
       16,
@@ -128,10 +128,13 @@ export const constants = {
     RECEIVE_HOOK: [32, "only send; the matching *_receive call waits for the arrival"],
     FP8: [
       64,
-      "low latency: x is bf16 and is cast to e4m3 with one scale per 128 channels; hidden must be a multiple of 16. Combine: rows travel so, half the bytes; the same on every rank; the slot's expert-output region then holds cast rows and not the caller's",
+      "low latency: x is bf16, 2 * channels = row_bytes, and is cast to e4m3 with one scale per 128 channels, the last block being what is left; channels must be a multiple of 16. amax is the largest magnitude of the block, 1e-4 at least; bf16 * (448 / amax) is rounded to nearest even, at most 448; the scale is amax * (1 / 448), all in f32. NaN and infinity travel as 0x7f, NaN, or as 448, and make the rest of their block useless. Low-latency combine: rows travel so, half the bytes; the same on every rank; the slot's expert-output region then holds cast rows and not the caller's",
     ],
-    ROUND_SCALE: [128, "FP8: scales are rounded up to powers of two"],
-    UE8M0: [256, "FP8, with ROUND_SCALE: scales are 8-bit exponents, four to an i32, instead of f32"],
+    ROUND_SCALE: [128, "FP8: scales are rounded up to powers of two, and values are multiplied by their inverse"],
+    UE8M0: [
+      256,
+      "FP8, with ROUND_SCALE: scales are the 8 bits of the exponent of that f32, four to an i32, the first in its low byte and 0 where there is no block, instead of f32",
+    ],
     LOGFMT: [512, "low-latency combine: 10-bit logarithmic payload; answers UNSUPPORTED where a backend has none"],
   },
   /** Kinds of memory of `deepep_alloc`. */
@@ -171,7 +174,7 @@ const stream = {
     "event to record when the operation has ended; 0 = none: deepep_event_create can make one for a done_id later",
   ],
   done_id: ["u64", "in", "completion to queue when the operation has ended, with its status; 0 = none"],
-  flags: ["u32", "in", "DEEPEP_FLAG_* bits; those that the call has no use for are refused"],
+  flags: ["u32", "in", "DEEPEP_FLAG_* bits; those that no such call has a use for are refused"],
   timeout_ms: [
     "u32",
     "in",
@@ -196,7 +199,11 @@ const routing = {
 const payload = {
   x: ["u64", "in", "rows [num_tokens], row_bytes of payload each; aligned to 16 bytes"],
   x_stride: ["u64", "in", "bytes from a row to the next; a multiple of 16"],
-  row_bytes: ["u32", "in", "payload bytes a row; a multiple of 16, at most max_row_bytes"],
+  row_bytes: [
+    "u32",
+    "in",
+    "payload bytes a row, with FLAG_FP8 before the cast; a multiple of 16, at most max_row_bytes",
+  ],
   num_scales: ["u32", "in", "scale elements a row; 0 = none"],
   scale_elem_bytes: ["u32", "in", "bytes of a scale element: 1, 2, 4, 8 or 16"],
   scales: ["u64", "in", "scale elements [num_tokens, num_scales]; 0 = none"],
@@ -222,7 +229,7 @@ const options = {
   max_recv_tokens: [
     "u32",
     "in",
-    "rows a slot holds in normal mode (either layout); 0 = max_tokens_per_rank * num_ranks",
+    "rows a slot holds in normal mode, padding included; 0 = max_tokens_per_rank * num_ranks, which the rank layout never exceeds; the expert layout can need num_topk times as many, and expert_alignment - 1 more for each expert of a rank",
   ],
   num_slots: ["u32", "in", "results that can be held at once, 1 … 8; 0 = 2"],
   max_row_bytes: ["u32", "in", "largest payload row, a multiple of 16, at most DEEPEP_MAX_ROW_BYTES; 0 = hidden * 2"],
@@ -340,7 +347,8 @@ export const structs = {
     },
   },
   deepep_buffer_create_args: {
-    doc: "Options of a buffer, and the sizes they come to.",
+    doc:
+      "Options of a buffer, and the sizes they come to. Where an option is 0 and that means a default, the default is written in its place: clear the struct before you use it for other options.",
     fields: {
       size,
       flags: ["u32", "in", "DEEPEP_BUFFER_* bits"],
@@ -353,7 +361,7 @@ export const structs = {
       buffer: ["u64", "out", "the buffer"],
       symmetric_bytes: ["u64", "out", "symmetric memory of this rank: control + num_slots * slot"],
       control_bytes: ["u64", "out", "flags and count messages"],
-      slot_bytes: ["u64", "out", "one slot: recv_x + recv_scales + expert_output + metadata"],
+      slot_bytes: ["u64", "out", "one slot: recv_x + recv_scales + expert_output + metadata, rounded up"],
       recv_x_bytes: ["u64", "out", "received rows of a slot"],
       recv_scales_bytes: ["u64", "out", "received scales of a slot, and room to turn them into columns"],
       expert_output_bytes: ["u64", "out", "expert outputs of a slot, from which peers pull"],
@@ -362,7 +370,8 @@ export const structs = {
     },
   },
   deepep_peer_handle: {
-    doc: "What a peer needs to map a rank's memory. Plain bytes: send it by any means.",
+    doc:
+      "What a peer needs to map a rank's memory: deepep_buffer_export writes all of it, deepep_buffer_import reads it. Plain bytes: send it by any means.",
     fields: {
       size,
       rank: ["u32", "in", "the rank that exported it"],
@@ -437,7 +446,7 @@ export const structs = {
       masked: [
         "u32",
         "in",
-        "1 = leave it out of every wait, send and reduction; 0 = take it in again, at the same epoch",
+        "1 = leave it out of every wait, send and reduction; 0 = take it in again. Where it has made other calls than this rank meanwhile, or fewer, epochs have run apart: then every rank calls deepep_buffer_recover instead",
       ],
       reserved,
     },
@@ -574,11 +583,11 @@ export const structs = {
     fields: {
       size,
       layout: ["u32", "in", "DEEPEP_LAYOUT_*"],
-      handle: ["u64", "in", "handle that keeps the routing; CACHED: that has it"],
+      handle: ["u64", "in", "handle that keeps the routing, 0 = none; CACHED: that has it"],
       slot: [
         "i32",
         "out",
-        "in: a free slot, or -1 (not 0) for any; out: the slot taken, held until deepep_slot_release",
+        "in: a free slot, or -1 (not 0) for any; out: the slot taken, held until deepep_slot_release, also when the dispatch fails later",
       ],
       expert_alignment: [
         "u32",
@@ -586,12 +595,12 @@ export const structs = {
         "1 … 65536: num_recv_tokens_per_expert are rounded up to it; expert layout: groups too",
       ],
       ...routing,
-      topk_weights: ["u64", "in", "f32 [num_tokens, num_topk]; 0 = none"],
+      topk_weights: ["u64", "in", "f32 [num_tokens, num_topk], CACHED or not; 0 = none"],
       is_token_in_rank: ["u64", "in", "without topk_idx: u8 [num_tokens, num_ranks] (rank layout only)"],
       num_tokens_per_expert: [
         "u64",
         "in",
-        "without topk_idx, optional: i32 [num_experts], 0 … 65536 * 32 each, only summed into the per-expert counts",
+        "without topk_idx, optional: i32 [num_experts], 0 … 65536 * 32 each, only summed into the per-expert counts; beside topk_idx nobody looks at it",
       ],
       ...payload,
       expert_stats: ["u64", "in", "i32 [num_local_experts]: entries received are added to it; 0 = none"],
@@ -636,16 +645,24 @@ export const structs = {
       slot: [
         "i32",
         "in",
-        "slot whose expert-output region is used: the dispatch's, or -1 for any free one during the call",
+        "slot whose expert-output region is used: the dispatch's, or -1 for any free one during the call, which then needs x where there are rows",
       ],
-      reserved,
+      num_rows: [
+        "u32",
+        "in",
+        "rows that x and topk_weights have: if the dispatch needs more, padding included, the call fails when it runs and reads none; 0 = you know that they are enough",
+      ],
       x: [
         "u64",
         "in",
         "bf16 [rows, hidden] expert outputs in the layout of the dispatch; 0 = already in the slot's region, dense by this call's hidden",
       ],
       x_stride: ["u64", "in", "bytes from a row to the next; a multiple of 16"],
-      topk_weights: ["u64", "in", "f32, shaped as recv_topk_weights: brought back and summed; 0 = none"],
+      topk_weights: [
+        "u64",
+        "in",
+        "f32, shaped as recv_topk_weights: brought back and summed, over a token's rows in the rank layout; 0 = none",
+      ],
       weights: [
         "u64",
         "in",
@@ -654,7 +671,11 @@ export const structs = {
       bias_0: ["u64", "in", "bf16 [num_tokens, hidden] added before the rows; 0 = none"],
       bias_1: ["u64", "in", "the same, added to bias_0; 0 = none"],
       out: ["u64", "in", "bf16 [num_tokens, hidden], written"],
-      out_topk_weights: ["u64", "in", "f32 [num_tokens, num_topk], written when topk_weights is given"],
+      out_topk_weights: [
+        "u64",
+        "in",
+        "f32 [num_tokens, num_topk], written when topk_weights is given; 0 where topk_idx was -1",
+      ],
       ...stream,
       reserved_2: ["u32", "in", "0"],
     },
@@ -679,8 +700,16 @@ export const structs = {
       recv_scales_expert_stride: ["u64", "out", "bytes"],
       recv_scales_row_stride: ["u64", "out", "bytes"],
       recv_scales_elem_stride: ["u64", "out", "bytes"],
-      recv_count: ["u64", "out", "i32 [num_local_experts]: rows of each expert"],
-      recv_src_info: ["u64", "out", "i32 [num_local_experts, max_rows]: token index at the source rank"],
+      recv_count: [
+        "u64",
+        "out",
+        "i32 [num_local_experts]: rows of each expert, by source rank, then by token; more than max_rows, which only a token that names an expert twice can cause, is CAPACITY on every rank",
+      ],
+      recv_src_info: [
+        "u64",
+        "out",
+        "i32 [num_local_experts, max_rows]: token index at the source rank; -1 of a lost row",
+      ],
       recv_layout_range: [
         "u64",
         "out",
@@ -695,7 +724,11 @@ export const structs = {
       slot: ["i32", "in", "the slot of the dispatch"],
       ...routing,
       topk_weights: ["u64", "in", "f32 [num_tokens, num_topk]; 0 = all ones"],
-      x: ["u64", "in", "bf16 [num_local_experts, max_rows, hidden]; 0 = already in the slot's expert-output region"],
+      x: [
+        "u64",
+        "in",
+        "bf16 [num_local_experts, max_rows, hidden], hidden being the buffer's whatever was dispatched; 0 = already in the slot's expert-output region",
+      ],
       out: ["u64", "in", "bf16 [num_tokens, hidden], written"],
       wait_stats: [
         "u64",
@@ -792,12 +825,12 @@ export const functions = {
     args: [["address", "u64"], ["dst", "buf"], ["bytes", "u64"]],
     ret: "i32",
     doc:
-      "Copies from memory of the library that the host can read (host_counts, wait_ns, MEMORY_HOST) to the caller's. At once.",
+      "Copies from memory of the library that the host can read (host_counts, wait_ns, MEMORY_HOST) to the caller's. At once. Nothing is checked: that the memory is there, as long as its buffer is, the caller knows.",
   },
   deepep_host_write: {
     args: [["address", "u64"], ["src", "buf"], ["bytes", "u64"]],
     ret: "i32",
-    doc: "Copies from the caller's memory to memory of the library that the host can write. At once.",
+    doc: "Copies from the caller's memory to memory of the library that the host can write. At once, and as unchecked.",
   },
   deepep_queue_create: {
     args: [["zero", "u64"], ["args", "deepep_queue_create_args"], ["error", "deepep_error"]],
@@ -808,7 +841,7 @@ export const functions = {
     args: [["queue", "u64"], ["out", "buf"], ["capacity", "u32"]],
     ret: "i32",
     doc:
-      "Takes up to `capacity` deepep_completion entries off the queue; returns how many, or minus a DEEPEP_ERROR_* code when `queue` is none. Never blocks; a few nanoseconds when empty.",
+      "Takes up to `capacity` deepep_completion entries off the queue; returns how many, or minus a DEEPEP_ERROR_* code when `queue` is none or there is no place to write to. Never blocks; a few nanoseconds when empty.",
   },
   deepep_queue_wake: {
     args: [["queue", "u64"], ["args", "deepep_queue_wake_args"], ["error", "deepep_error"]],
@@ -818,7 +851,8 @@ export const functions = {
   deepep_queue_destroy: {
     args: [["queue", "u64"], ["error", "deepep_error"]],
     ret: "i32",
-    doc: "Frees a queue, after the buffers that use it. A notifier that still runs ends without its last call.",
+    doc:
+      "Frees a queue. INVALID_ARGUMENT while a buffer uses it. A notifier that still runs ends without its last call.",
   },
   deepep_buffer_size: {
     args: [["device", "u64"], ["args", "deepep_buffer_create_args"], ["error", "deepep_error"]],
@@ -841,7 +875,7 @@ export const functions = {
     args: [["buffer", "u64"], ["args", "deepep_peer_handle"], ["error", "deepep_error"]],
     ret: "i32",
     doc:
-      "Maps a peer's memory. MISMATCH, naming field and values, when its options differ. Local; once per peer, own rank allowed.",
+      "Maps a peer's memory. MISMATCH, naming field and values, when its options differ. Local; once per peer. The own handle may be imported or not.",
   },
   deepep_buffer_connect: {
     args: [["buffer", "u64"], ["error", "deepep_error"]],
@@ -875,7 +909,8 @@ export const functions = {
   deepep_mask: {
     args: [["buffer", "u64"], ["args", "deepep_mask_args"], ["error", "deepep_error"]],
     ret: "i32",
-    doc: "Masks or unmasks a peer, from the next enqueued call on. Local.",
+    doc:
+      "Masks or unmasks a peer, from the next enqueued call on. Local. To mask the peer that a failure blames ends the failure, as deepep_buffer_recover does; combines of low latency whose receive half was to come then are given up.",
   },
   deepep_slot_release: {
     args: [["buffer", "u64"], ["args", "deepep_slot_release_args"], ["error", "deepep_error"]],
@@ -1049,7 +1084,7 @@ export const functions = {
     args: [["buffer", "u64"], ["args", "deepep_status_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc:
-      "Writes the record of a failed operation into `error`; returns DEEPEP_OK when there is none. The last 64 failures are kept.",
+      "Writes the record of a failed operation into `error` and returns its code; DEEPEP_OK when there is none. A record names the `op` that failed, the error of a refused call none. The last 64 failures are kept.",
   },
   deepep_inject: {
     args: [["buffer", "u64"], ["args", "deepep_inject_args"], ["error", "deepep_error"]],

@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "c3c88384cb6c9fc26285b4b6c657669920b7198db15a43de71c8dcd0e0169c95",
-    cuda: "43c37a928a339a24cf367397f8890f32a59ef7f3202e5c44715d2795e4491504",
+    cpu: "20a6869cdd1381ee0df4c1926b914921622895bfde4326e31cb76e6a82a3bdcd",
+    cuda: "3b9728858b0b89c3a08ef4ad2ae80674d19eac9918403556e5c7b87c0c0ee12f",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -30,12 +30,12 @@ export const manifest: Manifest = {
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "17eea389d7443f8e1da1ce37116a9b9bd5e4ffd640d5138313a8098aa34424c4",
-      bytes: 518576,
+      sha256: "5a31eb9f4e06716bc897fd19e1b18ad65695c40ea8db0903ef1cf94542a7da85",
+      bytes: 526768,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "df8509db492103be094251bddce4d14cb720c59f8d383ce42a7a1c36009554d1",
-      bytes: 3058392,
+      sha256: "29ec774d8252f4380177e3e01f6ace2139d26a3e7ec216fbe516ea25786c53a9",
+      bytes: 3066584,
     },
   },
 };

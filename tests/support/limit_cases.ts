@@ -59,6 +59,66 @@ export function limitCases(ranks: ReturnType<typeof ranksOf>, lowLatency: boolea
     });
   }
 
+  for (const layout of ["rank", "expert"] as const) {
+    test(`a combine of fewer rows than were received, where the host does not know how many, reads none, ${layout} layout`, async () => {
+      await ranks(3, {}, async (b, rank) => {
+        using x = rows(b), topkIdx = topk(b, 3, 4, 3, -1); // all to rank 1
+        using topkWeights = b.tensor("f32", [2, 2], new Float32Array(4).fill(1));
+        using recv = await b.dispatch(x, { topkIdx, topkWeights, layout, cpuSync: false });
+        const need = layout === "rank" ? 6 : 9;
+        const y = (n: number) => b.tensor("bf16", [n, 16], new Float32Array(n * 16).fill(1));
+        const weights = (n: number) =>
+          b.tensor(
+            "f32",
+            layout === "rank" ? [n, 2] : [n],
+            new Float32Array(n * 2).fill(1).subarray(0, layout === "rank" ? 2 * n : n),
+          );
+        for (const [numY, numWeights] of [[need - 1, 0], [need, need - 1], [1, need]] as const) {
+          using few = y(numY), w = weights(Math.max(1, numWeights));
+          const short = rank === 1, { handle } = recv;
+          using enough = y(need), all = weights(need);
+          using out = await b.combine(
+            short ? few : enough,
+            handle,
+            numWeights > 0 ? { topkWeights: short ? w : all } : {},
+          );
+          const reason = await reasonOf(out.event);
+          assert(reason instanceof EpError, String(reason));
+          if (short) {
+            const seen = numWeights > 0 ? Math.min(numY, numWeights) : numY;
+            assertEquals([reason.code, reason.seen, reason.expected], ["invalidArgument", seen, need]);
+            assertStringIncludes(reason.message, `x or topk_weights have ${seen} rows, the dispatch received ${need}`);
+          } else {
+            assertEquals([reason.code, reason.peer], ["aborted", 1]);
+            assertStringIncludes(reason.message, "rank 1 refused call");
+            assertStringIncludes(reason.message, "(its error: INVALID_ARGUMENT)");
+          }
+        }
+        using none = b.tensor("bf16", [0, 16]);
+        assertMatch(String(await reasonOf(b.combine(none, recv.handle))), /y is .*\[0, 16\].*not known/);
+        using enough = y(need);
+        using out = await b.combine(enough, recv.handle);
+        await out.event;
+        assertEquals(b.failed, false);
+      });
+    });
+  }
+
+  test("counts per expert beside topkIdx, and a layout, are not looked at", async () => {
+    await ranks(2, {}, async (b) => {
+      using x = rows(b), topkIdx = topk(b, 0, 4, 5, -1), zeros = b.tensor("i32", [8], new Int32Array(8));
+      using isTokenInRank = b.tensor("bool", [2, 2], new Uint8Array(4));
+      const { core } = b, { launch } = core;
+      core.launch = (name, args, values, operation) => {
+        const given = name === "deepep_dispatch" ? [{ num_tokens_per_expert: zeros.address }] : [];
+        launch.call(core, name, args, [...values, ...given as unknown as typeof values], operation);
+      };
+      const dispatchLayout = { isTokenInRank, numTokensPerExpert: zeros };
+      using recv = await b.dispatch(x, { topkIdx, dispatchLayout, layout: "expert" });
+      assertEquals([...recv.numTokensPerExpert], b.rank === 0 ? [2, 0, 0, 0] : [2, 2, 0, 0]);
+    });
+  });
+
   test("a rank without a free slot hears who holds them", async () => {
     await ranks(1, { numSlots: 2 }, async (b) => {
       using x = rows(b), topkIdx = topk(b, 0, 7, 2, 3);
