@@ -128,7 +128,7 @@ struct LowLatencyDispatch {
     };
     if (!counting().take(s.call, view, p().agreed_hash, heard)) atomicOr(&s.found.stop, 1u);
     // Who has said its counts and ended since would have rows pushed to memory that may be gone: the messages tell.
-    if (threadIdx.x == 0 && (view & s.call.lost) != 0) atomicOr(&s.found.stop, 1u);
+    if (threadIdx.x == 0 && (view & ~s.to) != 0) atomicOr(&s.found.stop, 1u);
     // Pairs with the release in lead(): the last warp has found the places of the first round.
     while (threadIdx.x == 0 && load_acquire_block(&s.placed) == 0) {
     }

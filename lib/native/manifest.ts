@@ -22,7 +22,7 @@ export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
     cpu: "20a6869cdd1381ee0df4c1926b914921622895bfde4326e31cb76e6a82a3bdcd",
-    cuda: "3b9728858b0b89c3a08ef4ad2ae80674d19eac9918403556e5c7b87c0c0ee12f",
+    cuda: "8a4a4ca32cd2ddbd325f219d67eca7d5b8622b3488d1f10fde64ce849712fe71",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -34,7 +34,7 @@ export const manifest: Manifest = {
       bytes: 526768,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "29ec774d8252f4380177e3e01f6ace2139d26a3e7ec216fbe516ea25786c53a9",
+      sha256: "beab71ac164cee629b9f4c6678bd18eff28356d4592d61bc2d0ba3d1f0bdc3b2",
       bytes: 3066584,
     },
   },
