@@ -3,7 +3,14 @@
  * of 2 to 4 ranks, who is masked. Out: it throws where the sums are others. Called by the cases of failures.
  */
 import { assertEquals } from "@std/assert";
-import { bf16FromF32, type EpBuffer, f32FromE4m3, type OperationOptions, type ScaledRows, Tensor } from "@deepep/deepep";
+import {
+  bf16FromF32,
+  type EpBuffer,
+  f32FromE4m3,
+  type OperationOptions,
+  type ScaledRows,
+  Tensor,
+} from "@deepep/deepep";
 
 export const NUM_TOKENS = 3;
 /** Token t of rank r goes to experts (r + t) % 8 and (r + t + 3) % 8. */
