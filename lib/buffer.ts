@@ -97,6 +97,10 @@ export class EpBuffer implements AsyncDisposable {
   get numLocalExperts(): number {
     return this.#core.numLocalExperts;
   }
+  /** Index of the first of them among all experts. */
+  get firstLocalExpert(): number {
+    return this.#core.firstLocalExpert;
+  }
   /** Every option with its value. */
   get options(): Readonly<ResolvedOptions> {
     return this.#core.options;
@@ -314,11 +318,15 @@ export class EpBuffer implements AsyncDisposable {
 
   // --- failures
 
-  /** Leaves a peer out of every wait, send and reduction from the next call on. Local: every survivor does it. */
+  /**
+   * Leaves a peer out of every wait, send and reduction from the next call on. Local: every survivor does it. Where a call has
+   * failed because of this peer, `failed` ends with it, as with {@linkcode recover}; low-latency combines that were still to be
+   * received then are `aborted`. Throws `RangeError` when it is no peer.
+   */
   maskRank(rank: number): void {
     this.#mask(rank, 1);
   }
-  /** Takes a masked peer in again. */
+  /** Takes a masked peer in again. If it has made other calls meanwhile, or fewer, every rank calls {@linkcode recover} then. */
   unmaskRank(rank: number): void {
     this.#mask(rank, 0);
   }

@@ -76,6 +76,7 @@ export class Core implements EventOwner, TensorOwner {
   readonly rank: number;
   readonly numRanks: number;
   readonly numLocalExperts: number;
+  readonly firstLocalExpert: number;
   readonly label: string;
   readonly stream: Stream;
   readonly commStream: Stream;
@@ -109,6 +110,7 @@ export class Core implements EventOwner, TensorOwner {
     this.rank = info.rank;
     this.numRanks = info.num_ranks;
     this.numLocalExperts = info.num_local_experts;
+    this.firstLocalExpert = info.first_local_expert;
     this.label = `the buffer of rank ${this.rank}`;
     this.commStream = new Stream(info.comm_stream);
     this.stream = this.createStream();

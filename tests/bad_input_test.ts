@@ -163,7 +163,13 @@ describe("arguments", () => {
       await assertRejects(() => b.dispatch(x, { topkIdx: i64 }), RangeError, "3 entries");
       await assertRejects(() => b.dispatch(x, { topkIdx: three }), TypeError, "needs shape [3, any]");
       await assertRejects(() => b.dispatch(x, { topkIdx, topkWeights: f32 }), TypeError, "topkWeights is f32 [2, 16]");
-      await assertRejects(() => b.dispatch(x, {}), TypeError, "one of topkIdx");
+      await assertRejects(
+        () => b.dispatch(x, {}),
+        TypeError,
+        "needs a routing (topkIdx or dispatchLayout) or a handle, got neither",
+      );
+      using kept = await b.dispatch(x, { topkIdx });
+      await assertRejects(() => b.dispatch(x, { topkIdx, handle: kept.handle }), TypeError, "or a handle, got both");
       await assertRejects(() => b.dispatch(undefined as unknown as Tensor, { topkIdx }), TypeError, "x is undefined");
       await assertRejects(() => b.dispatch(x, { topkIdx, layout: "row" as "rank" }), RangeError, '"row"');
       await assertRejects(() => b.dispatch(x, { topkIdx, expertAlignment: 0 }), RangeError, "expertAlignment is 0");

@@ -154,7 +154,7 @@ export async function locate(place: Place, path?: string): Promise<string> {
   const tried = ["the option library: not given", `${place.env}: not set`];
 
   if (place.url.protocol === "file:") {
-    const beside = fileURLToPath(place.url);
+    const beside = fileURLToPath(place.url.href);
     if (mayExist(beside)) {
       await checkBeside(place, beside);
       return beside;

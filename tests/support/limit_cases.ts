@@ -12,7 +12,8 @@ const topk = (b: EpBuffer, ...entries: number[]) => b.tensor("i32", [2, 2], Int3
 
 /** One token of each of three ranks to an expert of its own, which must work. Rank r owns experts 3r to 3r + 2, of 8. */
 async function fits(b: EpBuffer): Promise<void> {
-  using x = rows(b), topkIdx = topk(b, [0, 3, 6][b.rank]!, -1, -1, -1);
+  assertEquals([b.firstLocalExpert, b.numLocalExperts], [3 * b.rank, [3, 3, 2][b.rank]]);
+  using x = rows(b), topkIdx = topk(b, b.firstLocalExpert, -1, -1, -1);
   using recv = await b.dispatch(x, { topkIdx });
   assertEquals([b.failed, recv.numTokens], [false, 1]);
 }
