@@ -320,13 +320,17 @@ export class EpBuffer implements AsyncDisposable {
 
   /**
    * Leaves a peer out of every wait, send and reduction from the next call on. Local: every survivor does it. Where a call has
-   * failed because of this peer, `failed` ends with it, as with {@linkcode recover}; low-latency combines that were still to be
-   * received then are `aborted`. Throws `RangeError` when it is no peer.
+   * failed because of this peer, `failed` ends with it; low-latency combines that were still to be received then are `aborted`.
+   * That needs survivors who have made equally many calls, as they have where each awaits a call before it makes the next; else
+   * {@linkcode recover} with `masked`. Throws `RangeError` when it is no peer.
    */
   maskRank(rank: number): void {
     this.#mask(rank, 1);
   }
-  /** Takes a masked peer in again. If it has made other calls meanwhile, or fewer, every rank calls {@linkcode recover} then. */
+  /**
+   * Takes a masked peer in again. Alone it is enough where the peer has made as many calls meanwhile, and none has failed because
+   * of it since the last recovery: else every rank, the peer too, calls {@linkcode recover} after it.
+   */
   unmaskRank(rank: number): void {
     this.#mask(rank, 0);
   }

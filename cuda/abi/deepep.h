@@ -675,8 +675,9 @@ typedef struct deepep_mask_args {
   uint32_t size;
   /* [in] the peer, not this rank */
   uint32_t rank;
-  /* [in] 1 = leave it out of every wait, send and reduction; 0 = take it in again. Where it has made other calls
-   * than this rank meanwhile, or fewer, epochs have run apart: then every rank calls deepep_buffer_recover instead */
+  /* [in] 1 = leave it out of every wait, send and reduction; 0 = take it in again. Where it has made fewer calls
+   * than this rank meanwhile, or more, or one has failed because of it, every rank calls deepep_buffer_recover
+   * instead */
   uint32_t masked;
   /* [in] 0 */
   uint32_t reserved;
@@ -1542,7 +1543,7 @@ DEEPEP_API int32_t deepep_host_write(uint64_t address, const void* src, uint64_t
 DEEPEP_API int32_t deepep_queue_create(uint64_t zero, deepep_queue_create_args* args, deepep_error* error);
 
 /* Takes up to `capacity` deepep_completion entries off the queue; returns how many, or minus a DEEPEP_ERROR_* code
- * when `queue` is none or there is no place to write to. Never blocks; a few nanoseconds when empty. */
+ * when `queue` is none, or `out` is 0 and something is queued. Never blocks; a few nanoseconds when empty. */
 DEEPEP_API int32_t deepep_queue_drain(uint64_t queue, void* out, uint32_t capacity);
 
 /* Optional wake-up by callback. */
@@ -1588,7 +1589,8 @@ DEEPEP_API int32_t deepep_buffer_recover(uint64_t buffer, const deepep_buffer_re
 DEEPEP_API int32_t deepep_buffer_destroy(uint64_t buffer, deepep_error* error);
 
 /* Masks or unmasks a peer, from the next enqueued call on. Local. To mask the peer that a failure blames ends the
- * failure, as deepep_buffer_recover does; combines of low latency whose receive half was to come then are given up. */
+ * failure; combines of low latency whose receive half was to come then are given up. The survivors must have made
+ * equally many calls: otherwise deepep_buffer_recover, with the mask, gives them one epoch. */
 DEEPEP_API int32_t deepep_mask(uint64_t buffer, const deepep_mask_args* args, deepep_error* error);
 
 /* Gives a slot back in stream order; halves of low-latency calls that were still to come are given up. Tensors in it

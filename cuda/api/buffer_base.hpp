@@ -30,6 +30,7 @@ class BufferBase {
   uint64_t timeout_ns = 0;
 
   std::mutex mutex;
+  uint64_t generation = 0;  // under mutex: failures that have ended so far, by a recovery or by a mask; and other recoveries
   Slots slots;  // under mutex
   Statuses statuses;
   Injections injections;

@@ -15,6 +15,9 @@ uint64_t slot_base(const Buffer& buffer, uint32_t slot) {
   return reinterpret_cast<uint64_t>(buffer.symmetric(buffer.rank)) + slot_offset(buffer.regions, slot);
 }
 
+// No address that a program can have is beyond, with five levels of page tables either.
+constexpr uint64_t kAddressEnd = uint64_t{1} << 57;
+
 [[noreturn]] void reject_span(const char* name, uint64_t address, const char* what) {
   reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s is at address 0x%llx, from where %s go past the end of the address space", name,
          shown(address), what);
@@ -72,16 +75,15 @@ RoutingPlan plan_cached(const deepep_dispatch_args& args, const HandleFacts* han
 void check_span(const char* name, uint64_t address, uint64_t bytes) {
   uint64_t end;
   if (bytes != 0 && address == 0) reject(DEEPEP_ERROR_INVALID_ARGUMENT, "%s is 0", name);
-  if (__builtin_add_overflow(address, bytes, &end)) {
-    reject_span(name, address, (std::to_string(bytes) + " bytes").c_str());
-  }
+  if (bytes == 0 || (!__builtin_add_overflow(address, bytes, &end) && end <= kAddressEnd)) return;
+  reject_span(name, address, (std::to_string(bytes) + " bytes").c_str());
 }
 
 void check_rows(const char* name, uint64_t address, uint64_t count, uint64_t stride, uint64_t row_bytes) {
   uint64_t last, end;
   if (count == 0 || address == 0) return;
   if (!__builtin_mul_overflow(count - 1, stride, &last) && !__builtin_add_overflow(last, row_bytes, &end) &&
-      !__builtin_add_overflow(address, end, &end)) {
+      !__builtin_add_overflow(address, end, &end) && end <= kAddressEnd) {
     return;
   }
   reject_span(name, address, (std::to_string(count) + " rows, " + std::to_string(stride) + " bytes apart,").c_str());
@@ -163,7 +165,9 @@ void check_combine(const Buffer& buffer, const deepep_combine_args& args, const 
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "x_stride is %llu, it must be a multiple of 16 and at least %u", shown(args.x_stride),
            args.hidden * 2);
   }
-  check_rows("x", args.x, args.x != 0 ? buffer.options.max_recv_tokens : 0, args.x_stride, uint64_t{args.hidden} * 2);
+  const uint32_t most = buffer.options.max_recv_tokens;
+  check_rows("x", args.x, args.num_rows != 0 && args.num_rows < most ? args.num_rows : most, args.x_stride,
+             uint64_t{args.hidden} * 2);
   if (args.weights != 0 && plan.space != RowSpace::expert) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "weights need a handle of the expert layout");
   }

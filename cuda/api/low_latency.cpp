@@ -115,25 +115,22 @@ std::shared_ptr<LowLatencySlot> low_latency_slot(Buffer& buffer, int32_t slot) {
   return held.state;
 }
 
-// A receive half finds its send half no more after what has ended a failure.
-void check_not_given_up(uint64_t epoch_of_send, uint64_t given_up, const char* in) {
-  if (epoch_of_send > given_up) return;
-  reject(DEEPEP_ERROR_ABORTED, "its send half, epoch %llu, was given up in %s at epoch %llu", shown(epoch_of_send), in,
-         shown(given_up));
+bool has_pending_combine(const Buffer& buffer, const LowLatencyFacts& state) {
+  return state.combine_epoch != 0 && state.combine_generation == buffer.generation;
 }
 
 }  // namespace
 
 void check_no_pending_combine(Buffer& buffer, int32_t slot) {
   const auto& state = buffer.slots.held(slot).state;
-  if (state == nullptr || state->combine_epoch <= buffer.given_up) return;
+  if (state == nullptr || !has_pending_combine(buffer, *state)) return;
   reject(DEEPEP_ERROR_INVALID_ARGUMENT, "the receive half of a combine of slot %d is still to come", slot);
 }
 
 void give_up_pending_combine(Buffer& buffer, int32_t slot) {
   const std::shared_ptr<LowLatencySlot> state = buffer.slots.held(slot).state;
   // After a failure nobody waits for it: what ends the failure gives it up as well.
-  if (state == nullptr || state->combine_epoch <= buffer.given_up || buffer.has_failed()) return;
+  if (state == nullptr || !has_pending_combine(buffer, *state) || buffer.has_failed()) return;
   enqueue_combine_give_up(buffer, slot, state);
   state->combine_epoch = 0;
 }
@@ -164,7 +161,10 @@ void low_latency_dispatch_receive(Buffer& buffer, const deepep_receive_args& arg
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "slot %d awaits no receive half: its dispatch had none, or it came already",
            args.slot);
   }
-  check_not_given_up(state->dispatch_epoch, buffer.base_epoch, "a recovery");
+  if (const uint64_t base = buffer.base_epoch; state->dispatch_epoch <= base) {
+    reject(DEEPEP_ERROR_ABORTED, "its send half, epoch %llu, was given up in a recovery at epoch %llu",
+           shown(state->dispatch_epoch), shown(base));
+  }
   enqueue_dispatch_receive(buffer, args, state);
   state->received = true;
 }
@@ -173,7 +173,9 @@ void low_latency_combine(Buffer& buffer, const deepep_low_latency_combine_args& 
   const auto state = low_latency_slot(buffer, args.slot);
   check_combine(buffer, args, *state);
   const uint64_t epoch = enqueue_combine(buffer, args, state);
-  if ((args.flags & DEEPEP_FLAG_RECEIVE_HOOK) != 0) state->combine_epoch = epoch;
+  if ((args.flags & DEEPEP_FLAG_RECEIVE_HOOK) == 0) return;
+  state->combine_epoch = epoch;
+  state->combine_generation = buffer.generation;
 }
 
 void low_latency_combine_receive(Buffer& buffer, const deepep_receive_args& args) {
@@ -181,7 +183,10 @@ void low_latency_combine_receive(Buffer& buffer, const deepep_receive_args& args
   if (state->combine_epoch == 0) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "slot %d awaits no receive half of a combine", args.slot);
   }
-  check_not_given_up(state->combine_epoch, buffer.given_up, "a recovery, or by masking a rank after a failure,");
+  if (!has_pending_combine(buffer, *state)) {
+    reject(DEEPEP_ERROR_ABORTED, "its send half, epoch %llu, was given up in a recovery, or when a rank was masked after a failure",
+           shown(state->combine_epoch));
+  }
   enqueue_combine_receive(buffer, args, state);
   state->combine_epoch = 0;
 }

@@ -32,6 +32,7 @@ struct LowLatencyFacts {
   uint64_t dispatch_epoch = 0;  // of the dispatch
   bool received = false;        // its receive half was enqueued, or it had none
   uint64_t combine_epoch = 0;   // of a combine whose receive half is still to come; 0 = none
+  uint64_t combine_generation = 0;  // the buffer's then: in another one it is given up, see protocol.hpp, Failures
 };
 
 // Rejects when the slot's region is still to be read by the receive half of a combine, and when the slot is not held.

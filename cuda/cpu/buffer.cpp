@@ -137,11 +137,10 @@ void Buffer::recover(const deepep_buffer_recover_args& args) {
   if (!pushed) reject(DEEPEP_ERROR_CLOSED, "the buffer was destroyed");
   epoch = args.epoch;
   base_epoch = args.epoch;
-  given_up = args.epoch;
   masked_next_ = args.masked_ranks;
   // Nobody reads what earlier combines left in the slots: no survivor has work enqueued.
   for (Readers& of_slot : readers) of_slot = {};
-  generation_ += 1;
+  generation += 1;
   failed_peer_ = -1;
   failed = false;
 }
@@ -165,8 +164,7 @@ void Buffer::mask(const deepep_mask_args& args) {
   masked_next_ = mask_it ? masked_next_ | bit : masked_next_ & ~bit;
   if (!forgives) return;
   // What was enqueued before still ends with NEEDS_RECOVERY: the generation tells it from what comes now.
-  generation_ += 1;
-  given_up = epoch;
+  generation += 1;
   failed_peer_ = -1;
   failed = false;
 }

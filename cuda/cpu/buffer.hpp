@@ -99,7 +99,6 @@ class Buffer : public BufferBase, public std::enable_shared_from_this<Buffer> {
   bool has_failed() const { return failed; }
   // Flags and aborts of an epoch <= base_epoch are from before a recovery and mean nothing.
   std::atomic<uint64_t> base_epoch{0};
-  uint64_t given_up = 0;  // combines up to this epoch have no receive half any more: see protocol.hpp, Failures; under mutex
   Counters counters;
   // Nanoseconds waited for each rank, i64 [num_ranks]; kind 0 = dispatch, 1 = combine. Written by the communication stream.
   int64_t* wait_ns(int kind) { return wait_ns_ + static_cast<size_t>(kind) * options.num_ranks; }
@@ -146,7 +145,6 @@ class Buffer : public BufferBase, public std::enable_shared_from_this<Buffer> {
 
   // Under mutex.
   uint64_t masked_next_ = 0;         // what `masked` will be when the work enqueued so far has ended
-  uint64_t generation_ = 0;          // recoveries so far
   uint64_t num_pending_ = 0;         // operations enqueued and not ended
   uint64_t num_records_ = 0;         // operations enqueued, ever
   std::unordered_map<uint64_t, std::shared_ptr<Record>> ends_;  // of the pending ones with a done_id, by it

@@ -69,7 +69,7 @@ uint64_t Buffer::enqueue(int32_t op_kind, const StreamFields& fields, bool colle
                   .flags = fields.flags,
                   .done_id = fields.done_id,
                   .counts_id = counts_id,
-                  .generation = generation_,
+                  .generation = generation,
                   .failure = {}};
   auto record = std::make_shared<Record>();
   record->ends_on = comm_.get();

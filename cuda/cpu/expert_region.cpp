@@ -31,7 +31,8 @@ void begin_reading(Operation& op, uint32_t slot, uint64_t ranks) {
 
 void forget_readers(Operation& op, uint32_t slot) {
   const std::lock_guard lock(op.buffer.mutex);
-  op.buffer.readers[slot] = {};
+  // Those of an earlier combine still read: a call that is refused has not waited for them.
+  if (op.buffer.readers[slot].epoch == op.epoch) op.buffer.readers[slot] = {};
 }
 
 namespace {

@@ -167,6 +167,7 @@ void Buffer::fill_call() {
 void Buffer::destroy() {
   std::vector<cudaStream_t> streams;
   std::unordered_set<uint64_t> events;
+  use_device(device->index);  // Should it fail, everything is as before.
   {
     const std::lock_guard lock(mutex);
     if (closed_.exchange(true)) return;
@@ -176,7 +177,6 @@ void Buffer::destroy() {
   }
   watchdog_forget(shared_from_this());
   for (const uint64_t event : events) retire_if_present(Kind::event, event);
-  use_device(device->index);
   cudaError_t failure = cudaSuccess;
   for (const cudaStream_t stream : streams) {
     const Relaxed relaxed;
@@ -246,7 +246,8 @@ void Buffer::recover(const deepep_buffer_recover_args& args) {
           .epoch = args.epoch,
           .recover = 1,
           .clear_failed = 1});
-  epoch_ = base_epoch = given_up = args.epoch;
+  epoch_ = base_epoch = args.epoch;
+  generation += 1;
   masked_ = args.masked_ranks;
   failed_peer_ = -1;
   failed_ = false;
@@ -260,7 +261,6 @@ void Buffer::mask(const deepep_mask_args& args) {
   const bool mask_it = args.masked != 0;
   // What was enqueued before still ends with NEEDS_RECOVERY: the update comes after it.
   const bool forgives = mask_it && failed_ && failed_peer_ == static_cast<int32_t>(args.rank);
-  if (forgives && is_captured_) look();
   const uint64_t before = shown_masked();
   update({.call = {},
           .mask = mask_it ? bit : 0,
@@ -270,7 +270,7 @@ void Buffer::mask(const deepep_mask_args& args) {
           .clear_failed = forgives ? 1u : 0u});
   masked_ = mask_it ? before | bit : before & ~bit;
   if (!forgives) return;
-  given_up = seen_epoch();
+  generation += 1;
   failed_peer_ = -1;
   failed_ = false;
 }

@@ -147,7 +147,6 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   bool has_failed() const { return failed_; }
   // Of the last recovery: calls up to it were given up. Under mutex.
   uint64_t base_epoch = 0;
-  uint64_t given_up = 0;  // combines up to this epoch have no receive half any more: see protocol.hpp, Failures
 
   // Memory of a dispatch that has no handle, or of low latency; how the device's part of a slot's counts reach the host.
   RoutingParams own_routing() const { return own_routing_; }
@@ -244,6 +243,7 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   CaptureId capture_ = 0;            // that the communication stream has joined last
   std::vector<std::shared_ptr<void>> kept_for_good_;
   bool failed_ = false;
+  uint64_t failed_epoch_ = ~uint64_t{0};  // of the last failure that made it so
   int32_t failed_peer_ = -1;
   Failure first_failure_;  // what made the buffer fail; of use while `failed_`
   bool is_lost_ = false;   // CUDA itself has failed

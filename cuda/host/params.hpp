@@ -52,6 +52,7 @@ struct HostState {
   uint32_t exit_requested;  // deepep_inject EXIT: the phase was reached, the process shall end
   uint32_t reserved;
   Finding findings[kNumFailuresKept];
+  Finding cause;  // why the buffer needs a recovery: the first of those findings that say more than that
   // By the host.
   alignas(256) uint64_t lost;  // bit r: rank r's process has ended, or its buffer was destroyed
 };

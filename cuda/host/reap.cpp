@@ -113,6 +113,11 @@ void Buffer::reap_ended(uint64_t ended) {
     const auto left = std::ranges::find_if(findings, [](const Finding& finding) { return finding.seq != 0; });
     for (const Pending& op : pending_) num_before += op.seq <= ended && (left == findings.end() || op.seq < left->seq) ? 1 : 0;
   }
+  // Why they failed may be among them; it is written down apart, and not again before the buffer has recovered.
+  const Finding& cause = host_->cause;
+  const bool cause_is_lost = num_lost != 0 && cause.code != 0 && cause.epoch != failed_epoch_ &&
+                             std::ranges::none_of(findings, [&](const Finding& left) { return left.epoch == cause.epoch; });
+  if (cause_is_lost && cause.seq == 0) keep_finding(cause, cause.op, 0, 0);
   uint64_t at = first;
   const auto finding_at = [&](uint64_t i) -> const Finding& { return findings[i - first]; };
   while (!pending_.empty() && pending_.front().seq <= ended) {
@@ -128,7 +133,8 @@ void Buffer::reap_ended(uint64_t ended) {
     lost.code = DEEPEP_ERROR_NEEDS_RECOVERY;
     lost.reason = Reason::needs_recovery;
     const bool is_lost = num_before != 0 && num_before-- <= num_lost;
-    finish(op, found ? &finding_at(at) : is_lost ? &lost : nullptr);
+    const bool is_cause = cause_is_lost && cause.seq == op.seq;
+    finish(op, found ? &finding_at(at) : is_cause ? &cause : is_lost ? &lost : nullptr);
     if (found) at += 1;
   }
   for (; at < num_findings && finding_at(at).seq <= ended; ++at) {
@@ -147,6 +153,7 @@ std::shared_ptr<const Status> Buffer::keep_finding(const Finding& finding, int32
   statuses.keep(id_0, id_1, status);
   if (needs_peers(op) && finding.agreed == 0 && !is_harmless(finding.code)) {
     failed_ = true;
+    failed_epoch_ = finding.epoch;
     failed_peer_ = finding.peer;
     first_failure_ = failure;
   }

@@ -220,7 +220,10 @@ __device__ inline void tell_end(const CallParams& p, CallShared& s, const CallEn
   const Finding& finding = state.finding;
   const bool is_dispatch = p.op == DEEPEP_OP_DISPATCH || p.op == DEEPEP_OP_LOW_LATENCY_DISPATCH;
   const bool half_way = s.code == DEEPEP_ERROR_TIMEOUT || s.code == DEEPEP_ERROR_PEER_LOST || s.code == DEEPEP_ERROR_ABORTED;
-  if (s.code != 0 && end.needs_peers && half_way && finding.agreed == 0) state.failed = 1;
+  if (s.code != 0 && end.needs_peers && half_way && finding.agreed == 0) {
+    if (state.failed == 0) host.cause = finding;  // Told below.
+    state.failed = 1;
+  }
   if (s.code == 0 && end.counts) reduce_add_relaxed_gpu(is_dispatch ? &state.num_dispatches : &state.num_combines, 1);
   if (end.collective) state.epoch = s.epoch;
   if (!tells) return;

@@ -45,6 +45,12 @@ __device__ inline void wait_for_readers(Leader& leader, uint32_t slot, int32_t k
                    {__shfl_sync(kAllLanes, readers.epoch, 0), __shfl_sync(kAllLanes, readers.ranks, 0)}, kind);
 }
 
+// One thread: a combine that has failed on all ranks before any has read is read by none. Those of an earlier one still read: a
+// call that is refused has not waited for them.
+__device__ inline void forget_readers(const CallParams& p, uint32_t slot, uint64_t epoch) {
+  if (p.state->readers[slot].epoch == epoch) p.state->readers[slot] = {};
+}
+
 // This rank has read all it wants of a combine: tells `rank`.
 __device__ inline void end_reading(const CallParams& p, uint32_t rank, uint32_t slot, uint64_t epoch) {
   if (rank == p.rank) return;
@@ -164,7 +170,7 @@ struct Combine {
       if (leader.gather(1, false)) leader.enter(DEEPEP_PHASE_REDUCE);
       // All ranks found it alike before any has read: the region has no readers after all.
       else if (leader.lane == 0 && p().state->finding.agreed != 0)
-        p().state->readers[p().slot] = {};
+        forget_readers(p(), p().slot, s.call.epoch);
     }
     const bool goes = !__syncthreads_or(leads && s.call.code != 0);
     if (threadIdx.x == 0) release_blocks(p(), s.call, kStepGo, goes);

@@ -518,7 +518,7 @@ struct LowLatencyCombine {
       leader.refuse(DEEPEP_ERROR_MISMATCH, Reason::disagreement, finding);
     }
     // Found by every rank: the region has no readers after all.
-    if (leader.failed() && leader.lane == 0) p().state->readers[p().slot] = {};
+    if (leader.failed() && leader.lane == 0) forget_readers(p(), p().slot, s.call.epoch);
     __syncwarp();
     return !leader.failed();
   }

@@ -446,7 +446,7 @@ export const structs = {
       masked: [
         "u32",
         "in",
-        "1 = leave it out of every wait, send and reduction; 0 = take it in again. Where it has made other calls than this rank meanwhile, or fewer, epochs have run apart: then every rank calls deepep_buffer_recover instead",
+        "1 = leave it out of every wait, send and reduction; 0 = take it in again. Where it has made fewer calls than this rank meanwhile, or more, or one has failed because of it, every rank calls deepep_buffer_recover instead",
       ],
       reserved,
     },
@@ -841,7 +841,7 @@ export const functions = {
     args: [["queue", "u64"], ["out", "buf"], ["capacity", "u32"]],
     ret: "i32",
     doc:
-      "Takes up to `capacity` deepep_completion entries off the queue; returns how many, or minus a DEEPEP_ERROR_* code when `queue` is none or there is no place to write to. Never blocks; a few nanoseconds when empty.",
+      "Takes up to `capacity` deepep_completion entries off the queue; returns how many, or minus a DEEPEP_ERROR_* code when `queue` is none, or `out` is 0 and something is queued. Never blocks; a few nanoseconds when empty.",
   },
   deepep_queue_wake: {
     args: [["queue", "u64"], ["args", "deepep_queue_wake_args"], ["error", "deepep_error"]],
@@ -910,7 +910,7 @@ export const functions = {
     args: [["buffer", "u64"], ["args", "deepep_mask_args"], ["error", "deepep_error"]],
     ret: "i32",
     doc:
-      "Masks or unmasks a peer, from the next enqueued call on. Local. To mask the peer that a failure blames ends the failure, as deepep_buffer_recover does; combines of low latency whose receive half was to come then are given up.",
+      "Masks or unmasks a peer, from the next enqueued call on. Local. To mask the peer that a failure blames ends the failure; combines of low latency whose receive half was to come then are given up. The survivors must have made equally many calls: otherwise deepep_buffer_recover, with the mask, gives them one epoch.",
   },
   deepep_slot_release: {
     args: [["buffer", "u64"], ["args", "deepep_slot_release_args"], ["error", "deepep_error"]],

@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "20a6869cdd1381ee0df4c1926b914921622895bfde4326e31cb76e6a82a3bdcd",
-    cuda: "8a4a4ca32cd2ddbd325f219d67eca7d5b8622b3488d1f10fde64ce849712fe71",
+    cpu: "e01a823617a75aff8afeb2664fddf1204afee2b18de9ebe8c30c0e85e6b6e83a",
+    cuda: "159b5371173138b21e8bf17f19e4bed15a6db98e68ae82d22ef553dd3f020303",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -30,12 +30,12 @@ export const manifest: Manifest = {
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "5a31eb9f4e06716bc897fd19e1b18ad65695c40ea8db0903ef1cf94542a7da85",
+      sha256: "915d7cb7f83392c7187b92e0a1b7a394aa7ec3bdab560399dd410b9a52373ba1",
       bytes: 526768,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "beab71ac164cee629b9f4c6678bd18eff28356d4592d61bc2d0ba3d1f0bdc3b2",
-      bytes: 3066584,
+      sha256: "bfa1c932d68bac0d677468abf8d323a62d2979a6e98ba946a6bb7f7b793ba6c7",
+      bytes: 3074776,
     },
   },
 };

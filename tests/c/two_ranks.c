@@ -246,6 +246,7 @@ static void run_rank(const char* path) {
   refusal(x);
   char ready = 1, everybody[kRanks];
   all_gather(&ready, everybody, 1);
+  expect("a queue in use", deepep_queue_destroy_(queue, &error), DEEPEP_ERROR_INVALID_ARGUMENT);
   must("buffer_destroy", deepep_buffer_destroy_(buffer, &error));
   expect("use after destroy", deepep_buffer_destroy_(buffer, &error), DEEPEP_ERROR_CLOSED);
   must("queue_destroy", deepep_queue_destroy_(queue, &error));

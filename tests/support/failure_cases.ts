@@ -288,7 +288,7 @@ function everyCase(
     });
   });
 
-  test("calls that fail one after another while nobody looks all fail", { timeout: 60_000 }, async () => {
+  test("calls that fail one after another all fail", { timeout: 60_000 }, async () => {
     await ranks(2, {}, async (b, rank, group) => {
       if (rank === 0) {
         // As many as a stream takes without making the host wait.

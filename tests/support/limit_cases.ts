@@ -5,6 +5,7 @@
 import { test } from "node:test";
 import { assert, assertEquals, assertMatch, assertStringIncludes } from "@std/assert";
 import { type EpBuffer, EpError } from "@deepep/deepep";
+import { constants } from "../../lib/ffi/abi.ts";
 import { type ranksOf, reasonOf } from "./ranks.ts";
 
 const rows = (b: EpBuffer) => b.tensor("bf16", [2, 16], new Float32Array(32).fill(b.rank + 1));
@@ -104,6 +105,81 @@ export function limitCases(ranks: ReturnType<typeof ranksOf>, lowLatency: boolea
       });
     });
   }
+
+  if (lowLatency) {
+    test("a combine that is refused forgets nobody who still reads the slot", async () => {
+      await ranks(2, {}, async (b, rank, group) => {
+        const y = (n: number, value: number) => b.tensor("bf16", [n, 16], new Float32Array(n * 16).fill(value));
+        using x = y(4, 1), topkIdx = b.tensor("i32", [4, 2], Int32Array.from([0, -1, 0, -1, 0, -1, 0, -1])); // all to rank 0
+        using topkWeights = b.tensor("f32", [4, 2], new Float32Array(8).fill(1));
+        using first = b.lowLatencyDispatch(x, { topkIdx, fp8: false });
+        const { handle } = first, { shape } = handle.expertOutput();
+        using threes = b.tensor("bf16", shape, new Float32Array(shape[0]! * shape[1]! * 16).fill(3));
+        using sums = b.lowLatencyCombine(threes, { topkIdx, topkWeights, handle, recvHook: true });
+        if (rank === 0) {
+          await sums.received();
+          first.release(); // and the slot is taken again, while rank 1 has yet to read it
+        }
+        using recv = await b.dispatch(x, { topkIdx, cpuSync: false });
+        using few = y(rank === 0 ? 1 : 8, 5), enough = y(8, 7);
+        using refused = await b.combine(few, recv.handle);
+        assert((await reasonOf(refused.event)) instanceof EpError);
+        const copies = async () => {
+          using out = await b.combine(enough, recv.handle);
+          await out.event;
+        };
+        if (rank === 0) {
+          const copied = copies(); // waits for rank 1
+          await group.barrier();
+          await copied;
+        } else {
+          await new Promise((resolve) => setTimeout(resolve, 200));
+          await sums.received();
+          assertEquals([...new Set(await sums.x.read() as Uint16Array)], [0x4040]); // 3
+          await group.barrier();
+          await copies();
+        }
+      });
+    });
+  }
+
+  test("what no program can mean is refused at the border", async () => {
+    await ranks(1, {}, async (b) => {
+      const { core } = b, far = 2n ** 64n - 16n;
+      using x = rows(b), topkIdx = topk(b, 0, 1, 2, 3);
+      const refused = async (call: () => unknown, words: string) => {
+        const reason = await reasonOf((async () => await call())());
+        assert(reason instanceof EpError && reason.code === "invalidArgument", String(reason));
+        assertStringIncludes(reason.message, words);
+      };
+      const copy = (dst: bigint, src: bigint, bytes: number) => () => core.copy(dst, src, bytes);
+      await refused(copy(far, x.address, 32), "dst is at address 0xfffffffffffffff0, from where 32 bytes go past");
+      await refused(copy(x.address, far, 32), "src is at address 0xfffffffffffffff0, from where 32 bytes go past");
+      await refused(copy(0n, x.address, 32), "dst is 0");
+      await refused(copy(x.address + 16n, x.address, 32), "overlap");
+      copy(x.address, x.address, 0)();
+      copy(x.address + 32n, x.address, 32)();
+      const { launch } = core;
+      const altered = (change: object, flags = 0) => {
+        core.launch = (name, args, values, operation) => {
+          const fields = { ...operation.fields, flags: operation.fields.flags | flags };
+          launch.call(core, name, args, [...values, change as unknown as typeof values[0]], { ...operation, fields });
+        };
+      };
+      const dispatch = () => b.dispatch(x, { topkIdx });
+      for (const stride of [2n ** 60n, 2n ** 64n - 16n]) {
+        altered({ x_stride: stride });
+        await refused(dispatch, `2 rows, ${stride} bytes apart, go past the end of the address space`);
+      }
+      altered({}, constants.FLAG.ZERO_PADDING[0]);
+      await refused(dispatch, "ZERO_PADDING belongs to the expert layout");
+      altered({}, constants.FLAG.NO_CPU_SYNC[0]);
+      await refused(dispatch, "counts_id is given with NO_CPU_SYNC");
+      core.launch = launch;
+      using again = await dispatch();
+      assertEquals(again.numTokens, 2);
+    });
+  });
 
   test("counts per expert beside topkIdx, and a layout, are not looked at", async () => {
     await ranks(2, {}, async (b) => {
