@@ -184,7 +184,8 @@ void low_latency_combine_receive(Buffer& buffer, const deepep_receive_args& args
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "slot %d awaits no receive half of a combine", args.slot);
   }
   if (!has_pending_combine(buffer, *state)) {
-    reject(DEEPEP_ERROR_ABORTED, "its send half, epoch %llu, was given up in a recovery, or when a rank was masked after a failure",
+    reject(DEEPEP_ERROR_ABORTED,
+           "its send half, epoch %llu, was given up in a recovery, or when a rank was masked after a failure",
            shown(state->combine_epoch));
   }
   enqueue_combine_receive(buffer, args, state);

@@ -3,8 +3,8 @@
 // In: the count matrix of a dispatch, u32 tokens [num_ranks, num_ranks] (tokens that rank s sends to rank d) and u32 entries
 // [num_ranks, num_experts] (top-k entries of rank s for expert e), and the view: bit s is set when rank s takes part. Out: row
 // numbers. Every rank has the whole matrix, so every rank computes the same. Rows are in (source rank, token, k) order.
-// Callers: dispatch, combine and low latency on the CPU; kernels share in_view() and add_up(). Rows of ranks outside the view do
-// not exist.
+// Callers: dispatch, combine and low latency on the CPU; kernels share in_view() and add_up(). Rows of ranks outside the view
+// do not exist.
 #pragma once
 
 #include <cstdint>

@@ -167,7 +167,6 @@ void Buffer::fill_call() {
 void Buffer::destroy() {
   std::vector<cudaStream_t> streams;
   std::unordered_set<uint64_t> events;
-  use_device(device->index);  // Should it fail, everything is as before.
   {
     const std::lock_guard lock(mutex);
     if (closed_.exchange(true)) return;
@@ -177,7 +176,7 @@ void Buffer::destroy() {
   }
   watchdog_forget(shared_from_this());
   for (const uint64_t event : events) retire_if_present(Kind::event, event);
-  cudaError_t failure = cudaSuccess;
+  cudaError_t failure = cudaSetDevice(device->index);  // Goes on whatever it says: nobody can ask once more.
   for (const cudaStream_t stream : streams) {
     const Relaxed relaxed;
     // Operations have deadlines, and what they wait for was enqueued before.

@@ -201,6 +201,7 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   bool take_counts(const Pending& op);
   std::shared_ptr<const Status> keep_finding(const Finding& finding, int32_t op, uint64_t id_0, uint64_t id_1);
   void blame_replay(uint64_t epoch, const std::shared_ptr<const Status>& status);
+  void blame_later_replays();
   void finish(Pending& op, const Finding* finding);
   void finish(Pending& op, std::shared_ptr<const Status> status, int32_t counts_code);
   void poll_watched();
@@ -243,7 +244,6 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   CaptureId capture_ = 0;            // that the communication stream has joined last
   std::vector<std::shared_ptr<void>> kept_for_good_;
   bool failed_ = false;
-  uint64_t failed_epoch_ = ~uint64_t{0};  // of the last failure that made it so
   int32_t failed_peer_ = -1;
   Failure first_failure_;  // what made the buffer fail; of use while `failed_`
   bool is_lost_ = false;   // CUDA itself has failed

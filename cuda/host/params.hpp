@@ -31,7 +31,7 @@ struct DeviceState {
   uint64_t arrivals[kNumBarriers];
   uint64_t verdict;                   // of the running kernel: collective.cuh
   uint64_t bad_entry;                 // of the running call: ~position of the first wrong topk_idx entry; 0 = none
-  Readers readers[kMaxSlots];         // of the slots' expert-output regions
+  Readers readers[kMaxSlots];  // of the slots' expert-output regions
   uint64_t view;                      // ranks that take part in the running call, and the slot that each uses
   uint32_t peer_slots[DEEPEP_MAX_RANKS];
   uint32_t claims[2];  // of the running call: how often warps have claimed rows to push, and to pull; 0 when a call begins
@@ -52,7 +52,9 @@ struct HostState {
   uint32_t exit_requested;  // deepep_inject EXIT: the phase was reached, the process shall end
   uint32_t reserved;
   Finding findings[kNumFailuresKept];
-  Finding cause;  // why the buffer needs a recovery: the first of those findings that say more than that
+  Finding cause;  // why the buffer needs a recovery: the latest of those findings that say more than that
+  uint64_t cause_index;  // its i
+  uint64_t cause_epoch;  // collective calls that had ended with it
   // By the host.
   alignas(256) uint64_t lost;  // bit r: rank r's process has ended, or its buffer was destroyed
 };
@@ -149,6 +151,7 @@ struct LowLatencyHeader {
   Finding failure;                         // of the dispatch's send half, when every rank has found it alike
   uint64_t combine_epoch;                  // of the latest combine whose send half has come to its end
   uint64_t num_rows;                       // that it will pull
+  Readers earlier;                         // of the region, when that combine was announced
   Finding refusal;                         // an error in the arguments of that combine
 };
 

@@ -100,8 +100,8 @@ void Peers::check_reach(const PeerPage& page, uint32_t rank) const {
   const bool same_device = memcmp(page.uuid, device_.uuid, sizeof page.uuid) == 0;
   if (page.pid != getpid() && same_device && !device_.mps && !time_slicing_allowed()) {
     reject(DEEPEP_ERROR_UNSUPPORTED,
-           "rank %u in process %d shares %s with this process without CUDA MPS: their kernels would take turns of milliseconds "
-           "and wait for each other. Start MPS (nvidia-cuda-mps-control -d) before both, put the ranks into one process, or set "
+           "rank %u in process %d shares %s with this process without CUDA MPS: their kernels would take turns of "
+           "milliseconds and wait for each other. Start MPS (nvidia-cuda-mps-control -d) before both, put the ranks into one process, or set "
            "DEEPEP_ALLOW_TIME_SLICING=1",
            rank, page.pid, device_name(device_).c_str());
   }

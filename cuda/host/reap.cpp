@@ -115,8 +115,7 @@ void Buffer::reap_ended(uint64_t ended) {
   }
   // Why they failed may be among them; it is written down apart, and not again before the buffer has recovered.
   const Finding& cause = host_->cause;
-  const bool cause_is_lost = num_lost != 0 && cause.code != 0 && cause.epoch != failed_epoch_ &&
-                             std::ranges::none_of(findings, [&](const Finding& left) { return left.epoch == cause.epoch; });
+  const bool cause_is_lost = cause.code != 0 && host_->cause_index >= findings_seen_ && host_->cause_index < first;
   if (cause_is_lost && cause.seq == 0) keep_finding(cause, cause.op, 0, 0);
   uint64_t at = first;
   const auto finding_at = [&](uint64_t i) -> const Finding& { return findings[i - first]; };
@@ -132,7 +131,7 @@ void Buffer::reap_ended(uint64_t ended) {
     lost.seq = op.seq;
     lost.code = DEEPEP_ERROR_NEEDS_RECOVERY;
     lost.reason = Reason::needs_recovery;
-    const bool is_lost = num_before != 0 && num_before-- <= num_lost;
+    const bool is_lost = num_before != 0 && num_before-- <= num_lost && !(cause_is_lost && op.seq < cause.seq);
     const bool is_cause = cause_is_lost && cause.seq == op.seq;
     finish(op, found ? &finding_at(at) : is_cause ? &cause : is_lost ? &lost : nullptr);
     if (found) at += 1;
@@ -140,6 +139,7 @@ void Buffer::reap_ended(uint64_t ended) {
   for (; at < num_findings && finding_at(at).seq <= ended; ++at) {
     if (finding_at(at).seq == 0) keep_finding(finding_at(at), finding_at(at).op, 0, 0);
   }
+  if (failed_) blame_later_replays();
   findings_seen_ = at;
   reaped_failures_.store(num_findings, std::memory_order_relaxed);
 }
@@ -153,7 +153,6 @@ std::shared_ptr<const Status> Buffer::keep_finding(const Finding& finding, int32
   statuses.keep(id_0, id_1, status);
   if (needs_peers(op) && finding.agreed == 0 && !is_harmless(finding.code)) {
     failed_ = true;
-    failed_epoch_ = finding.epoch;
     failed_peer_ = finding.peer;
     first_failure_ = failure;
   }
@@ -174,6 +173,14 @@ void Buffer::blame_replay(uint64_t epoch, const std::shared_ptr<const Status>& s
     if (!blamed && !watched.failure) blamed = &watched;
   }
   if (blamed && !blamed->failure) blamed->failure = status;
+}
+
+// Replays that began after the failure do nothing, whether their findings are there or not.
+void Buffer::blame_later_replays() {
+  for (Watched& watched : watched_) {
+    if (!watched.is_replay || watched.failure || watched.first_epoch <= host_->cause_epoch) continue;
+    watched.failure = std::make_shared<Status>(Status{needs_recovery(first_failure_, rank), watched.first_epoch});
+  }
 }
 
 void Buffer::finish(Pending& op, const Finding* finding) {

@@ -221,7 +221,11 @@ __device__ inline void tell_end(const CallParams& p, CallShared& s, const CallEn
   const bool is_dispatch = p.op == DEEPEP_OP_DISPATCH || p.op == DEEPEP_OP_LOW_LATENCY_DISPATCH;
   const bool half_way = s.code == DEEPEP_ERROR_TIMEOUT || s.code == DEEPEP_ERROR_PEER_LOST || s.code == DEEPEP_ERROR_ABORTED;
   if (s.code != 0 && end.needs_peers && half_way && finding.agreed == 0) {
-    if (state.failed == 0) host.cause = finding;  // Told below.
+    if (state.failed == 0) {  // Told below.
+      host.cause = finding;
+      host.cause_index = state.num_failures;
+      host.cause_epoch = end.collective ? s.epoch : state.epoch;
+    }
     state.failed = 1;
   }
   if (s.code == 0 && end.counts) reduce_add_relaxed_gpu(is_dispatch ? &state.num_dispatches : &state.num_combines, 1);

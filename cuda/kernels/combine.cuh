@@ -45,10 +45,10 @@ __device__ inline void wait_for_readers(Leader& leader, uint32_t slot, int32_t k
                    {__shfl_sync(kAllLanes, readers.epoch, 0), __shfl_sync(kAllLanes, readers.ranks, 0)}, kind);
 }
 
-// One thread: a combine that has failed on all ranks before any has read is read by none. Those of an earlier one still read: a
-// call that is refused has not waited for them.
-__device__ inline void forget_readers(const CallParams& p, uint32_t slot, uint64_t epoch) {
-  if (p.state->readers[slot].epoch == epoch) p.state->readers[slot] = {};
+// One thread: a combine that has failed on all ranks before any has read is read by none. Those of an earlier one may still
+// read: a call that is refused, or copies nothing, has not waited for them.
+__device__ inline void forget_readers(const CallParams& p, uint32_t slot, uint64_t epoch, const Readers& earlier = {}) {
+  if (p.state->readers[slot].epoch == epoch) p.state->readers[slot] = earlier;
 }
 
 // This rank has read all it wants of a combine: tells `rank`.

@@ -379,6 +379,7 @@ struct LowLatencyCombine {
   // What the receive half, and later calls, need to know of the send half.
   __device__ void keep_sent(uint64_t told) const {
     if (lane_id() == 0) {
+      header().earlier = p().state->readers[p().slot];
       p().state->readers[p().slot] = {s.call.epoch, told};
       header().refusal.code = 0;
       if (s.call.code != 0) header().refusal = p().state->finding;
@@ -518,7 +519,7 @@ struct LowLatencyCombine {
       leader.refuse(DEEPEP_ERROR_MISMATCH, Reason::disagreement, finding);
     }
     // Found by every rank: the region has no readers after all.
-    if (leader.failed() && leader.lane == 0) forget_readers(p(), p().slot, s.call.epoch);
+    if (leader.failed() && leader.lane == 0) forget_readers(p(), p().slot, s.call.epoch, header().earlier);
     __syncwarp();
     return !leader.failed();
   }

@@ -7,11 +7,11 @@
 //
 // Nobody waits for a leader. Every block counts for itself, and pushes as soon as it has the counts of all ranks; every block
 // says to every peer that its rows are there (`row_flags`), and the leader's workers look for them; where scales come as rows
-// the other blocks do, too, and make columns of them. Beside that, the last warp of block 0 leads. It has little to do as long
-// as all comes soon; when something does not, or a peer refuses the call, it goes the way of normal mode: it reads the messages,
-// watches the deadline, and stops the others. That a block may then have pushed already does no harm: whoever has sent counts
-// has given its slot. Only where ranks may be left out, and where deepep_inject wants something, do the blocks go by the
-// leader's word.
+// the other blocks do, too, and make columns of them. Beside that, the last warp of block 0 leads. It has little to do as
+// long as all comes soon; when something does not, or a peer refuses the call, it goes the way of normal mode: it reads the
+// messages, watches the deadline, and stops the others. That a block may then have pushed already does no harm: whoever has
+// sent counts has given its slot. Only where ranks may be left out, and where deepep_inject wants something, do the blocks go
+// by the leader's word.
 #pragma once
 
 #include "low_latency_receive.cuh"

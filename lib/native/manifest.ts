@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "e01a823617a75aff8afeb2664fddf1204afee2b18de9ebe8c30c0e85e6b6e83a",
-    cuda: "159b5371173138b21e8bf17f19e4bed15a6db98e68ae82d22ef553dd3f020303",
+    cpu: "a11081dec20b889c259e4f3ce9e10e448aaaec119e363be705d273bb9a82bb7f",
+    cuda: "aad19128685ba1671dbe1b5e24cca4badcc62c984c6d3f52df791b38c750c2cf",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -34,7 +34,7 @@ export const manifest: Manifest = {
       bytes: 526768,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "bfa1c932d68bac0d677468abf8d323a62d2979a6e98ba946a6bb7f7b793ba6c7",
+      sha256: "c474087947111208e793b2814126220d7da1a8c3e91b829b8f7f0589384a1a64",
       bytes: 3074776,
     },
   },

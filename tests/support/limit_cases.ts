@@ -143,6 +143,46 @@ export function limitCases(ranks: ReturnType<typeof ranksOf>, lowLatency: boolea
     });
   }
 
+  if (lowLatency) {
+    test("a combine that others do not make forgets nobody who still reads what was announced before", async () => {
+      await ranks(3, {}, async (b, rank, group) => {
+        using x = b.tensor("bf16", [4, 16], new Float32Array(64).fill(1));
+        using topkIdx = b.tensor("i32", [4, 2], Int32Array.from([0, -1, 0, -1, 0, -1, 0, -1])); // all to rank 0
+        using topkWeights = b.tensor("f32", [4, 2], new Float32Array(8).fill(1));
+        using recv = b.lowLatencyDispatch(x, { topkIdx, fp8: false });
+        const { handle } = recv,
+          fill = (bits: number) => {
+            const y = handle.expertOutput(); // waits for readers
+            b.write(y, new Uint16Array(y.shape.reduce((p, c) => p * c)).fill(bits));
+            return y;
+          };
+        const y = fill(0x4040); // 3
+        using sums = b.lowLatencyCombine(y, { topkIdx, topkWeights, handle, recvHook: true });
+        if (rank !== 2) await sums.received();
+        await group.barrier();
+        if (rank === 0) {
+          using again = b.lowLatencyCombine(y, { topkIdx, topkWeights, handle });
+          const done = reasonOf(again.received());
+          await group.barrier();
+          const reason = await done;
+          assert(reason instanceof EpError && reason.code === "mismatch", String(reason));
+          fill(0x40e0); // 7
+          await group.barrier();
+        } else {
+          const other = rank === 1 ? reasonOf(b.barrier()) : undefined;
+          await group.barrier();
+          if (rank === 2) {
+            await new Promise((resolve) => setTimeout(resolve, 200));
+            await sums.received();
+            assertEquals([...new Set(await sums.x.read() as Uint16Array)], [0x4040]);
+          }
+          assert((await (other ?? reasonOf(b.barrier()))) instanceof EpError);
+          await group.barrier();
+        }
+      });
+    });
+  }
+
   test("what no program can mean is refused at the border", async () => {
     await ranks(1, {}, async (b) => {
       const { core } = b, far = 2n ** 64n - 16n;
