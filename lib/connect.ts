@@ -24,7 +24,10 @@ export interface BufferOptions extends BufferShape {
   device?: number;
   /** Deadline of each wait inside an operation, milliseconds. Default 30000. */
   timeoutMs?: number;
-  /** Multiprocessors an operation uses unless it says. Default: 16, in low latency 32, or an equal share of the device if that is less. */
+  /**
+   * Multiprocessors an operation uses unless it says. Default: 16, in low latency 32, or an equal share of the device if that is
+   * less. The cpu backend has none and takes any number.
+   */
   numSms?: number;
   /** A peer that times out or dies is masked and calls go on without it, instead of failing; alike on every rank. Default false. */
   maskOnTimeout?: boolean;
@@ -137,7 +140,7 @@ export async function connect(group: Group, options: BufferOptions): Promise<{ c
   });
   compare(group.rank, facts);
   const { device, reason } = opened!;
-  let native = 0n;
+  let native = 0n, core: Core | undefined;
   try {
     const handles = await together(group, wait, () => {
       native = create(device, group, options, resolved!);
@@ -151,10 +154,13 @@ export async function connect(group: Group, options: BufferOptions): Promise<{ c
         device.call("deepep_buffer_import", native, handleStruct, "create");
       }
       device.end("deepep_buffer_connect", native, "create");
+      core = new Core(device, native, resolved!, deviceIndex(device, group, options));
+      core.routings.prepare();
       return true;
     });
-    return { core: new Core(device, native, resolved!, deviceIndex(device, group, options)), reason };
+    return { core: core!, reason };
   } catch (error) {
+    core?.routings.clear();
     if (native !== 0n) device.end("deepep_buffer_destroy", native, "create");
     throw error;
   }
@@ -199,6 +205,8 @@ export interface BufferSize {
   readonly metadataBytes: number;
   /** Memory that peers do not see. */
   readonly localBytes: number;
+  /** Device memory of a dispatch's handle, beside `localBytes`: `numSlots` of them are made at creation. */
+  readonly handleBytes: number;
   /** Rows a slot holds. */
   readonly maxRecvTokens: number;
 }
@@ -219,6 +227,7 @@ export async function sizeHint(options: BufferOptions & { numRanks: number }): P
     expertOutputBytes: bytes("expert_output_bytes"),
     metadataBytes: bytes("metadata_bytes"),
     localBytes: bytes("local_bytes"),
+    handleBytes: bytes("handle_bytes"),
     maxRecvTokens: resolved.maxRecvTokens,
   };
 }

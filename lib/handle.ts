@@ -61,6 +61,12 @@ export class Routings {
     this.#core = core;
   }
 
+  /** Makes as many as there are slots, with room for every dispatch: more are made when users keep handles. */
+  prepare(): void {
+    const { maxTokensPerRank, numSlots } = this.#core.options;
+    for (let i = 0; i < numSlots; i++) this.#idle.push(this.#make(maxTokensPerRank));
+  }
+
   /** A handle for so many tokens, the smallest at rest that has the room. It has no users yet. */
   take(numTokens: number): SharedRouting {
     const best = this.#idle.reduce<SharedRouting | undefined>(
@@ -69,23 +75,27 @@ export class Routings {
     );
     if (best) return this.#idle.splice(this.#idle.indexOf(best), 1)[0]!;
     // A power of two, so that it does for the next dispatch too.
-    const { maxTokensPerRank, numTopk } = this.#core.options;
-    const room = Math.min(maxTokensPerRank, 2 ** Math.ceil(Math.log2(Math.max(1, numTokens))));
-    handleStruct.pack({ num_tokens: room, num_topk: numTopk });
+    return this.#make(Math.min(this.#core.options.maxTokensPerRank, 2 ** Math.ceil(Math.log2(Math.max(1, numTokens)))));
+  }
+
+  #make(room: number): SharedRouting {
+    handleStruct.pack({ num_tokens: room, num_topk: this.#core.options.numTopk });
     this.#core.call("deepep_handle_create", handleStruct, "dispatch");
     const made: SharedRouting = { native: handleStruct.get("handle"), room, users: 0 };
     this.#all.add(made);
     return made;
   }
 
-  /** One user less; after the last one the handle is at rest. */
+  /** One user less; after the last one the handle is at rest. Of more than there are slots the smallest is freed. */
   drop(routing: SharedRouting): void {
     if (--routing.users > 0 || this.#core.closed) return;
     this.#idle.push(routing);
-    if (this.#idle.length > this.#core.options.numSlots) this.#free(this.#idle.shift()!);
+    if (this.#idle.length <= this.#core.options.numSlots) return;
+    const smallest = this.#idle.reduce((least, one) => one.room < least.room ? one : least);
+    this.#free(this.#idle.splice(this.#idle.indexOf(smallest), 1)[0]!);
   }
 
-  /** Frees all, when the buffer has closed: nobody can use them any more. */
+  /** Frees all, when nobody can use them any more. */
   clear(): void {
     this.#idle.length = 0;
     for (const routing of this.#all) this.#free(routing);

@@ -26,12 +26,6 @@ const importMap = ["--import-map", "tests/support/import_map.json"];
 /** Bun gives a test 5 s unless told otherwise, which a busy machine of two cores can need. */
 const patience = ["--timeout", "60000"];
 const rebuilt = join("build", "native");
-/** The tests of the emulated device: those that say most for their time. */
-const emulated = "^cuda: (low latency|order (each|what) " +
-  "|(dispatch|combine) (tiny|skewed|eight|wide|fp8|random|experts|more|many)" +
-  "|peers that are late, silent or gone, low latency (silent )?in " +
-  "|peers that are late, silent or gone (ranks|three ranks,|a late rank|a rank|a count) " +
-  "|peers that are late, silent or gone a peer that never comes silent in DISPATCH .*ten tokens|no room |refusals )";
 /** The longest run of a step: only what hangs takes so long, even on a busy machine. Compilers get what the others leave. */
 const PATIENCE_S = 600, COMPILER_PATIENCE_S = 1800;
 /** Of compilers: what is not run by tests. */
@@ -104,7 +98,7 @@ const steps: readonly Step[] = [
     skip: noCompiler,
   },
   {
-    // The kernels themselves, on threads whose order is drawn; two that race end the run. A part of it, for the time it takes.
+    // The kernels themselves, on threads whose order is drawn; two that race end the run. Not all files, for the time they take.
     name: "tests (emulated cuda)",
     command: [
       bun,
@@ -112,11 +106,10 @@ const steps: readonly Step[] = [
       ...patience,
       "cuda_test",
       "cuda_failure_test",
+      "cuda_graph_test",
       "cuda_low_latency_graph",
       "cuda_order_test",
       "refusal_test",
-      "-t",
-      emulated,
     ],
     tests: "bun",
     after: "compile emulated cuda",
@@ -124,7 +117,8 @@ const steps: readonly Step[] = [
     env: {
       DEEPEP_LIBRARY_CUDA: join(root, "build/emulated/libdeepep_cuda_races.so"),
       DEEPEP_CUDA_TURN_SCALES: "11",
-      DEEPEP_TEST_RANDOM: "2",
+      DEEPEP_TEST_RANDOM: "1",
+      DEEPEP_TEST_REPLAYS: "10",
       EMULATED_SMS: "8",
       EMULATED_SEED: "1",
     },

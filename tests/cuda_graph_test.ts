@@ -153,6 +153,49 @@ suite("cuda: graphs", noCudaGraphs, () => {
     });
   }
 
+  for (const ue8m0 of [false, true]) {
+    test(`FP8 rows with ${ue8m0 ? "UE8M0" : "f32"} scales, by topkIdx and by a kept handle: as eager calls`, async () => {
+      const hidden = 256, numTokens = 4, numTopk = 2, numScales = ue8m0 ? 1 : 2, random = new Random(seed);
+      await ranks(2, { hidden, numTopk, numSlots: 3, timeoutMs: 20_000 }, async (b) => {
+        const random8 = (count: number) => Uint8Array.from({ length: count }, () => random.uint32() & 0xff);
+        using data = b.tensor("f8e4m3", [numTokens, hidden], random8(numTokens * hidden));
+        using scales = b.tensor(ue8m0 ? "i32" : "f32", [numTokens, numScales]),
+          topkIdx = b.tensor("i32", [numTokens, numTopk]);
+        const draw = () => {
+          b.write(data, random8(numTokens * hidden));
+          b.write(scales, random8(numTokens * numScales * 4));
+          b.write(topkIdx, Int32Array.from({ length: numTokens * numTopk }, () => random.uint32() % 8));
+        };
+        const rows = async (recv: DispatchResult<{ data: Tensor; scales: Tensor }>, numRows: number) =>
+          (await Promise.all([recv.x.data, recv.x.scales].map((part) => part.slice(0, numRows).read())))
+            .map((values) => [...bytesOf(values)]);
+        draw();
+        using first = await b.dispatch({ data, scales }, { topkIdx }), handle = first.handle.keep();
+        using graph = b.capture(b.stream, (operations) => ({
+          routed: operations.dispatch({ data, scales }, { topkIdx }),
+          again: operations.dispatch({ data, scales }, { handle }),
+        }));
+        const { routed, again } = graph.results;
+        first.release();
+        for (let i = 0; i < 3; i++) {
+          draw();
+          graph.launch();
+          {
+            using eager = await b.dispatch({ data, scales }, { topkIdx });
+            const { numRows } = eager.handle.counts!;
+            assertEquals(await rows(routed, numRows), await rows(eager, numRows));
+          }
+          using eager = await b.dispatch({ data, scales }, { handle });
+          const { numRows } = handle.counts!;
+          assertEquals(await rows(again, numRows), await rows(eager, numRows));
+        }
+        routed.release();
+        again.release();
+        handle.release();
+      });
+    });
+  }
+
   test("replays and eager calls take turns, in any order", { timeout: 60_000 }, async () => {
     const all = await buffers({ numSlots: 3 });
     try {
@@ -395,6 +438,69 @@ suite("cuda: graphs", noCudaGraphs, () => {
       await closeAll(all);
     }
   });
+});
+
+suite("cuda graphs: failures that nobody looks at", noCudaGraphs, () => {
+  /** The event loop's: the library's own thread looks now and then. */
+  const standStill = (ms: number) => {
+    for (const until = performance.now() + ms; performance.now() < until;);
+  };
+  const outcome = (event: EpEvent): Promise<EpError | undefined> =>
+    Promise.resolve(event).then(() => undefined, (error) => error as EpError);
+
+  test("more refused calls than are kept fail their replay, and nothing around it", { timeout: 60_000 }, async () => {
+    await ranks(2, { timeoutMs: 20_000 }, async (b, rank) => {
+      using x = b.tensor("bf16", [1, 16]);
+      using good = b.tensor("i32", [1, 1], Int32Array.of(0)),
+        bad = b.tensor("i32", [1, 1], Int32Array.of(rank === 0 ? 99 : 0));
+      const dispatches = (topkIdx: Tensor, count: number) =>
+        b.capture(b.stream, (operations) => {
+          for (let i = 0; i < count; i++) operations.dispatch(x, { topkIdx }).release();
+        });
+      using refused = dispatches(bad, replayCount(600)), fine = dispatches(good, 2);
+      await fine.launch();
+      const events = [refused.launch(), fine.launch(), b.barrier()];
+      standStill(300);
+      const reasons = await Promise.all(events.map(outcome));
+      assertEquals(reasons.map((reason) => reason !== undefined), [true, false, false], String(reasons));
+      assertEquals(b.failed, false);
+      assertEquals(b.stats().numFailures, replayCount(600));
+      await fine.launch();
+    });
+  });
+
+  test(
+    "when a call fails half-way, replays behind it fail, but for those that need no peer",
+    { timeout: 60_000 },
+    async () => {
+      await ranks(2, { timeoutMs: 300 }, async (b, rank, group) => {
+        using bytes = b.tensor("u8", [64], new Uint8Array(64).fill(rank + 1)), copied = b.tensor("u8", [64]);
+        using barriers = b.capture(b.stream, (operations) => {
+          for (let i = 0; i < 1100; i++) operations.barrier();
+        });
+        using copies = b.capture(b.stream, () => b.core.copy(copied.address, bytes.address, 64));
+        const before = b.barrier();
+        await group.barrier(); // one thread has both ranks
+        if (rank === 0) {
+          const events = [barriers.launch(), b.barrier(), copies.launch(), barriers.launch(), copies.launch()];
+          standStill(600);
+          const codes = (await Promise.all([before, ...events].map(outcome))).map((reason) => reason?.code);
+          assertEquals(codes, [undefined, "timeout", "needsRecovery", undefined, "needsRecovery", undefined]);
+          const reason = await reasonOf(events[0]!) as EpError;
+          assertEquals(reason.peer, 1, reason.message);
+          assertEquals([...await copied.read()], new Array(64).fill(1));
+          assertEquals([b.failed, b.stats().numFailures], [true, 2201]);
+          assertEquals(assertThrows(() => barriers.launch(), EpError).code, "needsRecovery");
+          await copies.launch();
+        } else {
+          await before;
+        }
+        await group.barrier();
+        await b.recover();
+        await barriers.launch();
+      });
+    },
+  );
 });
 
 /** An eager layer on the same buffers: identity experts, small integers, exact sums. */

@@ -110,8 +110,9 @@ for (const backend of ["cpu", "cuda"] as const) {
     }
 
     test("is on each rank what peers map, alike on every backend", async () => {
-      const { localBytes: _, ...mapped } = await sizeOf(backend);
-      const { localBytes: __, ...onCpu } = await sizeOf("cpu");
+      const { localBytes: _, handleBytes: ours, ...mapped } = await sizeOf(backend);
+      const { localBytes: __, handleBytes: none, ...onCpu } = await sizeOf("cpu");
+      assertEquals([ours > 0, none], [backend === "cuda", 0]);
       assertEquals(mapped, onCpu);
     });
   });

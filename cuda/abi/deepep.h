@@ -92,7 +92,8 @@ extern "C" {
 #define DEEPEP_OK 0                      /* no error */
 #define DEEPEP_ERROR_INVALID_ARGUMENT 1  /* an argument's value is wrong; the message names it */
 #define DEEPEP_ERROR_UNSUPPORTED 2       /* this backend does not have the call or the option; the message names it */
-#define DEEPEP_ERROR_OUT_OF_MEMORY 3     /* memory could not be allocated or mapped */
+/* memory could not be allocated or mapped, or too many operations have not ended */
+#define DEEPEP_ERROR_OUT_OF_MEMORY 3
 /* a rank would receive more rows than its buffer holds; no rank sent anything, every rank reports it */
 #define DEEPEP_ERROR_CAPACITY 4
 #define DEEPEP_ERROR_TIMEOUT 5           /* `peer` did not reach `phase` of `op` within the deadline */
@@ -491,8 +492,11 @@ typedef struct deepep_buffer_create_args {
   uint64_t metadata_bytes;
   /* [out] memory of this rank that peers do not see */
   uint64_t local_bytes;
+  /* [out] device memory of a handle for max_tokens_per_rank tokens, which deepep_handle_create takes; 0 on the cpu
+   * backend */
+  uint64_t handle_bytes;
 } deepep_buffer_create_args;
-static_assert(sizeof(deepep_buffer_create_args) == 144, "size");
+static_assert(sizeof(deepep_buffer_create_args) == 152, "size");
 static_assert(offsetof(deepep_buffer_create_args, size) == 0, "size");
 static_assert(offsetof(deepep_buffer_create_args, flags) == 4, "flags");
 static_assert(offsetof(deepep_buffer_create_args, rank) == 8, "rank");
@@ -519,6 +523,7 @@ static_assert(offsetof(deepep_buffer_create_args, recv_scales_bytes) == 112, "re
 static_assert(offsetof(deepep_buffer_create_args, expert_output_bytes) == 120, "expert_output_bytes");
 static_assert(offsetof(deepep_buffer_create_args, metadata_bytes) == 128, "metadata_bytes");
 static_assert(offsetof(deepep_buffer_create_args, local_bytes) == 136, "local_bytes");
+static_assert(offsetof(deepep_buffer_create_args, handle_bytes) == 144, "handle_bytes");
 
 /* What a peer needs to map a rank's memory: deepep_buffer_export writes all of it, deepep_buffer_import reads it.
  * Plain bytes: send it by any means. */

@@ -31,7 +31,7 @@ class BufferBase {
 
   std::mutex mutex;
   uint64_t generation = 0;  // under mutex: failures that have ended so far, by a recovery or by a mask; and other recoveries
-  Slots slots;  // under mutex
+  Slots slots;              // under mutex
   Statuses statuses;
   Injections injections;
 
@@ -61,7 +61,7 @@ class BufferBase {
   std::atomic<bool> closed_{false};
 
  private:
-  uint64_t queue_ = 0;
+  uint64_t queue_ = 0;  // also after its use has ended, when other threads may still look
   QueueUse queue_use_;
 };
 

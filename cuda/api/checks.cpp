@@ -118,10 +118,11 @@ RoutingPlan check_dispatch(const Buffer& buffer, const deepep_dispatch_args& arg
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "expert_alignment is %u, it must be 1 … 65536", args.expert_alignment);
   }
   if ((args.flags & DEEPEP_FLAG_ZERO_PADDING) != 0 && args.layout != DEEPEP_LAYOUT_EXPERT) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "ZERO_PADDING belongs to the expert layout");
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "ZERO_PADDING belongs to the expert layout, layout is %u", args.layout);
   }
   if ((args.flags & DEEPEP_FLAG_NO_CPU_SYNC) != 0 && args.counts_id != 0) {
-    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "counts_id is given with NO_CPU_SYNC, which leaves the counts on the device");
+    reject(DEEPEP_ERROR_INVALID_ARGUMENT, "counts_id is %llu, but NO_CPU_SYNC leaves the counts on the device",
+           shown(args.counts_id));
   }
   const bool cached = (args.flags & DEEPEP_FLAG_CACHED) != 0;
   const RoutingPlan plan = cached ? plan_cached(args, handle) : plan_routing(args);

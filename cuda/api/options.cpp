@@ -89,6 +89,7 @@ void fill_sizes(deepep_buffer_create_args& args, const Options& options) {
   args.expert_output_bytes = regions.expert_output_bytes;
   args.metadata_bytes = regions.metadata_bytes;
   args.local_bytes = local_bytes(options);
+  args.handle_bytes = handle_bytes(options);
 }
 
 void fill_options(deepep_peer_handle& handle, const Options& options) {

@@ -23,5 +23,7 @@ void fill_options(deepep_peer_handle& handle, const Options& options);
 void compare_options(const deepep_peer_handle& handle, const Options& options, uint32_t rank);
 // Of the backend: bytes that a buffer allocates for itself beside the symmetric memory.
 uint64_t local_bytes(const Options& options);
+// Of the backend: device memory of a handle for the most tokens of a rank.
+uint64_t handle_bytes(const Options& options);
 
 }  // namespace deepep

@@ -185,6 +185,12 @@ void join_notifier(uint64_t queue, const std::shared_ptr<Notifier>& notifier) {
   if (cell.notifier == notifier) cell.notifier = nullptr;
 }
 
+std::unique_lock<std::mutex> lock_living(Cell& cell, uint64_t queue) {
+  std::unique_lock lock(cell.mutex);
+  if (cell.handle.load(std::memory_order_relaxed) != queue) reject(DEEPEP_ERROR_CLOSED, "the queue was destroyed meanwhile");
+  return lock;
+}
+
 }  // namespace
 
 uint64_t queue_create() {
@@ -213,8 +219,7 @@ uint64_t queue_create() {
 
 void QueueUse::begin(uint64_t queue) {
   Cell& cell = living_cell(queue);
-  const std::lock_guard lock(cell.mutex);
-  if (cell.handle.load(std::memory_order_relaxed) != queue) reject(DEEPEP_ERROR_CLOSED, "the queue was destroyed meanwhile");
+  const auto lock = lock_living(cell, queue);
   cell.num_users += 1;
   queue_ = queue;
 }
@@ -263,8 +268,7 @@ void queue_push(uint64_t queue, uint64_t id, int32_t status) {
 void queue_add_source(uint64_t queue, std::shared_ptr<Source> source) {
   Cell& cell = living_cell(queue);
   const std::lock_guard sources_lock(cell.sources_mutex);
-  const std::lock_guard lock(cell.mutex);
-  if (cell.handle.load(std::memory_order_relaxed) != queue) reject(DEEPEP_ERROR_CLOSED, "the queue was destroyed meanwhile");
+  const auto lock = lock_living(cell, queue);
   cell.sources.push_back(std::move(source));
   cell.num_sources.store(static_cast<uint32_t>(cell.sources.size()), std::memory_order_relaxed);
 }

@@ -1,5 +1,5 @@
-// What glibc.cpp does, for the functions that only the static CUDA runtime calls: glibc 2.34 has moved them into libc.so.6 under
-// new version names.
+// What glibc.cpp does, for the functions that only the static CUDA runtime calls: glibc 2.34 has moved them into libc.so.6
+// under new version names.
 //
 // In: calls from libcudart_static.a. Out: the same calls to the versions of libdl.so.2, libpthread.so.0 and librt.so.1, which
 // are in libc.so.6 on new systems. The link names these libraries. Callers: none in this repository.

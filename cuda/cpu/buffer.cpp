@@ -238,4 +238,6 @@ bool inject(Operation& op, int32_t phase) {
 // i64 wait_ns [2, num_ranks].
 uint64_t local_bytes(const Options& options) { return align_up(2 * sizeof(int64_t) * options.num_ranks, kRegionAlignment); }
 
+uint64_t handle_bytes(const Options&) { return 0; }
+
 }  // namespace deepep

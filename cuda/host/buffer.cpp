@@ -29,9 +29,7 @@ struct Local {
     scratch = align_up(sizeof(DeviceState), kRegionAlignment);
     const uint64_t row = uint64_t{options.num_ranks} + options.num_experts;
     routing = align_up(scratch + (kScratchRows + kMaxBlocks) * row * sizeof(uint32_t), kRegionAlignment);
-    uint64_t routing_bytes = 0;
-    cut_routing(nullptr, options, options.max_tokens_per_rank, options.num_topk, routing_bytes);
-    low_latency = routing + routing_bytes;
+    low_latency = routing + handle_bytes(options);
     cut_low_latency_routing(nullptr, options, low_latency_bytes);
     bytes = low_latency + options.num_slots * low_latency_bytes;
   }
@@ -40,6 +38,12 @@ struct Local {
 }  // namespace
 
 uint64_t local_bytes(const Options& options) { return Local(options).bytes; }
+
+uint64_t handle_bytes(const Options& options) {
+  uint64_t bytes = 0;
+  cut_routing(nullptr, options, options.max_tokens_per_rank, options.num_topk, bytes);
+  return bytes;
+}
 
 std::shared_ptr<Buffer> Buffer::create(uint64_t device, deepep_buffer_create_args& args) {
   std::shared_ptr<Buffer> buffer(new Buffer);

@@ -141,7 +141,7 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   void order(cudaStream_t before, cudaStream_t after, CaptureId capture);
   // A replay of a graph is enqueued: `ended` marks its end. Failures of captured operations are then its failures.
   // `num_collective`: the collective calls in it.
-  void note_replay(std::shared_ptr<Record> ended, uint64_t done_id, std::shared_ptr<void> graph, uint64_t num_collective);
+  void note_replay(std::shared_ptr<Record> ended, uint64_t done_id, std::shared_ptr<Graph> graph);
   // Rejects when the buffer needs a recovery. The caller holds `mutex`.
   void check_good() const;
   bool has_failed() const { return failed_; }
@@ -181,6 +181,7 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
     std::shared_ptr<void> needs = nullptr;
     std::function<void()> done = nullptr;
     bool is_replay = false;
+    bool needs_peers = false;  // a replay
     std::shared_ptr<const Status> failure = nullptr;  // of a replay, or of CUDA
     uint64_t first_epoch = 0, end_epoch = 0;          // of a replay's collective calls: first … end - 1
     bool ended = false;
@@ -197,11 +198,13 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   CallParams call_params(const StreamFields& fields, const Enqueued& what, CaptureId capture);
   bool has_news() const;
   void reap_ended(uint64_t ended_seq);
+  void reap_captured();
   // Hands out the counts of a dispatch as far as they have come; whether all have.
   bool take_counts(const Pending& op);
   std::shared_ptr<const Status> keep_finding(const Finding& finding, int32_t op, uint64_t id_0, uint64_t id_1);
   void blame_replay(uint64_t epoch, const std::shared_ptr<const Status>& status);
   void blame_later_replays();
+  void blame_lost(uint64_t epoch);
   void finish(Pending& op, const Finding* finding);
   void finish(Pending& op, std::shared_ptr<const Status> status, int32_t counts_code);
   void poll_watched();
@@ -237,7 +240,7 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   uint64_t seq_ = 0;  // operations enqueued so far
   std::deque<Pending> pending_;
   std::vector<Watched> watched_;
-  uint64_t findings_seen_ = 0;
+  uint64_t failures_seen_ = 0, captured_failures_seen_ = 0;
   uint64_t epoch_ = 0;               // of the last collective call enqueued, with those of the replays enqueued here
   uint64_t masked_ = 0;              // what deepep_mask and recoveries come to, while an update is under way
   std::shared_ptr<Record> updated_;  // the end of the last update
@@ -253,7 +256,7 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
   // Looked at without it.
   std::atomic<uint32_t> num_pending_{0};  // pending_ and watched_
   std::atomic<uint32_t> num_watched_{0};
-  std::atomic<uint64_t> reaped_ended_{0}, reaped_failures_{0};
+  std::atomic<uint64_t> reaped_ended_{0}, reaped_captured_failures_{0};
   std::atomic<const uint64_t*> awaited_count_{nullptr};  // the first of the counts that are awaited
   std::atomic<uint64_t> awaited_seq_{0};                 // of the operation that they are of
   std::atomic<bool> is_captured_{false};                 // replays may run at any time, without this library's doing

@@ -26,6 +26,7 @@ struct Graph {
   cudaStream_t stream = nullptr;  // that is captured
   cudaGraphExec_t exec = nullptr;
   uint64_t num_collective = 0;  // collective calls in it
+  bool needs_peers = false;     // some call in it does
   std::vector<std::shared_ptr<void>> needs;
 };
 

@@ -17,7 +17,13 @@
 namespace deepep {
 
 constexpr uint32_t kNumBarriers = 5;       // grid-wide meetings a call can have, its end included
-constexpr uint32_t kNumFailuresKept = 1024;  // in HostState: as many as a stream takes calls ahead
+constexpr uint32_t kMostPending = 2048;  // operations of a buffer that have not ended: twice what a stream takes
+// Failures of captured calls that are kept until the host has seen them.
+#ifdef DEEPEP_MOST_CAPTURED_KEPT
+constexpr uint32_t kMostCapturedKept = DEEPEP_MOST_CAPTURED_KEPT;  // so few that tests get there
+#else
+constexpr uint32_t kMostCapturedKept = 2048;
+#endif
 
 // One rank's own state. Zeros at creation. Only kernels of the communication stream touch it, one at a time.
 struct DeviceState {
@@ -31,15 +37,23 @@ struct DeviceState {
   uint64_t arrivals[kNumBarriers];
   uint64_t verdict;                   // of the running kernel: collective.cuh
   uint64_t bad_entry;                 // of the running call: ~position of the first wrong topk_idx entry; 0 = none
-  Readers readers[kMaxSlots];  // of the slots' expert-output regions
+  Readers readers[kMaxSlots];         // of the slots' expert-output regions
   uint64_t view;                      // ranks that take part in the running call, and the slot that each uses
   uint32_t peer_slots[DEEPEP_MAX_RANKS];
   uint32_t claims[2];  // of the running call: how often warps have claimed rows to push, and to pull; 0 when a call begins
   uint64_t num_rows;   // this rank's rows in the running call, padding included
   int64_t wait_ns[2][DEEPEP_MAX_RANKS];
   uint64_t num_dispatches, num_combines, rows_sent, bytes_sent, rows_pulled, num_failures;
+  uint64_t num_told, num_told_captured;  // of the failures, those that were told to the host
   uint64_t lost;    // HostState::lost, as waits have last seen it
   Finding finding;  // of the running call; empty between calls
+};
+
+// What calls have found, the i-th at i % kSize.
+template <uint32_t kSize>
+struct Findings {
+  uint64_t count;  // so far
+  Finding kept[kSize];
 };
 
 // Pinned. Each word has one writer.
@@ -48,13 +62,13 @@ struct HostState {
   uint64_t ended_seq;     // the latest operation that has ended; stored after everything else below
   uint64_t epoch;         // as DeviceState's, but for calls of replays
   uint64_t masked;        // as DeviceState's
-  uint64_t num_failures;  // findings written so far: the i-th is findings[i % kNumFailuresKept]
   uint32_t exit_requested;  // deepep_inject EXIT: the phase was reached, the process shall end
   uint32_t reserved;
-  Finding findings[kNumFailuresKept];
-  Finding cause;  // why the buffer needs a recovery: the latest of those findings that say more than that
-  uint64_t cause_index;  // its i
-  uint64_t cause_epoch;  // collective calls that had ended with it
+  // Of operations, which are never more than that: none is overwritten before the host has seen it.
+  Findings<kMostPending> failures;
+  // Of captured calls, but for those that only find that the buffer needs a recovery.
+  Findings<kMostCapturedKept> captured_failures;
+  uint64_t failed_epoch;  // collective calls that had ended with the one that has left the buffer to be recovered
   // By the host.
   alignas(256) uint64_t lost;  // bit r: rank r's process has ended, or its buffer was destroyed
 };

@@ -101,8 +101,8 @@ void Peers::check_reach(const PeerPage& page, uint32_t rank) const {
   if (page.pid != getpid() && same_device && !device_.mps && !time_slicing_allowed()) {
     reject(DEEPEP_ERROR_UNSUPPORTED,
            "rank %u in process %d shares %s with this process without CUDA MPS: their kernels would take turns of "
-           "milliseconds and wait for each other. Start MPS (nvidia-cuda-mps-control -d) before both, put the ranks into one process, or set "
-           "DEEPEP_ALLOW_TIME_SLICING=1",
+           "milliseconds and wait for each other. Start MPS (nvidia-cuda-mps-control -d) before both, put the ranks into one "
+           "process, or set DEEPEP_ALLOW_TIME_SLICING=1",
            rank, page.pid, device_name(device_).c_str());
   }
   if (same_device) return;

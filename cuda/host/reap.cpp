@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "buffer.hpp"
+#include "graph.hpp"
 #include "read_device.hpp"
 #include "watchdog.hpp"
 
@@ -21,17 +22,17 @@ uint64_t load(const uint64_t& word) {
   return std::atomic_ref<uint64_t>(const_cast<uint64_t&>(word)).load(std::memory_order_acquire);
 }
 
-// The findings from the `first`-th to the `end`-th. The device writes on meanwhile: `first` becomes that of the earliest which
-// it has not come to again.
-std::vector<Finding> copy_findings(const HostState& host, uint64_t& first, uint64_t end) {
-  const auto intact_from = [](uint64_t written) { return written < kNumFailuresKept ? 0 : written - kNumFailuresKept + 1; };
-  uint64_t begin = std::max(first, intact_from(end));
-  std::vector<Finding> findings;
-  for (uint64_t i = begin; i < end; ++i) findings.push_back(host.findings[i % kNumFailuresKept]);
+// The findings of captured calls from the `first`-th to the `end`-th. The device writes on meanwhile: `first` becomes that of
+// the earliest which it has not come to again.
+std::vector<Finding> copy_findings(const Findings<kMostCapturedKept>& findings, uint64_t& first, uint64_t end) {
+  const auto intact_from = [](uint64_t written) { return written < kMostCapturedKept ? 0 : written - kMostCapturedKept + 1; };
+  const uint64_t begin = std::max(first, intact_from(end));
+  std::vector<Finding> copied;
+  for (uint64_t i = begin; i < end; ++i) copied.push_back(findings.kept[i % kMostCapturedKept]);
   std::atomic_thread_fence(std::memory_order_acquire);  // What was copied was read before what follows.
-  first = std::clamp(intact_from(load(host.num_failures)), begin, end);
-  findings.erase(findings.begin(), findings.begin() + static_cast<std::ptrdiff_t>(first - begin));
-  return findings;
+  first = std::clamp(intact_from(load(findings.count)), begin, end);
+  copied.erase(copied.begin(), copied.begin() + static_cast<std::ptrdiff_t>(first - begin));
+  return copied;
 }
 
 // deepep_inject EXIT: as kill -9 would.
@@ -72,7 +73,7 @@ bool Buffer::has_news() const {
   const uint64_t* count = awaited_count_.load(std::memory_order_acquire);
   return load(host_->ended_seq) != reaped_ended_.load(std::memory_order_relaxed) ||
          (count && is_host_count_of(load(*count), awaited_seq_.load(std::memory_order_relaxed))) ||
-         load(host_->num_failures) != reaped_failures_.load(std::memory_order_relaxed) ||
+         load(host_->captured_failures.count) != reaped_captured_failures_.load(std::memory_order_relaxed) ||
          num_watched_.load(std::memory_order_relaxed) != 0;
 }
 
@@ -99,49 +100,43 @@ void Buffer::reap() {
   note_pending();
 }
 
-// Ends the operations up to `ended`, each with its finding if it has one. Findings are in the order of the operations; those of
-// captured ones, which have no number, lie between.
+// Ends the operations up to `ended`, each with its finding if it has one. Findings are in the order of the operations.
 void Buffer::reap_ended(uint64_t ended) {
-  const uint64_t num_findings = load(host_->num_failures);  // after ended_seq: what has ended has left its finding
-  uint64_t first = findings_seen_;
-  const std::vector<Finding> findings = copy_findings(*host_, first, num_findings);
-  const uint64_t num_lost = first - findings_seen_;
-  // The device has overwritten what nobody has looked at in time, which takes calls that only find that the buffer needs a
-  // recovery. Those were one after another: the last `num_lost` of the operations before what is left.
-  uint64_t num_before = 0;
-  if (num_lost != 0) {
-    const auto left = std::ranges::find_if(findings, [](const Finding& finding) { return finding.seq != 0; });
-    for (const Pending& op : pending_) num_before += op.seq <= ended && (left == findings.end() || op.seq < left->seq) ? 1 : 0;
-  }
-  // Why they failed may be among them; it is written down apart, and not again before the buffer has recovered.
-  const Finding& cause = host_->cause;
-  const bool cause_is_lost = cause.code != 0 && host_->cause_index >= findings_seen_ && host_->cause_index < first;
-  if (cause_is_lost && cause.seq == 0) keep_finding(cause, cause.op, 0, 0);
-  uint64_t at = first;
-  const auto finding_at = [&](uint64_t i) -> const Finding& { return findings[i - first]; };
+  reap_captured();  // Why operations have found that the buffer needs a recovery may be there.
+  const uint64_t num_failures = load(host_->failures.count);  // after ended_seq: what has ended has left its finding
   while (!pending_.empty() && pending_.front().seq <= ended) {
     Pending op = std::move(pending_.front());
     pending_.pop_front();
-    while (at < num_findings && finding_at(at).seq < op.seq) {
-      if (finding_at(at).seq == 0) keep_finding(finding_at(at), finding_at(at).op, 0, 0);
-      at += 1;
-    }
-    const bool found = at < num_findings && finding_at(at).seq == op.seq;
-    Finding lost;
-    lost.seq = op.seq;
-    lost.code = DEEPEP_ERROR_NEEDS_RECOVERY;
-    lost.reason = Reason::needs_recovery;
-    const bool is_lost = num_before != 0 && num_before-- <= num_lost && !(cause_is_lost && op.seq < cause.seq);
-    const bool is_cause = cause_is_lost && cause.seq == op.seq;
-    finish(op, found ? &finding_at(at) : is_cause ? &cause : is_lost ? &lost : nullptr);
-    if (found) at += 1;
-  }
-  for (; at < num_findings && finding_at(at).seq <= ended; ++at) {
-    if (finding_at(at).seq == 0) keep_finding(finding_at(at), finding_at(at).op, 0, 0);
+    const Finding next = failures_seen_ < num_failures ? host_->failures.kept[failures_seen_ % kMostPending] : Finding{};
+    const bool found = next.seq == op.seq;
+    if (found) failures_seen_ += 1;
+    finish(op, found ? &next : nullptr);
   }
   if (failed_) blame_later_replays();
-  findings_seen_ = at;
-  reaped_failures_.store(num_findings, std::memory_order_relaxed);
+}
+
+// Notes the failures of captured calls.
+void Buffer::reap_captured() {
+  const uint64_t end = load(host_->captured_failures.count);
+  uint64_t first = captured_failures_seen_;
+  if (first == end) return;
+  const std::vector<Finding> findings = copy_findings(host_->captured_failures, first, end);
+  const uint64_t seen = std::exchange(captured_failures_seen_, end);
+  reaped_captured_failures_.store(end, std::memory_order_relaxed);
+  if (first != seen) blame_lost(findings.empty() ? load(host_->epoch) : findings.front().epoch);
+  for (const Finding& finding : findings) keep_finding(finding, finding.op, 0, 0);
+}
+
+// The device has overwritten findings of captured calls that nobody has looked at in time. These were refused: one that has
+// left the buffer to be recovered is the last to be told. Any replay under way that began before `epoch` may have had some.
+void Buffer::blame_lost(uint64_t epoch) {
+  Failure failure;
+  failure.code = DEEPEP_ERROR_ABORTED;
+  set_message(failure, "so many captured calls were refused that it is not known any more whether this replay's were");
+  for (Watched& watched : watched_) {
+    if (!watched.needs_peers || watched.failure || watched.first_epoch > epoch) continue;
+    watched.failure = std::make_shared<Status>(Status{failure, watched.first_epoch});
+  }
 }
 
 // Keeps a failure, and marks the buffer when something was left half-way.
@@ -156,7 +151,9 @@ std::shared_ptr<const Status> Buffer::keep_finding(const Finding& finding, int32
     failed_peer_ = finding.peer;
     first_failure_ = failure;
   }
-  if (finding.seq == 0) blame_replay(finding.epoch, status);
+  // One that is not collective has no epoch: it has failed after the calls that had ended then.
+  const uint64_t epoch = finding.epoch == 0 && finding.agreed == 0 ? host_->failed_epoch : finding.epoch;
+  if (finding.seq == 0) blame_replay(epoch, status);
   return status;
 }
 
@@ -175,10 +172,10 @@ void Buffer::blame_replay(uint64_t epoch, const std::shared_ptr<const Status>& s
   if (blamed && !blamed->failure) blamed->failure = status;
 }
 
-// Replays that began after the failure do nothing, whether their findings are there or not.
+// Replays that began after the failure find that the buffer needs a recovery, and say nothing.
 void Buffer::blame_later_replays() {
   for (Watched& watched : watched_) {
-    if (!watched.is_replay || watched.failure || watched.first_epoch <= host_->cause_epoch) continue;
+    if (!watched.needs_peers || watched.failure || watched.first_epoch <= host_->failed_epoch) continue;
     watched.failure = std::make_shared<Status>(Status{needs_recovery(first_failure_, rank), watched.first_epoch});
   }
 }
@@ -263,14 +260,15 @@ void Buffer::call_when_done(std::shared_ptr<Record> record, std::function<void()
   watchdog_wake();
 }
 
-void Buffer::note_replay(std::shared_ptr<Record> ended, uint64_t done_id, std::shared_ptr<void> graph,
-                         uint64_t num_collective) {
+void Buffer::note_replay(std::shared_ptr<Record> ended, uint64_t done_id, std::shared_ptr<Graph> graph) {
+  const uint64_t num_collective = graph->num_collective;
   if (num_under_way() == 0) epoch_ = shown_epoch();  // Others may have started replays meanwhile.
   watched_.push_back({.record = std::move(ended),
                       .marked_last = true,
                       .id = done_id,
-                      .needs = std::move(graph),
+                      .needs = graph,
                       .is_replay = true,
+                      .needs_peers = graph->needs_peers,
                       .first_epoch = epoch_ + 1,
                       .end_epoch = epoch_ + 1 + num_collective});
   epoch_ += num_collective;

@@ -122,6 +122,10 @@ uint64_t Buffer::enqueue(const StreamFields& fields, Enqueued what, const Launch
   cudaStream_t stream = stream_of(fields.stream, "stream");
   if (stream == comm_) stream = nullptr;  // It is in order with itself.
   const CaptureId capture = check_capture(fields, what, stream);
+  if (capture == 0 && pending_.size() >= kMostPending) {
+    reject(DEEPEP_ERROR_OUT_OF_MEMORY, "%zu operations of the buffer have not ended yet: it has no room for one more",
+           pending_.size());
+  }
   if (previous) previous->check_capture(capture);
   std::shared_ptr<Record> record;
   if (event || fields.done_id != 0) record = std::make_shared<Record>(device->index);
@@ -173,8 +177,9 @@ uint64_t Buffer::enqueue(const StreamFields& fields, Enqueued what, const Launch
     seq_ = call.seq;
     if (collective) epoch_ += 1;
     note_pending();
-  } else if (collective && capturing) {
-    capturing->num_collective += 1;
+  } else if (capturing) {
+    capturing->num_collective += collective ? 1 : 0;
+    capturing->needs_peers |= needs_peers(op);
   }
   // Of a captured call that of its first replay, at least.
   const uint64_t epoch = shown_epoch() + (capture != 0 && collective ? 1 : 0);

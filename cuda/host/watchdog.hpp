@@ -13,8 +13,8 @@ class Buffer;
 
 // From now on the buffer is looked after, until it is gone or forgotten.
 void watchdog_add(std::weak_ptr<Buffer> buffer);
-// No longer; when this returns the thread does not hold it, so that it is never the one that lets go of it last: that would call
-// CUDA while the process may be exiting. Not with a Buffer::mutex held.
+// No longer; when this returns the thread does not hold it, so that it is never the one that lets go of it last: that would
+// call CUDA while the process may be exiting. Not with a Buffer::mutex held.
 void watchdog_forget(const std::shared_ptr<Buffer>& buffer);
 // Something is pending. A load when the watchdog is awake.
 void watchdog_wake() noexcept;

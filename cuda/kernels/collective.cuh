@@ -200,6 +200,14 @@ __device__ inline void end_blocks(const CallParams& p, const CallShared& s) {
   for (uint64_t& arrivals : state.arrivals) arrivals = s.meeting;
 }
 
+// One thread. `count`: how many there are.
+template <uint32_t kSize>
+__device__ inline void tell_finding(Findings<kSize>& findings, uint64_t& count, const Finding& finding) {
+  findings.kept[count % kSize] = finding;
+  count += 1;
+  store_release_sys(&findings.count, count);  // Pairs with the host's poll.
+}
+
 // The last thing in a kernel, by the same warp after end_blocks(): moves the state on and tells the host. A store to the
 // host's memory holds up the next kernel, and so does a trip to the L2 cache for what would be stored: what went well in a
 // graph is not told, else no more than that the call has ended. Whoever asks for more looks at the state itself.
@@ -221,11 +229,7 @@ __device__ inline void tell_end(const CallParams& p, CallShared& s, const CallEn
   const bool is_dispatch = p.op == DEEPEP_OP_DISPATCH || p.op == DEEPEP_OP_LOW_LATENCY_DISPATCH;
   const bool half_way = s.code == DEEPEP_ERROR_TIMEOUT || s.code == DEEPEP_ERROR_PEER_LOST || s.code == DEEPEP_ERROR_ABORTED;
   if (s.code != 0 && end.needs_peers && half_way && finding.agreed == 0) {
-    if (state.failed == 0) {  // Told below.
-      host.cause = finding;
-      host.cause_index = state.num_failures;
-      host.cause_epoch = end.collective ? s.epoch : state.epoch;
-    }
+    host.failed_epoch = end.collective ? s.epoch : state.epoch;  // Told with the finding below.
     state.failed = 1;
   }
   if (s.code == 0 && end.counts) reduce_add_relaxed_gpu(is_dispatch ? &state.num_dispatches : &state.num_combines, 1);
@@ -233,9 +237,11 @@ __device__ inline void tell_end(const CallParams& p, CallShared& s, const CallEn
   if (!tells) return;
   if (end.collective) host.epoch = s.epoch;
   if (s.code != 0) {
-    host.findings[state.num_failures % kNumFailuresKept] = finding;
     state.num_failures += 1;
-    store_release_sys(&host.num_failures, state.num_failures);  // Pairs with the host's poll.
+    if (p.seq != 0)
+      tell_finding(host.failures, state.num_told, finding);
+    else if (!s.skipped)
+      tell_finding(host.captured_failures, state.num_told_captured, finding);
     state.finding = Finding{};
   }
   if (p.seq != 0) store_release_sys(&host.ended_seq, p.seq);  // The same.

@@ -33,6 +33,8 @@ struct LowLatencyCombineShared {
   uint64_t gone;                             // ranks that nobody is to tell; the leader learns of more meanwhile
   uint64_t routed;                           // ranks of the dispatch; 0 = it has not succeeded
   uint32_t seen;                             // 1 = the workers have seen all announcements; for the leader
+  uint32_t all_read;                         // 1 = a worker's warp is to tell the ranks in `read_of` that their rows are read
+  uint64_t read_of;
   uint64_t waited_ns[DEEPEP_MAX_RANKS];      // leader's block
   const uint8_t* regions[DEEPEP_MAX_RANKS];  // expert outputs, by rank
   uint32_t slots[DEEPEP_MAX_RANKS];          // that the ranks have used in the dispatch
@@ -91,9 +93,13 @@ struct LowLatencyCombine {
     const uint64_t routed = header().valid != 0 ? header().view : 0;
     const uint64_t combine_epoch = header().combine_epoch;
     const uint64_t masked = p().state->masked;
-    if (threadIdx.x < p().options.num_ranks) s.slots[threadIdx.x] = header().peer_slots[threadIdx.x];
+    const uint32_t slot = threadIdx.x < p().options.num_ranks ? header().peer_slots[threadIdx.x] : 0;
     if (threadIdx.x == 0) s.bad = s.num_rows = s.stop = 0;
     workers_meet();
+    if (threadIdx.x < p().options.num_ranks) {
+      s.slots[threadIdx.x] = slot;
+      find_region(threadIdx.x, routed & ~masked);
+    }
     for (uint32_t i = threadIdx.x; i < count; i += num_workers(), entry = read_entry(i, count)) {
       const ExpertRow from = found(entry);
       if (i < kLookedUp) s.entries[i] = from;
@@ -122,7 +128,16 @@ struct LowLatencyCombine {
       if (params.receives != 0 && goes && routed != 0) reduce<kWeighted, kFp8>(routed, combine_epoch);
     }
     workers_arrive(p(), kMeetEnd);
+    if (ends_apart() && is_leader() && threadIdx.x < kWarpLanes) {
+      while (__shfl_sync(kAllLanes, load_acquire_block(&s.all_read), 0) == 0) {  // Pairs with lead().
+      }
+      __syncwarp();
+      end_reading(p(), s.read_of, s.slots, s.call.epoch);
+    }
   }
+
+  // Whether workers tell the peers that their rows are read, while the leader ends the call.
+  __device__ bool ends_apart() const { return params.receives != 0 && !is_led(); }
 
   // What the dispatch and the caller say of an entry.
   struct Entry {
@@ -247,22 +262,26 @@ struct LowLatencyCombine {
 
   // ---- what is pulled
 
-  // Waits for the announcements of all ranks of the dispatch. False when the call stops.
-  __device__ bool await_outputs(uint64_t routed, uint64_t epoch) {
-    uint64_t view = 0;
-    if (is_led()) {
-      if (!workers_await_leader(p(), s.call, kStepGo)) return false;
-      view = __ldcg(&p().state->view);
-    } else {
-      if (s.bad != 0) return false;
-      view = routed & ~s.call.masked;  // As the call began: one that is not led masks nobody.
-    }
+  // Where this rank finds a rank's rows. One thread.
+  __device__ void find_region(uint32_t src, uint64_t view) {
+    const uint8_t* const region = src == p().rank && reads_x() ? x() : region_of(src, s.slots[src]);
+    s.regions[src] = in_view(view, src) ? region : nullptr;
+  }
+
+  // The leader's word, where the blocks go by it. False when the call stops.
+  __device__ bool await_word() {
+    if (!workers_await_leader(p(), s.call, kStepGo)) return false;
+    const uint64_t view = __ldcg(&p().state->view);
+    if (threadIdx.x < p().options.num_ranks) find_region(threadIdx.x, view);
+    workers_meet();
+    return true;
+  }
+  // Else waits for the announcements of all ranks of the dispatch. False when the call stops.
+  __device__ bool await_outputs(uint64_t view, uint64_t epoch) {
+    if (s.bad != 0) return false;
     for (uint32_t src = threadIdx.x; src < p().options.num_ranks; src += num_workers()) {
-      const bool counts = in_view(view, src);
-      s.regions[src] = counts ? region_of(src, s.slots[src]) : nullptr;
-      if (src == p().rank && reads_x()) s.regions[src] = x();
       // Where rows are cast, this rank's own ones are what all its blocks have cast, which it is told as the others are.
-      if (!counts || (src == p().rank && !casts()) || is_led()) continue;
+      if (!in_view(view, src) || (src == p().rank && !casts())) continue;
       const ReadyLine* line = ready_at(own_memory(p()), p().regions, src, p().slot);
       const uint64_t begin_ns = global_time_ns();
       uint32_t looks = 1;
@@ -282,7 +301,10 @@ struct LowLatencyCombine {
   template <bool kWeighted, bool kFp8>
   __device__ void reduce(uint64_t routed, uint64_t combine_epoch) {
     const uint64_t epoch = params.sends != 0 ? s.call.epoch : combine_epoch;
-    if (epoch == 0 || !await_outputs(routed, epoch)) return;
+    const bool led = is_led();
+    if (epoch == 0 || (led && !await_word())) return;
+    // A call that is not led masks nobody: these are the ranks as it began.
+    const auto come = [&] { return led || await_outputs(routed & ~s.call.masked, epoch); };
     const uint32_t num_topk = params.routing.num_topk;
     const PullRows pull = {.hidden = p().options.hidden,
                            .hops = num_topk,
@@ -301,10 +323,10 @@ struct LowLatencyCombine {
       return s.regions[from.owner] + from.row * row_bytes();
     };
     if constexpr (kFp8) {
-      pull_fp8_rows<kWeighted>(pull, source);
+      pull_fp8_rows<kWeighted>(pull, source, come);
     } else {
       constexpr uint32_t kVectors = 1, kBatch = 8;
-      pull_rows_plain<kWeighted, kVectors, kBatch>(pull, source);
+      pull_rows_plain<kWeighted, kVectors, kBatch>(pull, source, come);
     }
   }
 
@@ -312,8 +334,9 @@ struct LowLatencyCombine {
 
   __device__ void lead() {
     const bool sends = params.sends != 0, receives = params.receives != 0;
+    ReadyLine* const mine = is_leader() && lane_id() < p().options.num_ranks ? line_of(lane_id()) : nullptr;
     if (is_leader() && is_early()) fence_to_peers(p());  // The outputs are there, which announce_outputs() says.
-    if (lane_id() == 0) s.seen = 0;
+    if (lane_id() == 0) s.seen = s.all_read = 0;
     for (uint32_t rank = lane_id(); rank < DEEPEP_MAX_RANKS; rank += kWarpLanes) s.waited_ns[rank] = 0;
     __syncthreads();  // The workers have read the state and looked up the entries.
     if (!is_leader()) return;
@@ -321,7 +344,7 @@ struct LowLatencyCombine {
     bool goes = !s.call.skipped;
     if (goes && sends) {
       if (is_early() && routed != 0 && s.bad == 0) {
-        announce_outputs(routed & ~s.gone, 0);
+        announce_outputs(routed & ~s.gone, 0, mine);
         publish_message();
         keep_sent(routed & ~s.gone);
       } else {
@@ -333,18 +356,28 @@ struct LowLatencyCombine {
     uint64_t view = routed & ~s.call.masked;
     if (goes && receives) goes = receive(routed, view);
     if (!s.call.skipped && (!goes || (is_led() && receives))) stop_or_release(kStepGo, goes);
+    // Nothing can fail any more where the workers go by themselves: the books are kept while they pull. What they have waited
+    // they have said before that.
+    const bool surely = ends_apart() && goes && comes_soon(&s.seen, 1);
+    if (surely) keep_books(true);
     Leader(p(), s.call).await_blocks(kMeetEnd, false);
-    if (receives && (goes || is_refused()) && (p().mask_on_timeout == 0 || !is_overtaken(p(), s.call))) {
-      // When the call was refused nobody reads, and says so too: then the announcements may be made anew.
-      end_reading(p(), view & ~s.call.lost, s.slots, s.call.epoch);
-      if (lane_id() == 0) {
-        header().combine_epoch = 0;  // Nothing is left to be received, or given up.
-        if (goes) reduce_add_relaxed_gpu(&p().state->rows_pulled, header().num_rows);
-      }
-      __syncwarp();
+    // When the call was refused nobody reads, and says so too: then the announcements may be made anew.
+    const bool ends =
+        receives && (goes || is_refused()) && (p().mask_on_timeout == 0 || !is_overtaken(p(), s.call));
+    if (ends_apart() && lane_id() == 0) {
+      s.read_of = ends ? view & ~s.call.lost : 0;
+      store_release_block(&s.all_read, 1);
     }
-    if (receives && p().mask_on_timeout == 0) keep_waits(p(), 1, s.waited_ns, wait_stats());
+    if (ends && !ends_apart()) end_reading(p(), view & ~s.call.lost, s.slots, s.call.epoch);
+    if (ends && lane_id() == 0) header().combine_epoch = 0;  // Nothing is left to be received, or given up.
+    if (receives && !surely) keep_books(goes);
     call_end(p(), s.call, {sends, true, receives});
+  }
+
+  // What the statistics say of the receive half.
+  __device__ void keep_books(bool goes) const {
+    if (goes && lane_id() == 0) reduce_add_relaxed_gpu(&p().state->rows_pulled, header().num_rows);
+    if (p().mask_on_timeout == 0) keep_waits(p(), 1, s.waited_ns, wait_stats());
   }
 
   DEEPEP_COLD __device__ static bool is_overtaken(const CallParams& p, CallShared& s) { return Leader(p, s).is_overtaken(); }
@@ -359,17 +392,21 @@ struct LowLatencyCombine {
     __syncwarp();
   }
 
-  // Tells the ranks of the dispatch that the outputs are there: after a fence. This rank too, where rows are cast. Pairs with
-  // await_outputs() and wait_for_outputs() of the peer.
-  __device__ void announce_outputs(uint64_t told, int32_t code) const {
+  // Tells the ranks of the dispatch that the outputs are there: after a fence. This rank too, where rows are cast. `mine`: this
+  // lane's first line, looked up before. Pairs with await_outputs() and wait_for_outputs() of the peer.
+  __device__ void announce_outputs(uint64_t told, int32_t code, ReadyLine* mine) const {
     const uint64_t said = count_word(s.call.epoch, ready_said(code, params.args.flags & DEEPEP_FLAG_FP8));
     for (uint32_t peer = lane_id(); peer < p().options.num_ranks; peer += kWarpLanes) {
       if (!in_view(told, peer) || (peer == p().rank && !casts())) continue;
-      ReadyLine* line = ready_at(p().symmetric[peer], p().regions, p().rank, s.slots[peer]);
+      ReadyLine* line = peer == lane_id() ? mine : line_of(peer);
       store_relaxed_sys(&line->said, said);
       store_relaxed_sys(&line->epoch, s.call.epoch);
     }
     __syncwarp();
+  }
+  // Where a peer is told of this rank's outputs.
+  __device__ ReadyLine* line_of(uint32_t peer) const {
+    return ready_at(p().symmetric[peer], p().regions, p().rank, header().peer_slots[peer]);
   }
   // A message in the ring as well, so that a rank which is in another call notices.
   __device__ void publish_message() const {
@@ -436,7 +473,7 @@ struct LowLatencyCombine {
     }
     fence_to_peers(p());
     const uint64_t told = routed & ~(s.call.masked | s.call.lost);
-    announce_outputs(told, s.call.code);
+    announce_outputs(told, s.call.code, lane_id() < p().options.num_ranks ? line_of(lane_id()) : nullptr);
     publish_message();
     keep_sent(told);
     return true;

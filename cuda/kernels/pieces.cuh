@@ -123,4 +123,26 @@ struct LaneHops {
   __device__ uint32_t count() const { return __popc(present[0]) + __popc(present[1]); }
 };
 
+// Neighbouring hops of a token, of one pass. Rows that are absent have their place: to look for the next one that is there
+// would make each load wait for the one before.
+template <class T>
+struct HopBatch {
+  uint32_t first;    // its lane
+  uint32_t present;  // bit i = the i-th is there
+  uint64_t mine;     // this lane's row, and its weight
+  float my_weight;
+
+  __device__ HopBatch(const LaneHops<T>& hops, uint32_t hop) : first(hop % kWarpLanes) {
+    const bool upper = hop >= kWarpLanes;
+    present = (upper ? hops.present[1] : hops.present[0]) >> first;
+    mine = reinterpret_cast<uint64_t>(upper ? hops.row[1] : hops.row[0]);
+    my_weight = upper ? hops.weight[1] : hops.weight[0];
+  }
+  __device__ bool has(uint32_t i) const { return (present >> i & 1) != 0; }
+  __device__ T* row(uint32_t i) const {
+    return reinterpret_cast<T*>(__shfl_sync(kAllLanes, mine, static_cast<int32_t>(first + i)));
+  }
+  __device__ float weight(uint32_t i) const { return __shfl_sync(kAllLanes, my_weight, static_cast<int32_t>(first + i)); }
+};
+
 }  // namespace deepep

@@ -278,50 +278,49 @@ __device__ void pull_rows_bulk(const PullRows& p, uint8_t* shared, uint64_t* bar
   ring.end();
 }
 
-// A lane loads kVectors vectors of kBatch rows at once.
-template <bool kWeighted, uint32_t kVectors, uint32_t kBatch, class Src>
-__device__ void pull_rows_plain(const PullRows& p, Src& src) {
+// A lane loads kVectors vectors of kBatch rows at once. `come()` waits until rows may be read, or answers false; what can be
+// worked out without them is done before. Called by whole warps, with work or without.
+template <bool kWeighted, uint32_t kVectors, uint32_t kBatch, class Src, class Come>
+__device__ void pull_rows_plain(const PullRows& p, Src& src, Come come) {
+  static_assert(kWarpLanes % kBatch == 0);  // a batch is of one pass
   using Piece = PieceSum<kVectors>;
   const uint32_t row_bytes = p.hidden * 2;
   PieceCursor cursor(p.share(), p.plan, row_bytes, Piece::kBytes);
   LaneHops<const uint8_t> rows;
   uint32_t known = cursor.token - 1;
-  for (; cursor.left != 0; cursor.advance()) {
-    if (known != cursor.token) {
-      known = cursor.token;
-      rows.look_up(p.hops,
-                   [&](uint32_t hop, float& weight) { return reinterpret_cast<const uint8_t*>(src(known, hop, weight)); });
-    }
+  const auto look_up = [&] {
+    if (cursor.left == 0 || known == cursor.token) return;
+    known = cursor.token;
+    rows.look_up(p.hops,
+                 [&](uint32_t hop, float& weight) { return reinterpret_cast<const uint8_t*>(src(known, hop, weight)); });
+  };
+  look_up();
+  if (!come()) return;
+  for (; cursor.left != 0; cursor.advance(), look_up()) {
     const uint32_t within = cursor.piece * cursor.bytes;
     const uint32_t bytes = min(cursor.bytes, row_bytes - within);
     const uint64_t offset = uint64_t{known} * row_bytes + within;
     Piece sum;
     sum.begin(p, offset, bytes);
+#pragma unroll 1
+    for (uint32_t first = 0; first < p.hops; first += kBatch) {
+      const HopBatch<const uint8_t> batch(rows, first);
+      uint4 values[kBatch][kVectors];
+      float weights[kBatch];
 #pragma unroll
-    for (uint32_t pass = 0; pass < LaneHops<const uint8_t>::kPasses; ++pass) {
-      for (uint32_t left = rows.present[pass]; left != 0;) {
-        uint4 values[kBatch][kVectors];
-        float weights[kBatch];
-        uint32_t count = 0;
+      for (uint32_t i = 0; i < kBatch; ++i) {
+        const uint8_t* const row = batch.row(i);
+        weights[i] = kWeighted ? batch.weight(i) : 0;
 #pragma unroll
-        for (uint32_t i = 0; i < kBatch; ++i) {
-          if (left == 0) continue;
-          const int32_t lane = __ffs(left) - 1;
-          left &= left - 1;
-          const uint64_t row = __shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(rows.row[pass]), lane);
-          weights[i] = kWeighted ? __shfl_sync(kAllLanes, rows.weight[pass], lane) : 0;
-#pragma unroll
-          for (uint32_t v = 0; v < kVectors; ++v) {
-            if (Piece::at(v) < bytes) values[i][v] = load_stream(reinterpret_cast<const uint8_t*>(row) + within + Piece::at(v));
-          }
-          count = i + 1;
+        for (uint32_t v = 0; v < kVectors; ++v) {
+          if (row != nullptr && Piece::at(v) < bytes) values[i][v] = load_stream(row + within + Piece::at(v));
         }
+      }
 #pragma unroll
-        for (uint32_t i = 0; i < kBatch; ++i) {
-          if (i >= count) continue;
+      for (uint32_t i = 0; i < kBatch; ++i) {
+        if (!batch.has(i)) continue;
 #pragma unroll
-          for (uint32_t v = 0; v < kVectors; ++v) sum.sums[v].template add<kWeighted>(values[i][v], weights[i]);
-        }
+        for (uint32_t v = 0; v < kVectors; ++v) sum.sums[v].template add<kWeighted>(values[i][v], weights[i]);
       }
     }
     sum.end(p, offset, bytes);
@@ -341,7 +340,7 @@ __device__ __forceinline__ void pull_rows(const PullRows& p, uint8_t* shared, ui
       return pull_rows_bulk<kWeighted, kPullPieceBytes / (kWarpLanes * 16), kPullBatch>(p, shared, barriers, src);
     }
   }
-  pull_rows_plain<kWeighted, 2, 4>(p, src);
+  pull_rows_plain<kWeighted, 2, 4>(p, src, [] { return true; });
 }
 
 }  // namespace deepep

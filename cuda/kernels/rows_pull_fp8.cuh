@@ -41,14 +41,15 @@ struct Sum16 {
   }
 };
 
-// As pull_rows(), through registers; `src(token, hop, weight)` gives e4m3 rows. p.hidden is a multiple of 16; no biases.
-template <bool kWeighted, class Src>
-__device__ __forceinline__ void pull_fp8_rows(const PullRows& p, Src src) {
+// As pull_rows_plain(); `src(token, hop, weight)` gives e4m3 rows. p.hidden is a multiple of 16; no biases.
+template <bool kWeighted, class Src, class Come>
+__device__ __forceinline__ void pull_fp8_rows(const PullRows& p, Src src, Come come) {
   constexpr uint32_t kBatch = 8;  // rows under way
   constexpr uint32_t kPieceBytes = kWarpLanes * 16;
   PieceCursor cursor(p.share(), p.plan, p.hidden, kPieceBytes);
   LaneHops<const uint8_t> rows;
   uint32_t known = cursor.token - 1;
+  if (!come()) return;
   for (; cursor.left != 0; cursor.advance()) {
     if (known != cursor.token) {
       known = cursor.token;

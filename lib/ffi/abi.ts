@@ -44,7 +44,7 @@ export const constants = {
     OK: [0, "no error"],
     INVALID_ARGUMENT: [1, "an argument's value is wrong; the message names it"],
     UNSUPPORTED: [2, "this backend does not have the call or the option; the message names it"],
-    OUT_OF_MEMORY: [3, "memory could not be allocated or mapped"],
+    OUT_OF_MEMORY: [3, "memory could not be allocated or mapped, or too many operations have not ended"],
     CAPACITY: [4, "a rank would receive more rows than its buffer holds; no rank sent anything, every rank reports it"],
     TIMEOUT: [5, "`peer` did not reach `phase` of `op` within the deadline"],
     PEER_LOST: [6, "the process of `peer` has ended"],
@@ -367,6 +367,11 @@ export const structs = {
       expert_output_bytes: ["u64", "out", "expert outputs of a slot, from which peers pull"],
       metadata_bytes: ["u64", "out", "top-k, source indices and counts of a slot"],
       local_bytes: ["u64", "out", "memory of this rank that peers do not see"],
+      handle_bytes: [
+        "u64",
+        "out",
+        "device memory of a handle for max_tokens_per_rank tokens, which deepep_handle_create takes; 0 on the cpu backend",
+      ],
     },
   },
   deepep_peer_handle: {

@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "a11081dec20b889c259e4f3ce9e10e448aaaec119e363be705d273bb9a82bb7f",
-    cuda: "aad19128685ba1671dbe1b5e24cca4badcc62c984c6d3f52df791b38c750c2cf",
+    cpu: "820f7dc73e588e12a38a74b2b71c05f16f5e866522ed270651ef5775e118fbcb",
+    cuda: "dba09ff5558bbf0d545d2921054d9b3f4d5e31bbd54243dbf900595dd6ced5a8",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -30,12 +30,12 @@ export const manifest: Manifest = {
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "915d7cb7f83392c7187b92e0a1b7a394aa7ec3bdab560399dd410b9a52373ba1",
+      sha256: "72f21925e2dc509c3f3848fec89885dcf605b653ddfb0adf9c880051bd32dc2e",
       bytes: 526768,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "c474087947111208e793b2814126220d7da1a8c3e91b829b8f7f0589384a1a64",
-      bytes: 3074776,
+      sha256: "da6d7064edfe515f2588ec341e75aad253e27aa9cb51e24ea625b7daa90217ac",
+      bytes: 3095256,
     },
   },
 };

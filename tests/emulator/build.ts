@@ -23,6 +23,7 @@ const recipe: Recipe = {
   cpp: ["-std=c++20", "-O2", "-g1", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", "-pthread"]
     .concat(["-fvisibility=hidden", "-fvisibility-inlines-hidden", "-fno-extern-tls-init"])
     .concat(["-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized"])
+    .concat(["-DDEEPEP_MOST_CAPTURED_KEPT=2"])
     .concat([`-I${here}/include`, `-I${copy}`, "-Icuda/host", `-I${here}`]),
   link: ["-shared", "-pthread", "-static-libstdc++", "-static-libgcc", "-Wl,--exclude-libs,ALL"]
     .concat(["-Wl,--version-script=cuda/abi/exports.map", "-Wl,-z,nodelete", "-Wl,--no-undefined"])

@@ -214,7 +214,7 @@ export function limitCases(ranks: ReturnType<typeof ranksOf>, lowLatency: boolea
       altered({}, constants.FLAG.ZERO_PADDING[0]);
       await refused(dispatch, "ZERO_PADDING belongs to the expert layout");
       altered({}, constants.FLAG.NO_CPU_SYNC[0]);
-      await refused(dispatch, "counts_id is given with NO_CPU_SYNC");
+      await refused(dispatch, "but NO_CPU_SYNC leaves the counts on the device");
       core.launch = launch;
       using again = await dispatch();
       assertEquals(again.numTokens, 2);
