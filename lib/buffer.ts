@@ -339,6 +339,7 @@ export class EpBuffer implements AsyncDisposable {
     this.#checkPeer("mask", rank);
     maskStruct.pack({ rank, masked });
     this.#core.call("deepep_mask", maskStruct, "mask");
+    this.#core.maskings++;
   }
   #checkPeer(doing: string, rank: number): void {
     if (!(Number.isSafeInteger(rank) && rank >= 0 && rank < this.numRanks) || rank === this.rank) {
@@ -389,6 +390,7 @@ export class EpBuffer implements AsyncDisposable {
     let refused: unknown;
     try {
       core.call("deepep_buffer_recover", recoverStruct, "recover");
+      core.maskings++;
     } catch (error) {
       refused = error;
     }

@@ -33,8 +33,9 @@ export interface BufferOptions extends BufferShape {
   maskOnTimeout?: boolean;
   /**
    * How the event loop hears of operations that take longer than a millisecond: `"poll"`: by timers, 1 to 2 ms late;
-   * `"callback"`: a native thread calls back, some 0.3 ms late; Deno then needs `--allow-ffi` without a path. Default
-   * `"poll"`. Shorter operations are polled on every turn either way.
+   * `"callback"`: a native thread calls back, some 0.3 ms late; Deno then needs `--allow-ffi` without a path. Not in a worker that
+   * others may terminate: that thread would call into it when it is gone, which ends the process. Default `"poll"`. Shorter
+   * operations are polled on every turn either way.
    */
   wake?: Wake;
   /** Deadline of each exchange while the buffer is created, milliseconds. Default: the group's. */
@@ -156,6 +157,7 @@ export async function connect(group: Group, options: BufferOptions): Promise<{ c
       device.end("deepep_buffer_connect", native, "create");
       core = new Core(device, native, resolved!, deviceIndex(device, group, options));
       core.routings.prepare();
+      if (options.maskOnTimeout) core.maskings = NaN;
       return true;
     });
     return { core: core!, reason };

@@ -83,6 +83,8 @@ export class Core implements EventOwner, TensorOwner {
   /** Native events at rest, for points of streams to come; those of operations are made as such. */
   readonly #idleEvents: bigint[] = [];
   readonly routings: Routings = new Routings(this);
+  /** How often who takes part has been changed here. NaN, which equals no number: the device may change it by itself. */
+  maskings = 0;
   /** Graphs that were not released. */
   readonly graphs: Set<Disposable> = new Set();
   /** The capture that is open, if one is: then operations are recorded instead of run. */

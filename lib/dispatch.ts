@@ -224,7 +224,8 @@ function enqueue(core: Core, x: Payload, o: DispatchOptions) {
   const payload = payloadFields(core, "dispatch", x, fields.num_tokens);
   const expert_stats = flat(core, "dispatch", "expertStats", o.expertStats, ["i32"], [core.numLocalExperts]);
   const cached = o.handle?.use(core, "dispatch");
-  const known = o.handle?.counts;
+  // Rows move when a rank is masked, and there are fewer.
+  const known = o.handle?.maskings === core.maskings ? o.handle.counts : undefined;
   const sync = o.cpuSync ?? (known === undefined && !core.captured);
   if (sync) core.needsNoCapture("dispatch with cpuSync");
   const slotWanted = core.wantSlot("dispatch");
@@ -254,6 +255,7 @@ function enqueue(core: Core, x: Payload, o: DispatchOptions) {
       numTokens: fields.num_tokens,
       numTopk: fields.num_topk,
       expertAlignment: alignment,
+      maskings: core.maskings,
       topkIdxDtype: o.handle ? o.handle.topkIdxDtype : o.topkIdx?.dtype as "i32" | "i64" | undefined,
     };
     // What the result will need of the arguments: the caller may change them while it awaits.

@@ -110,7 +110,7 @@ export class Routings {
 /** What a handle knows of its dispatch. */
 export type HandleFacts = Pick<
   DispatchHandle,
-  "layout" | "numTokens" | "numTopk" | "expertAlignment" | "counts" | "topkIdxDtype"
+  "layout" | "numTokens" | "numTopk" | "expertAlignment" | "counts" | "topkIdxDtype" | "maskings"
 >;
 
 /**
@@ -130,6 +130,8 @@ export class DispatchHandle implements Disposable {
   readonly counts: RecvCounts | undefined;
   /** @ignore The element type of topkIdx. */
   readonly topkIdxDtype: "i32" | "i64" | undefined;
+  /** @ignore `Core.maskings` at the dispatch. */
+  readonly maskings: number;
   readonly #core: Core;
   readonly #slot: HeldSlot;
   readonly #routing: SharedRouting;
@@ -147,6 +149,7 @@ export class DispatchHandle implements Disposable {
     this.expertAlignment = facts.expertAlignment;
     this.counts = facts.counts;
     this.topkIdxDtype = facts.topkIdxDtype;
+    this.maskings = facts.maskings;
     routing.users++;
     core.keeps(routing);
   }

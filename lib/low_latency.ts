@@ -58,21 +58,21 @@ export class LowLatencyHandle {
     this.#slot = slot;
   }
   /** @ignore The slot, checked to be held and to belong to `core`. */
-  use(core: Core, op: string): number {
+  use(core: Core, op: string): HeldSlot {
     if (core !== this.#core) {
       throw new TypeError(`Cannot ${op}: the handle belongs to ${this.#core.label}, not to ${core.label}`);
     }
     if (!this.#slot.hold.alive) {
       throw new EpError(`Cannot ${op}: the dispatch's result was released`, { code: "closed", op });
     }
-    return this.#slot.index;
+    return this.#slot;
   }
   /**
    * The slot's expert-output region, bf16 `[numLocalExperts, maxRows, hidden]`: write expert outputs here and pass the
    * tensor to `lowLatencyCombine`, which then copies nothing. Writes belong in `stream` order.
    */
   expertOutput(options: OperationOptions = {}): Tensor<"bf16"> {
-    const slot = this.use(this.#core, "expertOutput");
+    const { index: slot } = this.use(this.#core, "expertOutput");
     const address = this.#core.expertOutput(slot, options);
     return new Tensor(address, "bf16", outputShape(this.#core), { hold: this.#slot.hold });
   }
@@ -86,7 +86,7 @@ class Receive {
   readonly #core: Core;
   readonly #name: "deepep_low_latency_dispatch_receive" | "deepep_low_latency_combine_receive";
   readonly #op: string;
-  readonly #slot: number;
+  readonly #slot: HeldSlot;
   readonly #options: OperationOptions;
   readonly #uses: Readonly<Record<string, Tensor | undefined>>;
   event: EpEvent;
@@ -96,7 +96,7 @@ class Receive {
   constructor(
     core: Core,
     { op, event }: Operation,
-    slot: number,
+    slot: HeldSlot,
     options: OperationOptions & { recvHook?: boolean },
     uses: Readonly<Record<string, Tensor | undefined>>,
   ) {
@@ -114,6 +114,10 @@ class Receive {
   /** Enqueues the receiving half, once. */
   hook(): EpEvent {
     if (this.#open) {
+      if (!this.#slot.hold.alive) {
+        const what = this.#op === "lowLatencyDispatch" ? "it" : "the dispatch's result";
+        throw new EpError(`Cannot receive: ${what} was released`, { code: "closed", op: this.#op });
+      }
       for (const [name, tensor] of Object.entries(this.#uses)) {
         if (tensor) checkLive(this.#core, this.#op, name, tensor);
       }
@@ -125,7 +129,7 @@ class Receive {
         ...(timeoutMs && { timeoutMs }),
       };
       const operation = this.#core.operation(this.#op, options, 0);
-      this.#core.launch(this.#name, receiveStruct, [{ slot: this.#slot }], operation);
+      this.#core.launch(this.#name, receiveStruct, [{ slot: this.#slot.index }], operation);
       this.#open = false;
       this.event = operation.event;
     }
@@ -241,7 +245,7 @@ function enqueueDispatch<X extends Payload, O extends LowLatencyDispatchOptions>
   const hold = core.holdSlot(out.slot, "low-latency dispatch");
   core.writes(hold, operation.event);
   const slot: HeldSlot = { index: out.slot, hold }, held = { hold };
-  const receive = new Receive(core, operation, out.slot, o, { expertStats: o.expertStats, waitStats: o.waitStats });
+  const receive = new Receive(core, operation, slot, o, { expertStats: o.expertStats, waitStats: o.waitStats });
   return new LowLatencyResult(core, slot, receive, {
     x: received(core, x, flags, out, held) as Received<X, O>,
     count: new Tensor(out.recv_count, "i32", [core.numLocalExperts], held),
@@ -365,7 +369,7 @@ function enqueueCombine(core: Core, y: Tensor, o: LowLatencyCombineOptions): Low
   if (!(o.handle instanceof LowLatencyHandle)) {
     throw new TypeError(`Cannot ${op}: options.handle is no handle of a low-latency dispatch`);
   }
-  const slot = o.handle.use(core, op);
+  const held = o.handle.use(core, op), slot = held.index;
   const address = flat(core, op, "x", y, ["bf16"], outputShape(core));
   const routing = routingFields(core, op, o.topkIdx, core.options.maxLowLatencyTokensPerRank);
   const topk_weights = flat(core, op, "topkWeights", o.topkWeights, ["f32"], [routing.num_tokens, routing.num_topk]);
@@ -398,7 +402,7 @@ function enqueueCombine(core: Core, y: Tensor, o: LowLatencyCombineOptions): Low
   return new LowLatencyCombineResult(
     core,
     out,
-    new Receive(core, operation, slot, o, { out, topkIdx, topkWeights, waitStats }),
+    new Receive(core, operation, held, o, { out, topkIdx, topkWeights, waitStats }),
     release,
   );
 }

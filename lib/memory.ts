@@ -37,7 +37,7 @@ export function allocTensor<D extends DType>(core: Core, dtype: D, shape: readon
   }
   const bytes = shape.reduce((a, b) => a * b, itemSize[dtype]);
   const hold: Hold = { owner: core, alive: true };
-  return new Tensor(alloc(core, bytes, "DEVICE"), dtype, shape, { hold, owns: true });
+  return new Tensor(alloc(core, bytes, "DEVICE"), dtype, [...shape], { hold, owns: true }); // the array is the caller's
 }
 
 /** Enqueues a copy between addresses. `id` completes when it is done. */

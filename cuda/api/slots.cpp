@@ -71,7 +71,7 @@ Slot& Slots::owned(int32_t slot) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "slot is %d, at most %zu", slot, slots_.size() - 1);
   }
   Slot& found = slots_[static_cast<size_t>(slot)];
-  if (!found.held || found.borrowed) {
+  if (!found.held) {
     reject(DEEPEP_ERROR_INVALID_ARGUMENT, "slot %d is not held: it was released, or never taken", slot);
   }
   return found;
@@ -80,7 +80,6 @@ Slot& Slots::owned(int32_t slot) {
 void Slots::give(int32_t slot, std::shared_ptr<Record> reusable) {
   Slot& given = slots_[static_cast<size_t>(slot)];
   given.held = false;
-  given.borrowed = false;
   given.given_back = false;
   given.capture = 0;
   given.reusable = std::move(reusable);
@@ -111,7 +110,7 @@ void Slots::hold_taken(int32_t op, uint64_t epoch, int32_t borrowed, uint64_t ca
     slot.holder_epoch = epoch;
   }
   taken_.clear();
-  if (borrowed >= 0) slots_[static_cast<size_t>(borrowed)].borrowed = true;
+  if (borrowed >= 0) give(borrowed);
 }
 
 }  // namespace deepep

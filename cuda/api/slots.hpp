@@ -19,7 +19,6 @@ struct LowLatencySlot;
 // One result's worth of memory.
 struct Slot {
   bool held = false;
-  bool borrowed = false;                  // by an operation that gives it back itself
   std::shared_ptr<LowLatencySlot> state;  // of a low-latency dispatch that holds it; empty when a slot was just taken
   int32_t holder_op = 0;                  // who holds it, for messages
   uint64_t holder_epoch = 0;
@@ -61,7 +60,7 @@ class Slots {
 
   // What take() took since the last enqueue: that operation waits for their `reusable` …
   const std::vector<int32_t>& taken() const { return taken_; }
-  // … and then is their holder. `borrowed` is -1, or a slot that it gives back itself.
+  // … and then is their holder, but for `borrowed`, if that is not -1: later operations, which come after it, may take it.
   void hold_taken(int32_t op, uint64_t epoch, int32_t borrowed, uint64_t capture = 0);
 
  private:

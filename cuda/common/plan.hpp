@@ -113,6 +113,8 @@ constexpr bool is_low_latency(int32_t op) {
 constexpr uint32_t kUnitBytes = 512;
 // That a warp holds at once, at most: the longer the runs that it writes, the better memory keeps up.
 constexpr uint32_t kPieceUnits = 14;
+// Of a row that is not cast, which a dispatch holds as it is while the counts come.
+constexpr uint32_t kPlainUnits = 7;
 
 // How many blocks a token has in a low-latency dispatch, of `most`: those that give every unit of its row a warp, and twice as
 // many for as long as they can divide its places, too. A block takes 0.17 us a place, however many warps it has: places lie in
@@ -179,7 +181,7 @@ constexpr Plan make_plan(const Work& work, const Topology& topology) {
     const uint32_t units = bytes / kMaxWarps / kUnitBytes;
     plan.tma = plan.tma != 0 && work.fp8;
     plan.stages = 1;
-    plan.chunk_bytes = (work.fp8 && units < kPieceUnits ? (units < 1 ? 1 : units) : kPieceUnits) * kUnitBytes;
+    plan.chunk_bytes = (!work.fp8 ? kPlainUnits : units < 1 ? 1 : units < kPieceUnits ? units : kPieceUnits) * kUnitBytes;
     plan.block_bytes = table_bytes + (work.fp8 ? kMaxWarps * plan.chunk_bytes : 0);
     return plan;
   }

@@ -105,13 +105,20 @@ class Buffer : public BufferBase, public std::enable_shared_from_this<Buffer> {
 
   uint64_t epoch = 0;  // under mutex: collective calls enqueued so far
   Readers readers[kMaxSlots] = {};  // under mutex: of the slots' expert-output regions
+  // How the rows of a slot's latest dispatch lie: a cached one may have other ranks than those before it with the same handle.
+  // Communication stream only.
+  struct SlotRows {
+    uint64_t view = 0;     // ranks that took part
+    uint64_t routing = 0;  // Routing::epoch
+  };
+  SlotRows rows[kMaxSlots];
 
   // Runs `work` in order on the communication stream: first waits for previous_event, or for the present work of `stream`,
   // and for the earlier readers of slots that this call took; then works; then completes its record, which `event` may name,
   // queues the ids, and unless ASYNC_FINISH `stream` waits for all that. Failures are kept for deepep_get_status.
   //   collective    takes the next epoch. A receive half passes false and the epoch of its send half.
   //   counts_id     queued by Operation::counts_ready, or at the end.
-  //   borrowed_slot is given back when the operation has ended, even when `work` was skipped.
+  //   borrowed_slot is this operation's alone: later ones may take it.
   // Returns the operation's epoch. Rejects with NEEDS_RECOVERY, CLOSED or INVALID_ARGUMENT, and has then enqueued nothing; an
   // operation that finds the buffer failed when its turn comes ends with NEEDS_RECOVERY without running `work`.
   // The caller holds `mutex`.
@@ -134,7 +141,7 @@ class Buffer : public BufferBase, public std::enable_shared_from_this<Buffer> {
  private:
   Buffer() = default;
   void run(Operation& op, const std::function<void(Operation&)>& work);
-  void finish(Operation& op, Record& record, int32_t borrowed_slot);
+  void finish(Operation& op, Record& record);
   std::shared_ptr<const Status> make_status(Operation& op);
   // The end of the operation with this done_id; one that is not under way has ended. The caller holds `mutex`.
   std::shared_ptr<Record> end_of(uint64_t done_id);

@@ -75,14 +75,14 @@ uint64_t Buffer::enqueue(int32_t op_kind, const StreamFields& fields, bool colle
   record->ends_on = comm_.get();
   record->nth = ++num_records_;
   const bool pushed = comm_->push(
-      [this, op = std::move(op), work = std::move(work), waits = std::move(waits), record, borrowed_slot]() mutable {
+      [this, op = std::move(op), work = std::move(work), waits = std::move(waits), record]() mutable {
         // Pairs with the caller's stream, its event, or the releaser of a slot: each completes by itself (stream.hpp).
         for (const auto& wait : waits) {
           if (wait) wait->wait();
         }
         run(op, work);
         work = nullptr;  // What it holds goes before anybody is told that the operation has ended.
-        finish(op, *record, borrowed_slot);
+        finish(op, *record);
       });
   if (!pushed) reject(DEEPEP_ERROR_CLOSED, "the buffer was destroyed");
 
@@ -126,7 +126,7 @@ std::shared_ptr<const Status> Buffer::make_status(Operation& op) {
   return status;
 }
 
-void Buffer::finish(Operation& op, Record& record, int32_t borrowed_slot) {
+void Buffer::finish(Operation& op, Record& record) {
   const int32_t code = op.failure.code;
   auto status = make_status(op);
   if (code == DEEPEP_OK && !(op.flags & DEEPEP_FLAG_RECEIVE_HOOK)) {
@@ -141,7 +141,6 @@ void Buffer::finish(Operation& op, Record& record, int32_t borrowed_slot) {
       first_failure_ = op.failure;
       failed = true;
     }
-    if (borrowed_slot >= 0) slots.give(borrowed_slot);
     num_pending_ -= 1;
     if (op.done_id != 0) ends_.erase(op.done_id);
   }

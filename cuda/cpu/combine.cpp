@@ -55,6 +55,11 @@ class CombineRun {
   };
 
   uint64_t num_rows() const;
+  // Ranks of the dispatch whose rows these are: that of the slot, or where no slot is named the latest with the handle.
+  uint64_t view() const {
+    const Buffer::SlotRows& rows = buffer_.rows[job_.slot];
+    return job_.has_slot && rows.routing == routing_.epoch ? rows.view : routing_.view;
+  }
   const uint8_t* region() const {
     return buffer_.symmetric(buffer_.rank) + slot_offset(buffer_.regions, job_.slot) + buffer_.regions.expert_output;
   }
@@ -95,7 +100,7 @@ static_assert(DEEPEP_MAX_TOPK <= DEEPEP_MAX_RANKS);
 
 // Rows of this rank's expert outputs.
 uint64_t CombineRun::num_rows() const {
-  const CountMatrix matrix = routing_.matrix(options_);
+  const CountMatrix matrix = routing_.matrix(options_, view());
   return by_expert_ ? expert_layout_rows(matrix, buffer_.rank, job_.plan.expert_alignment)
                     : tokens_before(matrix, options_.num_ranks, buffer_.rank);
 }
@@ -128,7 +133,7 @@ void CombineRun::copy_in() {
   uint8_t* slot = buffer_.symmetric(buffer_.rank) + slot_offset(regions, job_.slot);
   uint8_t* region = slot + regions.expert_output;
   const auto* x = reinterpret_cast<const uint8_t*>(args_.x);
-  const CountMatrix matrix = routing_.matrix(options_);
+  const CountMatrix matrix = routing_.matrix(options_, view());
   const uint32_t me = buffer_.rank;
   if (expert_weights_ != nullptr) {
     std::memcpy(slot + regions.expert_weights, expert_weights_,
@@ -181,7 +186,7 @@ void CombineRun::find_sources() {
   const Regions& regions = buffer_.regions;
   sources_.resize(options_.num_ranks);
   for (uint32_t rank = 0; rank < options_.num_ranks; ++rank) {
-    if (!in_view(exchange_.view, rank) || !in_view(routing_.view, rank)) continue;
+    if (!in_view(exchange_.view, rank) || !in_view(view(), rank)) continue;
     const uint8_t* slot = buffer_.symmetric(rank) + slot_offset(regions, exchange_.sender(rank).slot);
     sources_[rank] = {slot + regions.expert_output, row_bytes_, reinterpret_cast<const float*>(slot + regions.expert_weights)};
   }
@@ -236,7 +241,7 @@ void CombineRun::reduce_token(uint32_t token, const ExpertOwners& owners, const 
 void CombineRun::reduce() {
   find_sources();
   const ExpertOwners owners(options_);
-  const std::vector<uint32_t> bases = row_bases(routing_, options_, buffer_.rank);
+  const std::vector<uint32_t> bases = row_bases(routing_, view(), options_, buffer_.rank);
   for (uint32_t token = 0; token < job_.plan.num_tokens; ++token) reduce_token(token, owners, bases);
   if (is_overtaken(op_)) return;
   for (uint32_t rank = 0; rank < options_.num_ranks; ++rank) {

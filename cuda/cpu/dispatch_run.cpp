@@ -187,6 +187,7 @@ bool DispatchRun::notify() {
   slots_ = slots_of(exchanged);
   if (job_.cached) routing_.view = exchanged.view;
   else keep_counts(exchanged, options_, routing_);
+  buffer_.rows[job_.slot] = {routing_.view, job_.cached ? routing_.epoch : op_.epoch};
   if (!check_capacity()) return false;
   fill_counts();
   return true;
@@ -280,7 +281,7 @@ void DispatchRun::push_scale_columns() {
 
 bool DispatchRun::send() {
   owners_.emplace(options_);
-  bases_ = row_bases(routing_, options_, buffer_.rank);
+  bases_ = row_bases(routing_, routing_.view, options_, buffer_.rank);
   for (uint32_t dst = 0; dst < options_.num_ranks; ++dst) there_.push_back(slot_of(buffer_, dst, slots_[dst]));
   clear_padding();
   for (uint32_t token = 0; token < plan_.num_tokens; ++token) {

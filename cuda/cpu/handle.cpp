@@ -41,8 +41,8 @@ TokensByKey tokens_by_key(const Routing& routing, const Options& options, uint32
   return result;
 }
 
-std::vector<uint32_t> row_bases(const Routing& routing, const Options& options, uint32_t rank) {
-  const CountMatrix matrix = routing.matrix(options);
+std::vector<uint32_t> row_bases(const Routing& routing, uint64_t view, const Options& options, uint32_t rank) {
+  const CountMatrix matrix = routing.matrix(options, view);
   const RowSpace space = routing.plan.space;
   std::vector<uint32_t> bases(space == RowSpace::rank ? options.num_ranks : options.num_experts);
   if (space == RowSpace::rank) rank_layout_bases(matrix, rank, bases.data());

@@ -37,8 +37,10 @@ struct Routing {
   // Whether it is what the plan's dispatch has made: that one may have failed, or been skipped, and left an earlier routing.
   bool is(const RoutingPlan& enqueued) const { return valid && epoch == enqueued.epoch; }
 
-  CountMatrix matrix(const Options& options) const {
-    return {tokens.data(), entries.data(), options.num_ranks, options.num_experts, view};
+  CountMatrix matrix(const Options& options) const { return matrix(options, view); }
+  // With the ranks of another dispatch.
+  CountMatrix matrix(const Options& options, uint64_t ranks) const {
+    return {tokens.data(), entries.data(), options.num_ranks, options.num_experts, ranks};
   }
 };
 
@@ -66,7 +68,7 @@ struct TokensByKey {
 };
 TokensByKey tokens_by_key(const Routing& routing, const Options& options, uint32_t rank);
 
-// First row of this rank for every key of the routing's space, over the ranks in routing.view.
-std::vector<uint32_t> row_bases(const Routing& routing, const Options& options, uint32_t rank);
+// First row of this rank for every key of the routing's space, over the ranks in a view.
+std::vector<uint32_t> row_bases(const Routing& routing, uint64_t view, const Options& options, uint32_t rank);
 
 }  // namespace deepep

@@ -194,7 +194,7 @@ bool reduce(Operation& op, const LowLatencyCombine& job, uint64_t view) {
   const Options& options = buffer.options;
   const Routing& routing = job.state->routing;
   const ExpertOwners owners(options);
-  const std::vector<uint32_t> bases = row_bases(routing, options, buffer.rank);
+  const std::vector<uint32_t> bases = row_bases(routing, routing.view, options, buffer.rank);
   const uint64_t row_bytes = uint64_t{options.hidden} * 2;
   std::vector<const uint8_t*> regions(options.num_ranks);
   for (uint32_t rank = 0; rank < options.num_ranks; ++rank) {

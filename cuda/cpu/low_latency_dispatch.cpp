@@ -201,7 +201,7 @@ void LowLatencySend::push_scale_columns(const ExpertOwners& owners, const std::v
 
 bool LowLatencySend::send() {
   const ExpertOwners owners(options_);
-  const std::vector<uint32_t> bases = row_bases(routing_, options_, buffer_.rank);
+  const std::vector<uint32_t> bases = row_bases(routing_, routing_.view, options_, buffer_.rank);
   if (casts()) {
     cast_row_.resize(layout_.row_bytes);
     cast_scales_.resize(state_.plan.num_tokens * scale_bytes());
@@ -240,6 +240,14 @@ void forget_rows_of(Operation& op, const LowLatencySlot& state, uint32_t slot, u
   }
 }
 
+// The dispatch has failed: whoever works by the counts, without asking how it ended, finds no rows of an earlier one.
+void clear_counts(Buffer& buffer, uint32_t slot) {
+  uint8_t* base = buffer.symmetric(buffer.rank) + slot_offset(buffer.regions, slot);
+  std::memset(base + buffer.regions.counts, 0, buffer.num_local_experts * sizeof(int32_t));
+  std::memset(base + buffer.regions.layout_range, 0,
+              size_t{buffer.num_local_experts} * buffer.options.num_ranks * sizeof(int64_t));
+}
+
 // The receive half.
 bool receive(Operation& op, LowLatencySlot& state, uint32_t slot) {
   if (!state.routing.valid) {
@@ -271,7 +279,7 @@ uint64_t enqueue_dispatch(Buffer& buffer, const deepep_low_latency_dispatch_args
     const bool both_halves = (job.args.flags & DEEPEP_FLAG_RECEIVE_HOOK) == 0;
     guarded(op, [&] {
       const bool sent = LowLatencySend(op, job).run();
-      if (sent && both_halves) receive(op, *job.state, job.slot);
+      if (!sent || (both_halves && !receive(op, *job.state, job.slot))) clear_counts(op.buffer, job.slot);
     });
   });
 }
@@ -280,7 +288,12 @@ void enqueue_dispatch_receive(Buffer& buffer, const deepep_receive_args& args, c
   const auto index = static_cast<uint32_t>(args.slot);
   buffer.enqueue(
       DEEPEP_OP_LOW_LATENCY_DISPATCH, stream_fields(args), false,
-      [slot, index](Operation& op) { guarded(op, [&] { receive(op, *slot, index); }); }, 0, slot->dispatch_epoch);
+      [slot, index](Operation& op) {
+        guarded(op, [&] {
+          if (!receive(op, *slot, index)) clear_counts(op.buffer, index);
+        });
+      },
+      0, slot->dispatch_epoch);
 }
 
 }  // namespace deepep

@@ -50,7 +50,7 @@ struct Enqueued {
   CaptureId send_capture = 0;             // of a receive half: the capture that its send half is part of
   uint64_t counts_id = 0;                 // queued when the host counts are filled, or at the end
   int32_t counts_slot = -1;               // that has them
-  int32_t borrowed_slot = -1;             // given back when the operation has ended
+  int32_t borrowed_slot = -1;             // this operation's alone: later ones may take it
   std::shared_ptr<void> needs = nullptr;  // must live until then, and as long as a graph that has captured it
 };
 
@@ -160,7 +160,6 @@ class Buffer : public BufferBase, public Source, public std::enable_shared_from_
     uint64_t seq = 0;
     int32_t op = 0;
     bool collective = false;
-    int32_t borrowed_slot = -1;
     uint64_t done_id = 0;
     uint64_t counts_id = 0;  // not yet queued; 0 afterwards
     int32_t counts_slot = -1;

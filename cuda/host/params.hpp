@@ -25,6 +25,13 @@ constexpr uint32_t kMostCapturedKept = DEEPEP_MOST_CAPTURED_KEPT;  // so few tha
 constexpr uint32_t kMostCapturedKept = 2048;
 #endif
 
+// How the rows of a dispatch lie. A cached one may have other ranks than those before it with the same handle.
+struct SlotRows {
+  uint64_t view;     // ranks that took part
+  uint32_t routing;  // RoutingParams::name
+  uint32_t reserved;
+};
+
 // One rank's own state. Zeros at creation. Only kernels of the communication stream touch it, one at a time.
 struct DeviceState {
   uint64_t epoch;       // collective calls that have ended, or a recovery's epoch
@@ -38,6 +45,7 @@ struct DeviceState {
   uint64_t verdict;                   // of the running kernel: collective.cuh
   uint64_t bad_entry;                 // of the running call: ~position of the first wrong topk_idx entry; 0 = none
   Readers readers[kMaxSlots];         // of the slots' expert-output regions
+  SlotRows rows[kMaxSlots];           // of the slots' latest dispatches
   uint64_t view;                      // ranks that take part in the running call, and the slot that each uses
   uint32_t peer_slots[DEEPEP_MAX_RANKS];
   uint32_t claims[2];  // of the running call: how often warps have claimed rows to push, and to pull; 0 when a call begins

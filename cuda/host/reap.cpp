@@ -195,7 +195,6 @@ void Buffer::finish(Pending& op, std::shared_ptr<const Status> status, int32_t c
   const int32_t code = status ? status->failure.code : DEEPEP_OK;
   op.needs = nullptr;  // It goes before anybody is told that the operation has ended.
   take_counts(op);     // Those of rows that will not come have changed.
-  if (op.borrowed_slot >= 0) slots.give(op.borrowed_slot);
   if (op.record) op.record->complete(std::move(status));
   complete(op.counts_id, counts_code);
   complete(op.done_id, code);

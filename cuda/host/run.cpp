@@ -159,7 +159,6 @@ uint64_t Buffer::enqueue(const StreamFields& fields, Enqueued what, const Launch
     pending_.push_back({.seq = call.seq,
                         .op = op,
                         .collective = collective,
-                        .borrowed_slot = borrowed,
                         .done_id = fields.done_id,
                         .counts_id = what.counts_id,
                         .counts_slot = what.counts_slot,

@@ -90,6 +90,8 @@ struct Combine {
   // A thread of each block, before call_begin(): its loads are under way together with those there.
   __device__ void read_known() const {
     s.known = *params.routing.header;
+    const SlotRows rows = p().state->rows[p().slot];
+    if (params.has_slot != 0 && rows.routing == params.routing.name) s.known.view = rows.view;
     if (is_leader()) s.readers = p().state->readers[p().slot];
   }
   __device__ bool is_valid() const { return s.known.valid == params.routing.name; }

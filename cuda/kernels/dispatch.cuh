@@ -249,6 +249,7 @@ struct Dispatch : DispatchRows {
     if (__syncthreads_or(leads && s.call.code != 0)) return stop();
     if (threadIdx.x == 0) {
       params.routing.header->view = s.call.view;
+      p().state->rows[p().slot] = {s.call.view, params.routing.name, 0};
       if (!cached()) params.routing.header->epoch = s.call.epoch;
       release_blocks(p(), s.call, kStepGo, true);
     }

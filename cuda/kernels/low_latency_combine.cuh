@@ -226,7 +226,7 @@ struct LowLatencyCombine {
         if (from.row - static_cast<uint32_t>(own >> 32) < static_cast<uint32_t>(own)) continue;
       }
       for (uint32_t offset = 0; offset < bytes; offset += kPieceUnits * kUnitBytes) {
-        RowPiece<false> piece;
+        RowPiece<false, kPieceUnits> piece;
         const uint32_t left = min(bytes - offset, kPieceUnits * kUnitBytes);
         piece.load(x() + from.at * bytes + offset, left);
         piece.store(piece.share({}, offset / kUnitBytes, left, 0), own_region() + from.at * bytes, nullptr);

@@ -117,12 +117,15 @@ struct LowLatencyCount {
 
   __device__ uint32_t num_experts() const { return p.options.num_experts; }
 
-  // Workers: counts the entries of all tokens, and those before `own`, this block's tokens.
-  __device__ void count(TokenRange own) const {
+  // Workers: counts the entries of all tokens, and those before `own`, this block's tokens. `begun()` is called when the first
+  // of them are on their way.
+  template <class Begun>
+  __device__ void count(TokenRange own, Begun begun) const {
     const uint32_t entries = input.num_tokens * input.num_topk;
     // Under way while the tables are zeroed.
     const auto entry = [&](uint32_t i) { return i < entries ? input.raw(i) : -1; };
     int64_t value = entry(threadIdx.x), next = entry(threadIdx.x + num_workers());
+    begun();
     for (uint32_t i = threadIdx.x; i < 2 * num_experts(); i += num_workers()) tables.own[i] = 0;  // and tables.cursor
     if (threadIdx.x == 0) found = {};
     workers_meet();

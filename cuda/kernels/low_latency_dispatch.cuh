@@ -62,8 +62,7 @@ struct LowLatencyDispatch {
   __device__ void work() {
     const TokenRange own = tokens();
     Mover<kCast, kTurns> mover(*this, round_at(own, own.begin));
-    counting().count(own);
-    mover.fetch();    // Not before: what it loads would hold up what is counted.
+    counting().count(own, [&] { mover.fetch(); });  // Not before: what it loads would hold up what is counted.
     __syncthreads();  // The last warp has read the state.
     bool pushed = false;
     if (!s.call.skipped && publish())
@@ -147,7 +146,10 @@ struct LowLatencyDispatch {
     uint32_t token;  // of the round
     uint32_t piece;  // of its row
     uint32_t phase;  // of the warp's barrier
+    bool holds;      // a piece was taken
+    uint32_t held_token, held_piece;
     RowPiece<kCast> held;
+    typename RowPiece<kCast>::Share share;
 
     __device__ Mover(const LowLatencyDispatch& given, TokenRange first) : dispatch(given), phase(0) {
       if constexpr (kCast && kHasTma) {
@@ -178,9 +180,10 @@ struct LowLatencyDispatch {
     __device__ static uint32_t num_warps() { return num_workers() / kWarpLanes; }
     __device__ uint32_t first_unit() const { return piece * dispatch.params.piece_units; }
     // Of the piece as it is given.
-    __device__ uint32_t bytes() const {
+    __device__ uint32_t bytes() const { return bytes_from(first_unit()); }
+    __device__ uint32_t bytes_from(uint32_t first_unit) const {
       const uint32_t row_bytes = kCast ? 2 * dispatch.params.row_bytes : dispatch.params.row_bytes;
-      return min(row_bytes - first_unit() * kUnitBytes, dispatch.params.piece_units * kUnitBytes);
+      return min(row_bytes - first_unit * kUnitBytes, dispatch.params.piece_units * kUnitBytes);
     }
     __device__ uint32_t units() const { return (bytes() + kUnitBytes - 1) / kUnitBytes; }
 
@@ -221,28 +224,38 @@ struct LowLatencyDispatch {
         *reinterpret_cast<uint4*>(stage() + at) = load_stream(source() + at);
       }
     }
-    // Then the piece can be stored.
+    // Then the piece can be stored. Of one that is cast all that can be is done now, and the next one begins to come.
     __device__ void take() {
       wait();
-      if (!has()) return;
+      holds = has();
+      if (!holds) return;
       if constexpr (kCast)
         held.scale = held.cast_shared(stage(), bytes(), (dispatch.params.args.flags & DEEPEP_FLAG_ROUND_SCALE) != 0);
       else
         held.load(source(), bytes());
+      held_token = token, held_piece = piece;
+      if constexpr (kCast) {
+        find_share();
+        held.load_shared(stage(), units());
+      }
+      advance();
+      fetch();
     }
-    // Stores what was taken, and goes on to the next piece.
+    __device__ void find_share() {
+      const LowLatencyDispatchParams& params = dispatch.params;
+      const CastRows rows = {.channels = params.row_bytes, .ue8m0 = (params.args.flags & DEEPEP_FLAG_UE8M0) != 0};
+      const uint32_t first_unit = held_piece * params.piece_units;
+      share = held.share(rows, first_unit, bytes_from(first_unit), params.scales.to_elem_stride);
+    }
+    // Stores what was taken.
     __device__ void pass_on(const ScaleUnits& given_scales) {
       const LowLatencyDispatchParams& params = dispatch.params;
       const deepep_low_latency_dispatch_args& args = params.args;
-      const CastRows rows = {.channels = params.row_bytes, .ue8m0 = (args.flags & DEEPEP_FLAG_UE8M0) != 0};
-      const auto share = held.share(rows, first_unit(), bytes(), params.scales.to_elem_stride);
-      const bool brings_scales = piece == 0;
-      const auto* from = reinterpret_cast<const uint8_t*>(args.scales) + (round.begin + token) * args.scales_row_stride;
-      const RowPlace* const places = dispatch.tables.places + token * dispatch.input.num_topk;
+      const bool brings_scales = held_piece == 0;
+      const auto* from = reinterpret_cast<const uint8_t*>(args.scales) + (round.begin + held_token) * args.scales_row_stride;
+      const RowPlace* const places = dispatch.tables.places + held_token * dispatch.input.num_topk;
       const uint32_t step = 1u << params.place_shift;
-      if constexpr (kCast) held.load_shared(stage(), units());
-      advance();
-      fetch();
+      if constexpr (!kCast) find_share();
 #pragma unroll 1
       for (uint32_t nth = dispatch.part() & (step - 1); nth < dispatch.input.num_topk; nth += step) {
         const RowPlace to = places[nth];
@@ -266,11 +279,13 @@ struct LowLatencyDispatch {
   template <bool kCast, bool kTurns>
   __device__ bool send(Mover<kCast, kTurns>& mover, TokenRange own) {
     const ScaleUnits scales = kCast ? ScaleUnits{} : given_scales();
-    bool exchanged = false, stopped = false;
-    for (bool placed = false;;) {
-      mover.take();  // The first piece while the counts come.
-      if (!exchanged && !exchange()) return false;
-      exchanged = true;
+    mover.take();  // The first piece while the counts come.
+    if (!exchange()) {
+      mover.wait();  // Nothing may be under way when a block ends.
+      return false;
+    }
+    bool stopped = false;
+    for (bool placed = false;; mover.take()) {
       if (!placed) {
         keep_rows<kTurns>(mover.round);
         workers_meet();
@@ -278,8 +293,8 @@ struct LowLatencyDispatch {
         stopped = stopped || (p().mask_on_timeout != 0 && must_stop(p(), s.call, s.view));
         placed = true;
       }
-      if (!stopped && mover.has()) {
-        mover.pass_on(scales);
+      if (mover.holds) {
+        if (!stopped) mover.pass_on(scales);
         continue;
       }
       if (mover.round.end >= own.end) return true;
@@ -444,6 +459,7 @@ struct LowLatencyDispatch {
     }
     // Those for rows are not final in a call that fails while they are awaited.
     if ((s.call.code == 0 || !sent) && p().mask_on_timeout == 0) keep_waits(p(), 0, s.arrivals.waited_ns, wait_stats());
+    if (s.call.code != 0 || s.call.skipped) clear_counts(p());
     tell_end(p(), s.call, {true, true, params.receives != 0});
   }
 

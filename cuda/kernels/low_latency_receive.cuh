@@ -89,6 +89,16 @@ DEEPEP_COLD __device__ inline void forget_expert_rows(const CallParams& p, const
   }
 }
 
+// The dispatch has failed: whoever works by the device's counts, without asking how it ended, finds no rows of an earlier one.
+DEEPEP_COLD __device__ inline void clear_counts(const CallParams& p) {
+  uint8_t* slot = own_memory(p) + slot_offset(p.regions, p.slot);
+  auto* counts = reinterpret_cast<int32_t*>(slot + p.regions.counts);
+  auto* ranges = reinterpret_cast<int64_t*>(slot + p.regions.layout_range);
+  for (uint32_t local = lane_id(); local < p.num_local_experts; local += kWarpLanes) counts[local] = 0;
+  for (uint32_t i = lane_id(); i < p.num_local_experts * p.options.num_ranks; i += kWarpLanes) ranges[i] = 0;
+  __syncwarp();
+}
+
 // Waits for everyone's rows, as long as it takes. False when the call has failed.
 DEEPEP_COLD __device__ inline bool wait_for_rows(const CallParams& p, CallShared& s, const LowLatencyRouting& routing,
                                                  const ExpertRegions& regions, const Arrivals& arrivals, uint64_t view,
@@ -180,6 +190,7 @@ __global__ void __launch_bounds__(kReceiveWarps* kWarpLanes, 1)
     if (came && p.mask_on_timeout == 0) forget_expert_rows(p, regions, header.view & ~view);
   }
   if (s.code == 0 && p.mask_on_timeout == 0) keep_waits(p, 0, arrivals.waited_ns, wait_stats);
+  if (s.code != 0 || s.skipped) clear_counts(p);
   call_end(p, s, {false, true, true});
 }
 

@@ -50,19 +50,19 @@ struct BlockScales {
   }
 };
 
-// A piece of a row. The whole converged warp holds one.
-template <bool kCast>
+// A piece of a row, of kUnits units at most. The whole converged warp holds one.
+template <bool kCast, uint32_t kUnits = kCast ? kPieceUnits : kPlainUnits>
 struct RowPiece {
-  uint4 values[kPieceUnits];  // once cast, 8 bytes of each
+  uint4 values[kUnits];  // once cast, 8 bytes of each
   float scale;                // cast: the sent one of the piece's block `lane`
 
-  static_assert(kPieceUnits <= 16 && kUnitBytes == 4 * kFp8BlockChannels);
+  static_assert(kUnits <= 16 && kUnitBytes == 4 * kFp8BlockChannels);
 
   // A piece of `bytes`; what is beyond is zeros.
   __device__ __forceinline__ void load(const uint8_t* from, uint32_t bytes) {
     const uint32_t lane_bytes = lane_id() * 16;
 #pragma unroll
-    for (uint32_t u = 0; u < kPieceUnits; ++u) {
+    for (uint32_t u = 0; u < kUnits; ++u) {
       if (u * kUnitBytes >= bytes) break;
       values[u] = {0, 0, 0, 0};
       if (u * kUnitBytes + lane_bytes < bytes) values[u] = load_stream(from + u * kUnitBytes + lane_bytes);
@@ -73,14 +73,14 @@ struct RowPiece {
   __device__ __forceinline__ void cast(uint32_t units, bool round) {
     BlockScales scales;
 #pragma unroll
-    for (uint32_t u = 0; u < kPieceUnits; ++u) {
+    for (uint32_t u = 0; u < kUnits; ++u) {
       if (u >= units) break;
       scales.look(u, values[u]);
     }
     scales.find(round);
     scale = scales.sent();
 #pragma unroll
-    for (uint32_t u = 0; u < kPieceUnits; ++u) {
+    for (uint32_t u = 0; u < kUnits; ++u) {
       if (u >= units) break;
       const uint2 both = cast_unit(values[u], scales.of(u));
       values[u].x = both.x, values[u].y = both.y;
@@ -108,7 +108,7 @@ struct RowPiece {
   __device__ __forceinline__ void load_shared(const uint8_t* piece, uint32_t units) {
     const auto* const mine = reinterpret_cast<const uint4*>(piece) + lane_id();
 #pragma unroll
-    for (uint32_t u = 0; u < kPieceUnits; ++u) {
+    for (uint32_t u = 0; u < kUnits; ++u) {
       if (u >= units) break;
       const uint2 both = *reinterpret_cast<const uint2*>(mine + u * kWarpLanes);
       values[u].x = both.x, values[u].y = both.y;
@@ -153,7 +153,7 @@ struct RowPiece {
   __device__ __forceinline__ void store(const Share& share, uint8_t* row, uint8_t* scales, bool in_row = false) const {
     uint8_t* to = row + share.offset;
 #pragma unroll
-    for (uint32_t u = 0; u < kPieceUnits; ++u) {
+    for (uint32_t u = 0; u < kUnits; ++u) {
       if (u >= share.units) break;
       if constexpr (kCast)
         store_passing(to + u * kUnitBytes / 2, {values[u].x, values[u].y});

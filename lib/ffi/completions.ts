@@ -72,13 +72,15 @@ export class Completions implements AsyncDisposable {
   #timer: ReturnType<typeof setTimeout> | undefined;
   #closed = false;
   #freshAt = 0;
-  #notifier: Notifier | undefined;
+  readonly #notifier: Notifier | undefined;
 
   /** Reads `source`, which this object does not own. */
   constructor(source: CompletionSource, options: CompletionOptions = {}) {
     this.#source = source;
     this.#spinMs = options.spinMs ?? 1;
     this.#idleMs = options.idleMs ?? 1;
+    // Now, where its failure can be caught, and not when something is first waited for.
+    if (source.wake) this.#notifier = new Notifier(source.wake, () => this.#soon());
   }
 
   /** Ids whose completion has not come. */
@@ -185,8 +187,7 @@ export class Completions implements AsyncDisposable {
       this.#notifier?.rest();
     } else if (performance.now() - this.#freshAt < this.#spinMs) {
       this.#soon();
-    } else if (this.#source.wake) {
-      this.#notifier ??= new Notifier(this.#source.wake, () => this.#soon());
+    } else if (this.#notifier) {
       this.#notifier.arm();
     } else {
       this.#timer = setTimeout(this.#tick, this.#idleMs);
@@ -216,12 +217,21 @@ class Notifier {
   constructor(wake: (action: number, callback: bigint) => void, woken: () => void) {
     if (!runtime) throw new LibraryError("Cannot make a callback: this runtime has no FFI that is known");
     this.#wake = wake;
-    this.#callback = runtime.callback((kind) => {
-      // Nothing more is done here: the native frame is still on the stack.
-      this.rest();
-      if (kind === 0) woken();
-      else this.#stopped.resolve();
-    });
+    try {
+      this.#callback = runtime.callback((kind) => {
+        // Nothing more is done here: the native frame is still on the stack.
+        this.rest();
+        if (kind === 0) woken();
+        else this.#stopped.resolve();
+      });
+    } catch (cause) {
+      throw new LibraryError(
+        `Cannot make a callback, which Deno needs --allow-ffi without a path for; wake: "poll" does without: ${
+          (cause as Error).message
+        }`,
+        { cause },
+      );
+    }
     wake(constants.WAKE.START[0], this.#callback.address);
   }
 

@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "820f7dc73e588e12a38a74b2b71c05f16f5e866522ed270651ef5775e118fbcb",
-    cuda: "dba09ff5558bbf0d545d2921054d9b3f4d5e31bbd54243dbf900595dd6ced5a8",
+    cpu: "cd24a80078bc24b25956d4ca8d2c7287f83777b8d93f0546b7a9d4162d2f2c9f",
+    cuda: "8433e7b278f1dcdff99ee9b6dd4f24725dee0148ba07d92dc24e824fe078567e",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -30,12 +30,12 @@ export const manifest: Manifest = {
   },
   files: {
     "linux-x64/libdeepep_cpu.so": {
-      sha256: "72f21925e2dc509c3f3848fec89885dcf605b653ddfb0adf9c880051bd32dc2e",
+      sha256: "b5ef9f3b277dce9b04e6e817204ecb761cfa8e85426ae32288bbdddfa42365b0",
       bytes: 526768,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "da6d7064edfe515f2588ec341e75aad253e27aa9cb51e24ea625b7daa90217ac",
-      bytes: 3095256,
+      sha256: "52d17774b9aea41dafe27b30bddeb4d89eebaf364f95e269bdb0759fa3fd9f0f",
+      bytes: 3136216,
     },
   },
 };

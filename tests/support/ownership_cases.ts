@@ -6,7 +6,7 @@
 import { test } from "node:test";
 import { setTimeout as sleep } from "node:timers/promises";
 import { assert, assertEquals, assertRejects, assertThrows } from "@std/assert";
-import { type EpBuffer, EpError, type OperationOptions, type Tensor } from "@deepep/deepep";
+import { type EpBuffer, EpError, type OperationOptions, Tensor } from "@deepep/deepep";
 import { ranksOf, reasonOf } from "./ranks.ts";
 import { type BackendSubject, suite } from "./suite.ts";
 
@@ -110,8 +110,35 @@ function receiveCases(ranks: Ranks): void {
       using x = rows(b, 1), topkIdx = topk(b);
       const sent = b.lowLatencyDispatch(x, { topkIdx, recvHook: true });
       sent.release();
-      assertThrows(() => sent.hook(), EpError, "not held");
-      await assertRejects(() => sent.received(), EpError, "not held");
+      assertThrows(() => sent.hook(), EpError, "it was released");
+      await assertRejects(() => sent.received(), EpError, "it was released");
+    });
+  });
+  test("of results that were released are not those of who has the slot now", async () => {
+    await ranks(1, { numSlots: 1 }, async (b) => {
+      using x = rows(b, 1), topkIdx = topk(b), topkWeights = ones(b);
+      const dispatch = () => b.lowLatencyDispatch(x, { topkIdx, recvHook: true, fp8: false });
+      const combine = ({ handle }: ReturnType<typeof dispatch>) =>
+        b.lowLatencyCombine(handle.expertOutput(), { topkIdx, topkWeights, handle, recvHook: true });
+      const gone = dispatch();
+      gone.release();
+      using here = dispatch();
+      await assertRejects(() => gone.received(), EpError, "it was released");
+      await here.received();
+      assertEquals((await here.x.read())[0], ONE);
+      here.release();
+      const before = dispatch();
+      await before.received();
+      b.fill(before.handle.expertOutput(), 0);
+      using lost = combine(before);
+      before.release();
+      using after = dispatch();
+      await after.received();
+      b.fill(after.handle.expertOutput(), 0);
+      using found = combine(after);
+      await assertRejects(() => lost.received(), EpError, "the dispatch's result was released");
+      await found.received();
+      assertEquals((await found.x.read())[0], 0);
     });
   });
   test("use no tensor that was released before", async () => {
@@ -141,6 +168,65 @@ function receiveCases(ranks: Ranks): void {
 }
 
 function otherCases(ranks: Ranks): void {
+  test("a cached dispatch after a mask has counts of its own, and leaves what its handle has received before", async () => {
+    await ranks(3, { numExperts: 6, numTopk: 1, numSlots: 3 }, async (b, rank, group) => {
+      using x = b.tensor("bf16", [2, 16], Float32Array.from({ length: 32 }, (_, i) => 10 * rank + (i >> 4) + 1));
+      using topkIdx = b.tensor("i32", [2, 1], Int32Array.of(4, 5)); // of rank 2
+      using first = await b.dispatch(x, { topkIdx });
+      await group.barrier();
+      if (rank === 0) return;
+      b.maskRank(0);
+      {
+        using again = await b.dispatch(x, { handle: first.handle });
+        assertEquals(again.handle.counts!.numTokensPerRank, rank === 2 ? [0, 2, 2] : [0, 0, 0]);
+        assertEquals([first.x.shape[0], again.x.shape[0]], rank === 2 ? [6, 4] : [0, 0]);
+        using back = await b.combine(again.x, again.handle);
+        assertEquals(await back.x.read(), await x.read());
+      }
+      using back = await b.combine(first.x, first.handle);
+      assertEquals(await back.x.read(), await x.read());
+    });
+  });
+  test("combines of a kept handle take a slot in turn, however many are enqueued", async () => {
+    await ranks(2, { numSlots: 2 }, async (b) => {
+      using x = rows(b, 1), topkIdx = topk(b), out = rows(b, 0);
+      const first = await b.dispatch(x, { topkIdx }), handle = first.handle.keep(), numRows = first.x.shape[0]!;
+      using y = b.tensor("bf16", [numRows, 16], new Float32Array(numRows * 16).fill(1));
+      first.release();
+      for (let i = 0; i < 20; i++) await b.combine(y, handle, { out });
+      using again = await b.dispatch(x, { handle });
+      assertEquals(again.x.shape[0], numRows);
+      assertEquals((await out.read())[0], 0x4000);
+      handle.release();
+    });
+  });
+  test("a low-latency dispatch that fails leaves no counts of the one before", async () => {
+    await ranks(1, { numSlots: 1 }, async (b) => {
+      using x = rows(b, 1), good = topk(b), bad = b.tensor("i32", [2, 2], Int32Array.of(0, 7, 99, 5));
+      for (const recvHook of [false, true]) {
+        using sent = b.lowLatencyDispatch(x, { topkIdx: good });
+        await sent.received();
+        assertEquals((await sent.count.read()).reduce((a, n) => a + n, 0), 4);
+        sent.release();
+        using failed = b.lowLatencyDispatch(x, { topkIdx: bad, recvHook });
+        await reasonOf(failed.received());
+        const { count, layoutRange } = failed;
+        const seen = [
+          Tensor.from(count.address, "i32", count.shape),
+          Tensor.from(layoutRange.address, "i64", layoutRange.shape),
+        ];
+        for (const tensor of seen) assertEquals((await b.read(tensor)).every((n) => Number(n) === 0), true);
+      }
+    });
+  });
+  test("a tensor's shape is its own", async () => {
+    await ranks(1, {}, async (b) => {
+      const shape = [2, 16];
+      using tensor = b.tensor("bf16", shape, new Uint16Array(32));
+      shape[0] = 100_000;
+      assertEquals([tensor.byteLength, (await tensor.read()).length], [64, 32]);
+    });
+  });
   test("a cached dispatch that waits for its counts gives them to its handle", async () => {
     await ranks(1, {}, async (b) => {
       using x = rows(b, 1), topkIdx = topk(b);
