@@ -17,6 +17,8 @@ import { delaysOf, type Times } from "./serve/delay.ts";
 import type { Load, LoadReport } from "./serve/load.ts";
 import type { FromRank, RankMetrics, ToRank } from "./serve/messages.ts";
 
+/** How long workers that were told to end may take. */
+const END_MS = 200;
 const USAGE = `Usage: serve.ts [options]      (bun scripts/serve.ts, or deno run -A scripts/serve.ts)
 
   --port N                  default 8080; 0 = any that is free
@@ -301,6 +303,8 @@ class Service {
     this.#pulsePort.close();
     this.#pulse.terminate();
     for (const rank of this.#ranks) rank.terminate();
+    // Nothing tells when a worker's thread has ended, and the process shall not end beneath it.
+    await new Promise((resolve) => setTimeout(resolve, END_MS));
   }
 }
 
