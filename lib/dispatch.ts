@@ -35,7 +35,9 @@ export interface DispatchOptions extends OperationOptions {
   dispatchLayout?: Pick<DispatchLayout, "isTokenInRank"> & Partial<DispatchLayout>;
   /**
    * Instead of both: the routing of an earlier dispatch. The rows may be others, their number not. Counts that are on the host
-   * are not waited for again; those of a dispatch with `cpuSync: false` are, unless this one has it too.
+   * are not waited for again; those of a dispatch with `cpuSync: false` are, unless this one has it too, and so are others since
+   * ranks were masked, or where `maskOnTimeout` may mask them. Which rows a kept handle stands for is then that of its latest
+   * dispatch; a result that is held keeps its own.
    */
   handle?: DispatchHandle;
   /** Row layout. Default `"rank"`, or the handle's. */

@@ -18,9 +18,9 @@ export interface BufferShape {
   /** Largest number of tokens a rank dispatches in low-latency mode. Default 0: no low-latency mode. */
   maxLowLatencyTokensPerRank?: number;
   /**
-   * Rows a slot holds in normal mode. Default: the worst case of both layouts while a slot's rows stay under 1 GiB;
-   * beyond it the worst case of the rank layout, but no less than twice the mean of the expert layout
-   * (`2 * maxTokensPerRank * numTopk`).
+   * Rows a slot holds in normal mode. Default: the worst case of both layouts, with an `expertAlignment` up to 128 and no
+   * expert twice in a token, while a slot's rows stay under 1 GiB; beyond it the worst case of the rank layout, but no less
+   * than twice the mean of the expert layout (`2 * maxTokensPerRank * numTopk`).
    */
   maxRecvTokens?: number;
   /** Results that can be held at once, 1 to 8. Default 2. */
