@@ -21,6 +21,24 @@ test("a handle is made with some room, and used again by dispatches that fit", a
   assertEquals(device.of("deepep_dispatch").map(({ args }) => args.handle), [small, small, large, large, large, small]);
 });
 
+test("of the handles that a buffer begins with each has room for every dispatch", async () => {
+  const { device, core, topkIdx, x } = fakeWorld();
+  core.routings.prepare();
+  const { numSlots, maxTokensPerRank } = core.options;
+  const rooms = () => device.of("deepep_handle_create").map(({ args }) => args.num_tokens);
+  assertEquals(rooms(), new Array(numSlots).fill(maxTokensPerRank));
+  for (const tokens of [1, 4, 2]) {
+    const held = await Promise.all(
+      Array.from(
+        { length: numSlots },
+        () => dispatch(core, x.slice(0, tokens), { topkIdx: topkIdx.slice(0, tokens), cpuSync: false }),
+      ),
+    );
+    for (const result of held) result.release();
+  }
+  assertEquals(rooms().length, numSlots);
+});
+
 test("handles at rest are no more than slots, and go with the buffer", async () => {
   const { device, core, x, topkIdx } = fakeWorld();
   const kept = [];

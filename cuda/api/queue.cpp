@@ -185,6 +185,7 @@ void join_notifier(uint64_t queue, const std::shared_ptr<Notifier>& notifier) {
   if (cell.notifier == notifier) cell.notifier = nullptr;
 }
 
+// Rejects when the queue has gone since its cell was found.
 std::unique_lock<std::mutex> lock_living(Cell& cell, uint64_t queue) {
   std::unique_lock lock(cell.mutex);
   if (cell.handle.load(std::memory_order_relaxed) != queue) reject(DEEPEP_ERROR_CLOSED, "the queue was destroyed meanwhile");

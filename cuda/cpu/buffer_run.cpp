@@ -1,8 +1,8 @@
 // How a buffer runs operations: see Buffer::enqueue in buffer.hpp.
 //
 // In: an API call that was checked. Out: one task on the communication stream, which waits for what must come before, works,
-// and then, in this order: keeps the failure, marks the buffer, frees the borrowed slot, completes the record (events), and
-// queues the ids. So whoever sees a completion finds everything else done.
+// and then, in this order: keeps the failure, marks the buffer, completes the record (events), and queues the ids. So whoever
+// sees a completion finds everything else done.
 
 #include <new>
 #include <utility>

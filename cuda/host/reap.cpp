@@ -1,8 +1,8 @@
 // How a buffer learns that operations have ended: Buffer::reap. See buffer.hpp.
 //
-// In: what the device has written to pinned memory. Out, for each operation in order: its failure is kept, the buffer marked, a
-// borrowed slot given back, the record of its event completed, and its ids queued. So whoever sees a completion finds
-// everything else done. Words of HostState are read with acquire: each pairs with the release in call_end of the kernels.
+// In: what the device has written to pinned memory. Out, for each operation in order: its failure is kept, the buffer marked,
+// the record of its event completed, and its ids queued. So whoever sees a completion finds everything else done. Words of
+// HostState are read with acquire: each pairs with the release in call_end of the kernels.
 
 #include <signal.h>
 #include <unistd.h>

@@ -54,7 +54,7 @@ struct BlockScales {
 template <bool kCast, uint32_t kUnits = kCast ? kPieceUnits : kPlainUnits>
 struct RowPiece {
   uint4 values[kUnits];  // once cast, 8 bytes of each
-  float scale;                // cast: the sent one of the piece's block `lane`
+  float scale;           // cast: the sent one of the piece's block `lane`
 
   static_assert(kUnits <= 16 && kUnitBytes == 4 * kFp8BlockChannels);
 

@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "cd24a80078bc24b25956d4ca8d2c7287f83777b8d93f0546b7a9d4162d2f2c9f",
-    cuda: "8433e7b278f1dcdff99ee9b6dd4f24725dee0148ba07d92dc24e824fe078567e",
+    cpu: "6c0b02b1c030cc3bf2a715b712f6d4225b45ada8e45e8e6532eda8702db4dd3a",
+    cuda: "6696ca34e9dc0473af019dd36db93378886e56c8d219a88a243db61918fe0ba6",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
