@@ -109,12 +109,15 @@ constexpr bool is_low_latency(int32_t op) {
   return op == DEEPEP_OP_LOW_LATENCY_DISPATCH || op == DEEPEP_OP_LOW_LATENCY_COMBINE;
 }
 
+// Warps of a block of a low-latency dispatch that only listen for counts, at most.
+constexpr uint32_t kMostListeners = 9;
+
 // Low latency moves rows in units of so many bytes, as they are given: 16 for each lane of a warp.
 constexpr uint32_t kUnitBytes = 512;
-// That a warp holds at once, at most: the longer the runs that it writes, the better memory keeps up.
+// That a warp holds at once, at most, in a combine: the longer the runs that it writes, the better memory keeps up.
 constexpr uint32_t kPieceUnits = 14;
-// Of a row that is not cast, which a dispatch holds as it is while the counts come.
-constexpr uint32_t kPlainUnits = 7;
+// In a dispatch, which holds them while the counts come: what is cast meanwhile is not stored yet.
+constexpr uint32_t kHeldUnits = 7;
 
 // How many blocks a token has in a low-latency dispatch, of `most`: those that give every unit of its row a warp, and twice as
 // many for as long as they can divide its places, too. A block takes 0.17 us a place, however many warps it has: places lie in
@@ -132,6 +135,22 @@ struct TokenBlocks {
       ++blocks.place_shift;
     }
     return blocks;
+  }
+};
+
+// The warps of a block of a low-latency dispatch, beside the one that leads: the first listen to the peers' counts, the last
+// cast rows and move them. Counts that have come wait for a warp that does both; where there is little to cast, some only
+// listen.
+struct DispatchWarps {
+  uint32_t listeners, movers;  // of kMaxWarps
+
+  // `units`: of rows that the block has.
+  static constexpr DispatchWarps of(uint64_t units, uint32_t num_experts, uint32_t num_ranks) {
+    // Every word has a lane that listens to it; those of ranks are in warps of their own.
+    const uint64_t words = ceil_div(num_experts, 32) + ceil_div(num_ranks, 32);
+    const auto listeners = static_cast<uint32_t>(smaller(words, kMostListeners));
+    if (units <= 2 * (kMaxWarps - listeners)) return {listeners, kMaxWarps - listeners};
+    return {kMaxWarps, kMaxWarps};
   }
 };
 
@@ -181,7 +200,7 @@ constexpr Plan make_plan(const Work& work, const Topology& topology) {
     const uint32_t units = bytes / kMaxWarps / kUnitBytes;
     plan.tma = plan.tma != 0 && work.fp8;
     plan.stages = 1;
-    plan.chunk_bytes = (!work.fp8 ? kPlainUnits : units < 1 ? 1 : units < kPieceUnits ? units : kPieceUnits) * kUnitBytes;
+    plan.chunk_bytes = (!work.fp8 || units >= kHeldUnits ? kHeldUnits : units < 1 ? 1 : units) * kUnitBytes;
     plan.block_bytes = table_bytes + (work.fp8 ? kMaxWarps * plan.chunk_bytes : 0);
     return plan;
   }

@@ -125,6 +125,8 @@ uint64_t enqueue_dispatch(Buffer& buffer, const deepep_low_latency_dispatch_args
                                                           .place_shift = 0,
                                                           .piece_units = 0,
                                                           .row_pieces = 0,
+                                                          .listeners = 0,
+                                                          .first_mover = 0,
                                                           .turns_scales_of = turns_scales_of(buffer, call, args, *slot)};
                        params.call.slot = index;
                        return launch_low_latency_dispatch(params, place);

@@ -211,6 +211,8 @@ struct LowLatencyDispatchParams {
   uint32_t place_shift;     // 1 << place_shift of these have other places each
   uint32_t piece_units;     // of a row that a warp moves at once
   uint32_t row_pieces;      // a row
+  uint32_t listeners;       // warps of a block that take counts, the first
+  uint32_t first_mover;     // the warp from which on they move rows
   // Ranks to and from which scales in columns go as rows, where they say the same of this one. 0 = none: another kernel.
   uint64_t turns_scales_of;
 };

@@ -151,10 +151,13 @@ cudaError_t launch_low_latency_dispatch(LowLatencyDispatchParams& params, Place 
   const TokenBlocks token_blocks = TokenBlocks::of(units, tokens != 0 ? blocks / tokens : 1, params.routing.num_topk);
   params.blocks_a_token = token_blocks.all();
   params.place_shift = token_blocks.place_shift;
-  const uint32_t warps = params.plan.warps * token_blocks.row_blocks;
-  const uint64_t block_tokens = ceil_div(uint64_t{tokens} * params.blocks_a_token, blocks);
-  const uint32_t pieces =
-      low_latency_pieces(units, params.plan.chunk_bytes / kUnitBytes, std::max<uint64_t>(1, block_tokens), warps);
+  const uint64_t block_tokens = std::max<uint64_t>(1, ceil_div(uint64_t{tokens} * params.blocks_a_token, blocks));
+  const DispatchWarps warps = DispatchWarps::of(ceil_div(units * block_tokens, token_blocks.row_blocks),
+                                                params.call.options.num_experts, params.call.options.num_ranks);
+  const uint32_t pieces = low_latency_pieces(units, params.plan.chunk_bytes / kUnitBytes, block_tokens,
+                                             warps.movers * token_blocks.row_blocks);
+  params.listeners = warps.listeners;
+  params.first_mover = kMaxWarps - warps.movers;
   params.piece_units = static_cast<uint32_t>(ceil_div(units, pieces));
   params.row_pieces = static_cast<uint32_t>(ceil_div(units, params.piece_units));
   const bool casts = (args.flags & DEEPEP_FLAG_FP8) != 0;

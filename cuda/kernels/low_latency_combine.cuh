@@ -250,7 +250,7 @@ struct LowLatencyCombine {
       const uint64_t at = has ? local_row(nth).at * bytes : 0;
       const uint32_t left = has ? min(bytes - offset, kPieceUnits * kUnitBytes) : 0;
       const uint32_t units = (left + kUnitBytes - 1) / kUnitBytes;
-      RowPiece<true> piece;
+      RowPiece<true, kPieceUnits> piece;
       piece.load(from + at + offset, left);
       piece.cast(units, false);
       workers_meet();

@@ -43,13 +43,10 @@ __device__ inline bool comes_soon(const uint32_t* word, uint32_t at_least) {
   return true;
 }
 
-// Adds what they have waited for each rank to the statistics; `kind` is DeviceState::wait_ns's.
+// Adds what they have waited for each rank to the statistics.
 __device__ inline void keep_waits(const CallParams& p, uint32_t kind, const uint64_t* waited_ns, int64_t* wait_stats) {
   for (uint32_t src = lane_id(); src < p.options.num_ranks; src += kWarpLanes) {
-    const auto waited = static_cast<int64_t>(waited_ns[src]);
-    if (waited == 0) continue;
-    reduce_add_relaxed_gpu(&p.state->wait_ns[kind][src], waited);
-    if (wait_stats != nullptr) reduce_add_relaxed_gpu(wait_stats + src, waited);
+    keep_wait(p, kind, src, waited_ns[src], wait_stats);
   }
 }
 
@@ -143,38 +140,31 @@ struct LowLatencyCount {
     }
   }
 
-  // Workers: this rank's counts to the peers. The warps of all blocks share them: each has a part of one peer's, or more.
-  __device__ void publish(uint64_t epoch, uint64_t to) const {
+  // Workers, when all have counted: this rank's counts to the peers, and what it says of itself: that its slot is free. That
+  // needs no fence, as in a dispatch of normal mode: earlier kernels have used it, and have ended. The warps of all blocks
+  // share the words: each has a part of one peer's, or more. Pairs with take() of the peers.
+  __device__ void publish(uint64_t epoch, uint64_t to, uint32_t hash, CountSender sender) const {
     const uint32_t block_warps = num_workers() / kWarpLanes;
-    const bool refuses = found.bad != 0;
+    sender.refuses = found.bad != 0;
     publish_counts(
         p, to & ~rank_bit(p.rank), epoch, threadIdx.x / kWarpLanes * gridDim.x + blockIdx.x, gridDim.x * block_warps,
-        num_experts(),
+        num_experts() + kNumCountInfos,
         [&](uint32_t peer) { return count_words_at(p.symmetric[peer], p.regions, num_experts(), p.rank, epoch); },
-        [&](uint32_t e) { return refuses ? 0 : tables.own[e]; });
+        [&](uint32_t i) {
+          if (i < num_experts()) return sender.refuses ? 0 : tables.own[i];
+          return i - num_experts() == kInfoSender ? count_sender_word(sender) : hash;
+        });
   }
 
-  // The leader's warp: what this rank says of itself, and that its slot is free. That needs no fence, as in a dispatch of
-  // normal mode: earlier kernels have used it, and have ended. Pairs with take_sender() of the peer.
-  __device__ void publish_sender(uint64_t epoch, uint64_t to, uint32_t hash, const CountSender& sender) const {
-    for (uint32_t peer = lane_id(); peer < p.options.num_ranks; peer += kWarpLanes) {
-      if (peer == p.rank || !in_view(to, peer)) continue;
-      uint64_t* infos = count_words_at(p.symmetric[peer], p.regions, num_experts(), p.rank, epoch) + num_experts();
-      store_relaxed_sys(infos + kInfoSender, count_word(epoch, count_sender_word(sender)));
-      store_relaxed_sys(infos + kInfoAgreed, count_word(epoch, hash));
-    }
-    __syncwarp();
-  }
-
-  // Workers: the words of the ranks in the view, each of which says by itself that it is of this call. One thread takes an
-  // expert's counts, one what a rank says of itself, which `heard(rank, sender, waited_ns)` is told: of another warp, where
-  // there are as many, so that all are under way at once. False when the leader has stopped the call meanwhile. The workers
-  // must meet afterwards.
+  // The first `threads` workers: the words of the ranks in the view, each of which says by itself that it is of this call. One
+  // thread takes an expert's counts, one what a rank says of itself, which `heard(rank, sender, waited_ns)` is told: of another
+  // warp, where there are as many, so that all are under way at once. False when the leader has stopped the call meanwhile. The
+  // workers must meet afterwards.
   template <class Heard>
-  __device__ bool take(const CallShared& s, uint64_t view, uint32_t hash, Heard heard) const {
+  __device__ bool take(const CallShared& s, uint64_t view, uint32_t hash, uint32_t threads, Heard heard) const {
     const auto senders = static_cast<uint32_t>(align_up(num_experts(), kWarpLanes)), items = senders + p.options.num_ranks;
     const uint64_t begin_ns = global_time_ns();
-    for (uint32_t item = threadIdx.x; item < items; item += num_workers()) {
+    for (uint32_t item = threadIdx.x; item < items; item += threads) {
       if (item >= num_experts() && item < senders) continue;
       const bool came =
           item < senders ? take_expert(s, view, item) : take_sender(s, view, item - senders, hash, begin_ns, heard);
@@ -301,7 +291,7 @@ struct LowLatencyCount {
     const uint64_t* infos = words_of(s, src) + num_experts();
     for (uint32_t looks = 1;; ++looks) {
       const uint64_t agreed = load_relaxed_sys(infos + kInfoAgreed);
-      const uint64_t word = load_acquire_sys(infos + kInfoSender);  // Pairs with publish_sender() of src.
+      const uint64_t word = load_acquire_sys(infos + kInfoSender);  // Pairs with publish() of src.
       if (is_count_of(word, s.epoch) && is_count_of(agreed, s.epoch)) {
         const CountSender sender = count_sender_from_word(static_cast<uint32_t>(word));
         if (sender.refuses || static_cast<uint32_t>(agreed) != hash) atomicOr(&found.stop, 1u);

@@ -24,10 +24,11 @@ struct LowLatencyShared {
   CallShared call;
   CountFindings found;
   Arrivals arrivals;
-  uint64_t barriers[kMaxWarps];  // of the pieces that come by TMA
-  uint64_t to;                   // ranks that the workers tell their counts; the leader learns of more that are lost meanwhile
-  uint64_t view;                 // ranks that the workers count in
-  uint32_t placed;               // 1 = the places of the first round are found
+  uint64_t waited_ns[DEEPEP_MAX_RANKS];  // for the ranks' counts; the leader's block
+  uint64_t barriers[kMaxWarps];          // of the pieces that come by TMA
+  uint64_t to;      // ranks that the workers tell their counts; the leader learns of more that are lost meanwhile
+  uint64_t view;    // ranks that the workers count in
+  uint32_t placed;  // 1 = the places of the first round are found
   uint8_t* slots[DEEPEP_MAX_RANKS];
   bool turns_scales[DEEPEP_MAX_RANKS];  // they go as rows between that rank and this one
   uint32_t may_turn;                    // 1 = the rows of the peer have come whose scales this block is about to turn
@@ -75,7 +76,7 @@ struct LowLatencyDispatch {
     }
     tell_leader(kTurns ? kMeetPushed : kMeetEnd);
     if (pushed && is_leader() && params.receives != 0 && p().mask_on_timeout == 0) {
-      look_for_rows(p(), s.call, s.arrivals, s.view);
+      look_for_rows(p(), s.call, s.arrivals, s.view, wait_stats());
     }
     if constexpr (kTurns) {
       if (pushed) turn_scales();
@@ -102,7 +103,7 @@ struct LowLatencyDispatch {
   __device__ bool publish() {
     const bool led = is_led();
     if (led && !workers_await_leader(p(), s.call, kStepCounted)) return false;
-    counting().publish(s.call.epoch, s.to);
+    counting().publish(s.call.epoch, s.to, p().agreed_hash, {p().slot, false, params.turns_scales_of != 0});
     if (led) workers_arrive(p(), kMeetCounted);
     return true;
   }
@@ -122,10 +123,13 @@ struct LowLatencyDispatch {
       s.slots[rank] = p().symmetric[rank] + slot_offset(p().regions, sender.slot);
       s.turns_scales[rank] = sender.turns_scales && in_view(params.turns_scales_of, rank);
       if (!is_leader()) return;
-      s.arrivals.waited_ns[rank] = waited_ns;
+      s.waited_ns[rank] = waited_ns;
       params.routing.header->peer_slots[rank] = sender.slot;
     };
-    if (!counting().take(s.call, view, p().agreed_hash, heard)) atomicOr(&s.found.stop, 1u);
+    const uint32_t listening = params.listeners * kWarpLanes;
+    if (threadIdx.x < listening && !counting().take(s.call, view, p().agreed_hash, listening, heard)) {
+      atomicOr(&s.found.stop, 1u);
+    }
     // Who has said its counts and ended since would have rows pushed to memory that may be gone: the messages tell.
     if (threadIdx.x == 0 && (view & ~s.to) != 0) atomicOr(&s.found.stop, 1u);
     // Pairs with the release in lead(): the last warp has found the places of the first round.
@@ -153,7 +157,7 @@ struct LowLatencyDispatch {
 
     __device__ Mover(const LowLatencyDispatch& given, TokenRange first) : dispatch(given), phase(0) {
       if constexpr (kCast && kHasTma) {
-        if (has_tma() && lane_id() == 0) {
+        if (moves() && has_tma() && lane_id() == 0) {
           barrier_init(barrier(), 1);
           fence_barrier_init();
         }
@@ -164,7 +168,8 @@ struct LowLatencyDispatch {
 
     __device__ void begin(TokenRange next) {
       round = next;
-      token = 0, piece = (dispatch.part() >> dispatch.params.place_shift) * num_warps() + threadIdx.x / kWarpLanes;
+      token = moves() ? 0 : round.end - round.begin;
+      piece = moves() ? (dispatch.part() >> dispatch.params.place_shift) * num_warps() + warp() : 0;
       turn();
     }
     __device__ void advance() {
@@ -177,7 +182,10 @@ struct LowLatencyDispatch {
     }
     __device__ bool has() const { return token < round.end - round.begin; }
 
-    __device__ static uint32_t num_warps() { return num_workers() / kWarpLanes; }
+    // Warps before the first mover move nothing.
+    __device__ bool moves() const { return threadIdx.x / kWarpLanes >= dispatch.params.first_mover; }
+    __device__ uint32_t warp() const { return threadIdx.x / kWarpLanes - dispatch.params.first_mover; }
+    __device__ uint32_t num_warps() const { return num_workers() / kWarpLanes - dispatch.params.first_mover; }
     __device__ uint32_t first_unit() const { return piece * dispatch.params.piece_units; }
     // Of the piece as it is given.
     __device__ uint32_t bytes() const { return bytes_from(first_unit()); }
@@ -188,10 +196,10 @@ struct LowLatencyDispatch {
     __device__ uint32_t units() const { return (bytes() + kUnitBytes - 1) / kUnitBytes; }
 
     __device__ bool has_tma() const { return dispatch.params.plan.tma != 0; }
-    __device__ uint64_t* barrier() const { return &dispatch.s.barriers[threadIdx.x / kWarpLanes]; }
+    __device__ uint64_t* barrier() const { return &dispatch.s.barriers[warp()]; }
     __device__ uint8_t* stage() const {
       const Plan& plan = dispatch.params.plan;
-      return dispatch.shared + plan.block_bytes - (plan.warps - threadIdx.x / kWarpLanes) * plan.chunk_bytes;
+      return dispatch.shared + plan.block_bytes - (plan.warps - warp()) * plan.chunk_bytes;
     }
     __device__ const uint8_t* source() const {
       const auto* x = reinterpret_cast<const uint8_t*>(dispatch.params.args.x);
@@ -421,15 +429,11 @@ struct LowLatencyDispatch {
     if (lane_id() == 0) {
       read_call(p(), s.call, true, true);
       s.to = all_ranks(p()) & ~(s.call.masked | s.call.lost);
-      s.arrivals.num_came = 0;
       s.placed = 0;
     }
-    for (uint32_t rank = lane_id(); rank < DEEPEP_MAX_RANKS; rank += kWarpLanes) {
-      s.arrivals.came[rank] = s.arrivals.waited_ns[rank] = 0;
-    }
+    s.arrivals.clear();
+    for (uint32_t rank = lane_id(); rank < DEEPEP_MAX_RANKS; rank += kWarpLanes) s.waited_ns[rank] = 0;
     __syncthreads();  // The workers have counted.
-    const bool plain = is_leader() && !s.call.skipped && !is_led() && s.found.bad == 0;
-    if (plain) say_counts();
     const TokenRange own = tokens();
     counting().find_places(round_at(own, own.begin));
     if (lane_id() == 0) store_release_block(&s.placed, 1);
@@ -443,11 +447,13 @@ struct LowLatencyDispatch {
       header.peer_slots[p().rank] = p().slot;
     }
     __syncwarp();
+    const bool plain = !is_led() && s.found.bad == 0;
     bool sent = !s.call.skipped && (plain ? exchange_messages() : exchange_slowly(params, s, shared));
     if (sent) tell_counts();
     const bool turns = params.turns_scales_of != 0;
     Leader(p(), s.call).await_blocks(turns ? kMeetPushed : kMeetEnd, false);
     if (!turns) end_blocks(p(), s.call);
+    if (p().mask_on_timeout == 0) keep_waits(p(), 0, s.waited_ns, wait_stats());
     if (p().mask_on_timeout != 0) sent = sent && announce_to_all(p(), s.call);
     if (!sent) keep_failure(params);
     if (sent && params.receives != 0) {
@@ -457,15 +463,8 @@ struct LowLatencyDispatch {
       Leader(p(), s.call).await_blocks(kMeetEnd, false);
       end_blocks(p(), s.call);
     }
-    // Those for rows are not final in a call that fails while they are awaited.
-    if ((s.call.code == 0 || !sent) && p().mask_on_timeout == 0) keep_waits(p(), 0, s.arrivals.waited_ns, wait_stats());
     if (s.call.code != 0 || s.call.skipped) clear_counts(p());
     tell_end(p(), s.call, {true, true, params.receives != 0});
-  }
-
-  __device__ void say_counts() {
-    counting().publish_sender(s.call.epoch, s.to, p().agreed_hash,
-                              {p().slot, s.found.bad != 0, params.turns_scales_of != 0});
   }
 
   __device__ void publish_message() const {
@@ -530,7 +529,6 @@ struct LowLatencyDispatch {
   DEEPEP_COLD __device__ static bool exchange_slowly(const LowLatencyDispatchParams& params, LowLatencyShared& s,
                                                      uint8_t* shared) {
     LowLatencyDispatch self(params, s, shared);
-    if (!self.is_led()) self.say_counts();
     const bool went = self.exchange_messages_first();
     self.stop_or_release(kStepGo, went);
     return went && self.take_findings();
@@ -541,7 +539,6 @@ struct LowLatencyDispatch {
     if (!leader.enter(DEEPEP_PHASE_NOTIFY)) return false;  // Silent, as deepep_inject told it.
     if (is_led()) {
       // Whoever has this rank's message has its counts.
-      say_counts();
       stop_or_release(kStepCounted, true);
       leader.await_blocks(kMeetCounted, true);
     }

@@ -36,22 +36,29 @@ struct ExpertRegions {
   }
 };
 
-// What the workers of the leader's block have found of the peers.
+// What the workers of the leader's block have found of the peers' rows.
 struct Arrivals {
-  uint64_t waited_ns[DEEPEP_MAX_RANKS];
   uint32_t came[DEEPEP_MAX_RANKS];  // 1 = a rank's rows are there
   uint32_t num_came;                // how many ranks' are
+
+  // By a warp, before a meeting.
+  __device__ void clear() {
+    for (uint32_t rank = lane_id(); rank < DEEPEP_MAX_RANKS; rank += kWarpLanes) came[rank] = 0;
+    if (lane_id() == 0) num_came = 0;
+  }
 };
 
-// Workers of the leader's block: look for the rows of all ranks. They give up when the leader does. All have passed a meeting
-// since the call began.
-__device__ inline void look_for_rows(const CallParams& p, const CallShared& s, Arrivals& arrivals, uint64_t view) {
+// Workers of the leader's block: look for the rows of all ranks, more than one warp for each where there are as many: one asks
+// while the other's answer is on its way. They give up when the leader does. All have passed a meeting since the call began.
+__device__ inline void look_for_rows(const CallParams& p, const CallShared& s, Arrivals& arrivals, uint64_t view,
+                                     int64_t* wait_stats) {
   const uint64_t begin_ns = global_time_ns();
+  const uint32_t warps = min(num_workers() / kWarpLanes, p.options.num_ranks);
   look_in_turn(
-      p, s.epoch, view, threadIdx.x / kWarpLanes, num_workers() / kWarpLanes,
+      p, s.epoch, view, threadIdx.x / kWarpLanes % warps, warps,
       [&](uint32_t src, bool at_once) {
-        if (!at_once) arrivals.waited_ns[src] += global_time_ns() - begin_ns;
-        store_release_block(&arrivals.came[src], 1);      // Pairs with wait_for_rows() of the leader.
+        if (exchange_acq_rel_block(&arrivals.came[src], 1) != 0) return;  // Pairs with wait_for_rows() of the leader.
+        if (!at_once) keep_wait(p, 0, src, global_time_ns() - begin_ns, wait_stats);
         reduce_add_release_block(&arrivals.num_came, 1);  // Pairs with comes_soon().
       },
       [&](uint32_t looks) { return looks % kLooksBetween != 0 || !__any_sync(kAllLanes, is_stopped(p, s)); });
@@ -170,26 +177,24 @@ __global__ void __launch_bounds__(kReceiveWarps* kWarpLanes, 1)
   if (threadIdx.x == num_workers()) {
     read_call(p, s, false, true);
     s.epoch = header.epoch;
-    arrivals.num_came = 0;
   }
-  for (uint32_t src = threadIdx.x; src < p.options.num_ranks; src += blockDim.x) {
-    arrivals.came[src] = arrivals.waited_ns[src] = 0;
-  }
+  if (!is_worker()) arrivals.clear();
   const bool is_valid = header.valid != 0;
   __syncthreads();
   // Of a rank that was masked after the send half nothing is awaited, nor kept: the same whether its rows have come or not.
+  auto* wait_stats = reinterpret_cast<int64_t*>(params.wait_stats);
   if (is_worker()) {
-    if (!s.skipped && is_valid && p.mask_on_timeout == 0) look_for_rows(p, s, arrivals, header.view & ~s.masked);
+    if (!s.skipped && is_valid && p.mask_on_timeout == 0) {
+      look_for_rows(p, s, arrivals, header.view & ~s.masked, wait_stats);
+    }
     return;
   }
   const uint64_t view = header.view & ~s.masked;
-  auto* wait_stats = reinterpret_cast<int64_t*>(params.wait_stats);
   const ExpertRegions regions = {params.scales, params.row_bytes, p.regions.low_latency_rows};
   if (!s.skipped && (is_valid || check_send_half(p, s, header))) {
     const bool came = receive_rows(p, s, params.routing, regions, arrivals, view, wait_stats);
     if (came && p.mask_on_timeout == 0) forget_expert_rows(p, regions, header.view & ~view);
   }
-  if (s.code == 0 && p.mask_on_timeout == 0) keep_waits(p, 0, arrivals.waited_ns, wait_stats);
   if (s.code != 0 || s.skipped) clear_counts(p);
   call_end(p, s, {false, true, true});
 }

@@ -221,6 +221,11 @@ __device__ __forceinline__ uint32_t load_acquire_block(const uint32_t* shared) {
 __device__ __forceinline__ void store_release_block(uint32_t* shared, uint32_t value) {
   asm volatile("st.release.cta.u32 [%0], %1;" ::"l"(shared), "r"(value) : "memory");
 }
+__device__ __forceinline__ uint32_t exchange_acq_rel_block(uint32_t* shared, uint32_t value) {
+  uint32_t old;
+  asm volatile("atom.acq_rel.cta.exch.b32 %0, [%1], %2;" : "=r"(old) : "l"(shared), "r"(value) : "memory");
+  return old;
+}
 __device__ __forceinline__ void reduce_add_release_block(uint32_t* shared, uint32_t value) {
   asm volatile("red.release.cta.add.u32 [%0], %1;" ::"l"(shared), "r"(value) : "memory");
 }

@@ -51,7 +51,7 @@ struct BlockScales {
 };
 
 // A piece of a row, of kUnits units at most. The whole converged warp holds one.
-template <bool kCast, uint32_t kUnits = kCast ? kPieceUnits : kPlainUnits>
+template <bool kCast, uint32_t kUnits = kHeldUnits>
 struct RowPiece {
   uint4 values[kUnits];  // once cast, 8 bytes of each
   float scale;           // cast: the sent one of the piece's block `lane`

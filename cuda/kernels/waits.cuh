@@ -8,6 +8,14 @@
 
 namespace deepep {
 
+// Adds what was waited for a rank to the statistics; `kind` is DeviceState::wait_ns's, `wait_stats` the caller's.
+__device__ inline void keep_wait(const CallParams& p, uint32_t kind, uint32_t src, uint64_t waited_ns, int64_t* wait_stats) {
+  const auto waited = static_cast<int64_t>(waited_ns);
+  if (waited == 0) return;
+  reduce_add_relaxed_gpu(&p.state->wait_ns[kind][src], waited);
+  if (wait_stats != nullptr) reduce_add_relaxed_gpu(wait_stats + src, waited);
+}
+
 // All functions are called by one whole converged warp of the leader's block; they return the same on every lane.
 struct Waits {
   const CallParams& p;
@@ -263,8 +271,7 @@ struct Waits {
   __device__ void account_for(uint32_t peer, int32_t kind, uint64_t waited_ns) {
     if (kind < 0) return;
     // Nothing comes back, so that the wait ends without a trip to memory.
-    reduce_add_relaxed_gpu(&p.state->wait_ns[kind][peer], static_cast<int64_t>(waited_ns));
-    if (wait_stats != nullptr) reduce_add_relaxed_gpu(wait_stats + peer, static_cast<int64_t>(waited_ns));
+    keep_wait(p, static_cast<uint32_t>(kind), peer, waited_ns, wait_stats);
   }
 
   // Looks at the abort words: leaves ranks out as others have done, or ends the call.

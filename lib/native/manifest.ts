@@ -21,8 +21,8 @@ export interface Manifest {
 export const manifest: Manifest = {
   abiVersion: 1,
   sourceHash: {
-    cpu: "6c0b02b1c030cc3bf2a715b712f6d4225b45ada8e45e8e6532eda8702db4dd3a",
-    cuda: "6696ca34e9dc0473af019dd36db93378886e56c8d219a88a243db61918fe0ba6",
+    cpu: "def6ec561781375178ad696830e46dbb2cf8b89b1ba0d9f8c20dfc2d4325765e",
+    cuda: "152808bbda19935f09deca20ffdf0e49add44c721f53e8a15c0a5bb539f9f29d",
   },
   compilers: {
     cpu: "g++ (Debian 12.2.0-14+deb12u1) 12.2.0, GNU ld (GNU Binutils for Debian) 2.40",
@@ -34,8 +34,8 @@ export const manifest: Manifest = {
       bytes: 526768,
     },
     "linux-x64/libdeepep_cuda.so": {
-      sha256: "52d17774b9aea41dafe27b30bddeb4d89eebaf364f95e269bdb0759fa3fd9f0f",
-      bytes: 3136216,
+      sha256: "3d5dec19388c8f5ef5550f8bc2afc2b17dfaf8d89acabefd6caac4d3922cab95",
+      bytes: 3119832,
     },
   },
 };

@@ -202,6 +202,9 @@ inline float2 floats_from_e4m3(uint16_t both) {
 // A word in shared memory that warps pass on without a meeting.
 inline uint32_t load_acquire_block(const uint32_t* shared) { return looked_at<__ATOMIC_ACQUIRE>(shared); }
 inline void store_release_block(uint32_t* shared, uint32_t value) { stored<__ATOMIC_RELEASE>(shared, value); }
+inline uint32_t exchange_acq_rel_block(uint32_t* shared, uint32_t value) {
+  return emulator::atomically<__ATOMIC_ACQ_REL>(shared, [&](uint32_t) { return value; });
+}
 inline void reduce_add_release_block(uint32_t* shared, uint32_t value) { reduce_add_release_gpu(shared, value); }
 
 inline void await_kernel_before() { emulator::this_block().await_kernel_before(); }
