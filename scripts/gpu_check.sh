@@ -333,7 +333,9 @@ if wanted soak; then
   gpu_script soak "$limit" scripts/soak.ts "${flags[@]}"
 fi
 if wanted serve; then
-  gpu_script serve 120 scripts/serve.ts --backend cuda --port 0 --load 8 --seconds "$([[ -n $quick ]] && echo 5 || echo 20)"
+  flags=(--backend cuda --port 0 --load 8 --seconds "$([[ -n $quick ]] && echo 5 || echo 20)")
+  gpu_script serve 120 scripts/serve.ts "${flags[@]}"
+  gpu_script serve_rate 120 scripts/serve.ts "${flags[@]}" --rate 500
 fi
 
 flags=(--backend cuda --commit "$commit" --json "$out/bench.jsonl")

@@ -6,7 +6,6 @@
  * events wait. Each rank has a Web Worker, which makes decode steps one after another (worker.ts); this thread only serves
  * HTTP. With `--load` it asks itself, from another thread, and prints a line of JSON. Runs under Bun and Deno.
  */
-import { createServer, type IncomingMessage, type Server, type ServerResponse } from "node:http";
 import { createServer as createTcpServer } from "node:net";
 import process from "node:process";
 import { parseArgs } from "node:util";
@@ -14,11 +13,15 @@ import type { Backend } from "../mod.ts";
 import { openBest } from "../lib/device.ts";
 import type { DecodeShape } from "./decode/draw.ts";
 import { delaysOf, type Times } from "./serve/delay.ts";
-import type { Load, LoadReport } from "./serve/load.ts";
+import { bodyOf, type HttpServer, listen, TooLong } from "./serve/http.ts";
+import type { FromLoad, Load, LoadReport } from "./serve/load.ts";
 import type { FromRank, RankMetrics, ToRank } from "./serve/messages.ts";
+import type { Pulse } from "./serve/pulse.ts";
 
-/** How long workers that were told to end may take. */
-const END_MS = 200;
+/** How long the load runs before it counts. */
+const WARMUP_SECONDS = 1;
+/** How long requests under way may take when the server ends; and workers that were told to end. */
+const DRAIN_MS = 1000, END_MS = 200;
 const USAGE = `Usage: serve.ts [options]      (bun scripts/serve.ts, or deno run -A scripts/serve.ts)
 
   --port N                  default 8080; 0 = any that is free
@@ -29,7 +32,8 @@ const USAGE = `Usage: serve.ts [options]      (bun scripts/serve.ts, or deno run
   --experts N               default 256, on cpu 16
   --topk N                  default 8, on cpu 4
   --load N                  ask with N clients at a time
-  --seconds N               end after so long; default 10 with --load, else never
+  --rate N                  of all clients, requests a second; default: one after another
+  --seconds N               end after so long; default 10 with --load, which asks ${WARMUP_SECONDS} before it counts; else never
   --help                    this text
 
 POST /generate   bf16 rows [n, hidden] as bytes, n at most --tokens; answers with as many
@@ -42,6 +46,7 @@ interface Options {
   readonly ranks: number;
   readonly shape: DecodeShape;
   readonly load: number;
+  readonly rate: number;
   readonly seconds: number | undefined;
 }
 
@@ -58,6 +63,7 @@ async function parse(args: string[]): Promise<Options | undefined> {
       experts: text,
       topk: text,
       load: { ...text, default: "0" },
+      rate: { ...text, default: "0" },
       seconds: text,
       help: { type: "boolean", default: false },
     },
@@ -70,7 +76,11 @@ async function parse(args: string[]): Promise<Options | undefined> {
   const usual = backend === "cpu"
     ? { ranks: 2, tokens: 8, hidden: 256, experts: 16, topk: 4 }
     : { ranks: 8, tokens: 128, hidden: 7168, experts: 256, topk: 8 };
-  const whole = (name: keyof typeof usual | "port" | "load" | "seconds", least: number, otherwise: number): number => {
+  const whole = (
+    name: keyof typeof usual | "port" | "load" | "rate" | "seconds",
+    least: number,
+    otherwise: number,
+  ): number => {
     const value = values[name] === undefined ? otherwise : Number(values[name]);
     if (Number.isSafeInteger(value) && value >= least) return value;
     throw new RangeError(`Cannot serve: --${name} is ${values[name]}, needs a whole number from ${least}`);
@@ -83,6 +93,7 @@ async function parse(args: string[]): Promise<Options | undefined> {
     ranks: of("ranks"),
     shape: { tokens: of("tokens"), hidden: of("hidden"), experts: of("experts"), topk: of("topk") },
     load,
+    rate: whole("rate", 0, 0),
     seconds: load > 0 || values.seconds !== undefined ? whole("seconds", 1, 10) : undefined,
   };
 }
@@ -109,7 +120,7 @@ async function startWorker<T>(file: string): Promise<Worker> {
 /** A rank's worker, as the server sees it. */
 class RankClient {
   readonly #worker: Worker;
-  readonly #asked = new Map<number, PromiseWithResolvers<Uint16Array | RankMetrics>>();
+  readonly #asked = new Map<number, PromiseWithResolvers<Uint16Array<ArrayBuffer> | RankMetrics>>();
   readonly opened = Promise.withResolvers<void>();
   readonly stopped = Promise.withResolvers<void>();
   #nextId = 0;
@@ -133,53 +144,40 @@ class RankClient {
   send(message: ToRank, transfer: Transferable[] = []): void {
     this.#worker.postMessage(message, transfer);
   }
-  generate(rows: Uint16Array<ArrayBuffer>): Promise<Uint16Array> {
-    return this.#ask((id) => this.send({ kind: "generate", id, rows }, [rows.buffer])) as Promise<Uint16Array>;
+  generate(rows: Uint16Array<ArrayBuffer>): Promise<Uint16Array<ArrayBuffer>> {
+    return this.#ask((id) => this.send({ kind: "generate", id, rows }, [rows.buffer])) as Promise<
+      Uint16Array<ArrayBuffer>
+    >;
   }
   metrics(reset = false): Promise<RankMetrics> {
     return this.#ask((id) => this.send({ kind: "metrics", id, reset })) as Promise<RankMetrics>;
   }
+
   terminate(): void {
     this.#worker.terminate();
   }
 
-  #ask(send: (id: number) => void): Promise<Uint16Array | RankMetrics> {
-    const id = this.#nextId++, answer = Promise.withResolvers<Uint16Array | RankMetrics>();
+  #ask(send: (id: number) => void): Promise<Uint16Array<ArrayBuffer> | RankMetrics> {
+    const id = this.#nextId++, answer = Promise.withResolvers<Uint16Array<ArrayBuffer> | RankMetrics>();
     this.#asked.set(id, answer);
     send(id);
     return answer.promise;
   }
-  #settle(id: number, value: Uint16Array | RankMetrics): void {
+  #settle(id: number, value: Uint16Array<ArrayBuffer> | RankMetrics): void {
     this.#asked.get(id)?.resolve(value);
     this.#asked.delete(id);
   }
-}
-
-/** The bytes of a request. @throws {RangeError} when they are more than `most` */
-async function bodyOf(request: IncomingMessage, most: number): Promise<Uint8Array<ArrayBuffer>> {
-  const chunks: Uint8Array[] = [];
-  let length = 0;
-  for await (const chunk of request as AsyncIterable<Uint8Array>) {
-    length += chunk.length;
-    if (length > most) throw new RangeError(`a request has at most ${most} bytes`);
-    chunks.push(chunk);
-  }
-  const body = new Uint8Array(new ArrayBuffer(length));
-  let at = 0;
-  for (const chunk of chunks) {
-    body.set(chunk, at);
-    at += chunk.length;
-  }
-  return body;
 }
 
 class Service {
   readonly #options: Options;
   readonly #ranks: readonly RankClient[];
   readonly #pulse: Worker;
+  readonly #pulseEnds: Int32Array;
   readonly #delays: Times;
   readonly #pulsePort: MessagePort;
-  readonly #server: Server;
+  #server: HttpServer | undefined;
+  #answering = 0;
   /** Rejects when a rank has failed. */
   readonly failed: Promise<never>;
   #began = performance.now();
@@ -187,15 +185,21 @@ class Service {
 
   private constructor(
     options: Options,
-    parts: { ranks: readonly RankClient[]; pulse: Worker; port: MessagePort; failed: Promise<never> },
+    parts: {
+      ranks: readonly RankClient[];
+      pulse: Worker;
+      pulseEnds: Int32Array;
+      port: MessagePort;
+      failed: Promise<never>;
+    },
   ) {
     this.#options = options;
     this.#ranks = parts.ranks;
     this.#pulse = parts.pulse;
+    this.#pulseEnds = parts.pulseEnds;
     this.#pulsePort = parts.port;
     this.failed = parts.failed;
     this.#delays = delaysOf(parts.port);
-    this.#server = createServer((request, response) => void this.#answer(request, response));
   }
 
   /** Starts the ranks, then listens. */
@@ -215,36 +219,35 @@ class Service {
       client.send({ kind: "open", place, pulse: channels[rank]!.port1 }, [channels[rank]!.port1]);
     });
     await Promise.race([failed.promise, Promise.all(ranks.map(({ opened }) => opened.promise))]);
-    const ports = channels.map(({ port2 }) => port2);
-    pulse!.postMessage(ports, ports);
-    const service = new Service(options, { ranks, pulse: pulse!, port: channels[size]!.port1, failed: failed.promise });
-    await new Promise<void>((resolve, reject) =>
-      service.#server.once("error", reject).listen(options.port, "127.0.0.1", () => resolve())
-    );
+    const ports = channels.map(({ port2 }) => port2), ends = new Int32Array(new SharedArrayBuffer(4));
+    pulse!.postMessage({ ports, ends } satisfies Pulse, ports);
+    const parts = { ranks, pulse: pulse!, pulseEnds: ends, port: channels[size]!.port1, failed: failed.promise };
+    const service = new Service(options, parts);
+    service.#server = listen(options.port, (request) => service.#answer(request));
     return service;
   }
 
   get url(): string {
-    return `http://127.0.0.1:${(this.#server.address() as { port: number }).port}`;
+    return this.#server!.url;
   }
 
-  async #answer(request: IncomingMessage, response: ServerResponse): Promise<void> {
-    const say = (status: number, type: string, body: string | Uint8Array) =>
-      void response.writeHead(status, { "content-type": type }).end(body);
+  async #answer(request: Request): Promise<Response> {
+    const say = (status: number, text: string) => new Response(text, { status });
+    const { pathname } = new URL(request.url);
+    this.#answering++;
     try {
-      if (request.method === "POST" && request.url === "/generate") {
-        say(200, "application/octet-stream", await this.#generate(request));
-      } else if (request.method === "GET" && request.url === "/metrics") {
-        say(200, "application/json", JSON.stringify(await this.metrics()));
-      } else {
-        say(404, "text/plain", "there are POST /generate and GET /metrics\n");
-      }
+      if (request.method === "POST" && pathname === "/generate") return new Response(await this.#generate(request));
+      if (request.method === "GET" && pathname === "/metrics") return Response.json(await this.metrics());
+      return say(404, "there are POST /generate and GET /metrics\n");
     } catch (error) {
-      say(error instanceof RangeError ? 400 : 500, "text/plain", `${(error as Error).message}\n`);
+      const status = error instanceof TooLong ? 413 : error instanceof RangeError ? 400 : 500;
+      return say(status, `${(error as Error).message}\n`);
+    } finally {
+      this.#answering--;
     }
   }
 
-  async #generate(request: IncomingMessage): Promise<Uint8Array> {
+  async #generate(request: Request): Promise<Uint8Array<ArrayBuffer>> {
     const { tokens, hidden } = this.#options.shape, rowBytes = 2 * hidden;
     const body = await bodyOf(request, tokens * rowBytes);
     if (body.length === 0 || body.length % rowBytes !== 0) {
@@ -281,28 +284,34 @@ class Service {
     return told;
   }
 
-  /** Asks itself from another thread; tells what it saw. */
-  async load(clients: number, seconds: number): Promise<LoadReport> {
+  /** Asks itself from another thread, and forgets what was before that was warm; tells what it saw. */
+  async load(clients: number, rate: number, seconds: number): Promise<LoadReport> {
     const worker = await startWorker("./serve/load.ts"), { hidden, tokens } = this.#options.shape;
     const report = Promise.withResolvers<LoadReport>();
-    worker.onmessage = ({ data }: MessageEvent<LoadReport>) => report.resolve(data);
-    await this.metrics(true);
-    const load: Load = { url: `${this.url}/generate`, clients, seconds, hidden, tokens: Math.min(4, tokens) };
-    worker.postMessage(load);
+    worker.onmessage = ({ data }: MessageEvent<FromLoad>) => {
+      if (data === "warm") this.metrics(true).catch(report.reject);
+      else if (data !== "listening") report.resolve(data);
+    };
+    const more = { warmupSeconds: WARMUP_SECONDS, seconds, hidden, tokens: Math.min(4, tokens) };
+    worker.postMessage({ url: `${this.url}/generate`, clients, rate, ...more } satisfies Load);
     const done = await Promise.race([this.failed, report.promise]);
     worker.terminate();
     return done;
   }
 
-  /** Lets the ranks stop before the same step, then ends. */
+  /** Lets requests end, then the ranks, before the same step. */
   async stop(): Promise<void> {
-    this.#server.close();
-    this.#server.closeAllConnections();
+    const until = performance.now() + DRAIN_MS, soon = () => new Promise((resolve) => setTimeout(resolve, 1));
+    while (this.#answering > 0 && performance.now() < until) await soon();
+    await this.#server!.stop();
     for (const rank of this.#ranks) rank.send({ kind: "stop" });
     await Promise.race([this.failed, Promise.all(this.#ranks.map(({ stopped }) => stopped.promise))]);
+    const ended = new Promise<void>((resolve) => this.#pulse.onmessage = () => resolve());
+    Atomics.store(this.#pulseEnds, 0, 1);
+    Atomics.notify(this.#pulseEnds, 0);
+    await ended;
     this.#pulsePort.close();
-    this.#pulse.terminate();
-    for (const rank of this.#ranks) rank.terminate();
+    for (const worker of [this.#pulse, ...this.#ranks]) worker.terminate();
     // Nothing tells when a worker's thread has ended, and the process shall not end beneath it.
     await new Promise((resolve) => setTimeout(resolve, END_MS));
   }
@@ -315,17 +324,19 @@ async function main(): Promise<number> {
     console.log(USAGE);
     return 0;
   }
-  const { load, seconds } = options, service = await Service.start(options);
+  const { load, rate, seconds } = options, service = await Service.start(options);
   console.error(`listening on ${service.url}`);
   if (load > 0) {
-    const asked = await service.load(load, seconds!), metrics = await service.metrics();
+    const asked = await service.load(load, rate, seconds!), metrics = await service.metrics();
     const good = asked.wrong === 0 && asked.errors === 0 && asked.requests > 0 && metrics.failures === 0;
     const { workers, main } = metrics.eventLoopDelay, requestsPerSecond = Math.round(asked.requests / seconds!);
     const goal = { mainUnder1Ms: main.p99 < 1, workersUnder1Ms: workers.every(({ p99 }) => p99 < 1) };
     const report = {
       serve: good ? "passed" : "failed",
       load,
+      rate,
       seconds,
+      warmupSeconds: WARMUP_SECONDS,
       requestsPerSecond,
       ...goal,
       ...metrics,

@@ -1,4 +1,5 @@
 /** scripts/serve.ts as it is run: it asks itself and gets every row back, answers others, refuses nonsense, ends when told. */
+import { connect } from "node:net";
 import process from "node:process";
 import { test } from "node:test";
 import { assert, assertEquals, assertMatch } from "@std/assert";
@@ -23,6 +24,15 @@ test("serve: clients get their rows back from decode steps, and delays are measu
     assert(count > 100 && p50 >= 0 && p50 <= p99 && p99 <= max && max > 0, child.output.stdout);
   }
   assertEquals(report.mainUnder1Ms, eventLoopDelay.main.p99 < 1);
+  assertEquals([report.rate, report.latencyMs.count], [0, requests]);
+});
+
+test("serve: requests come at the rate that is asked for, and count from their time on", bounded, async () => {
+  const child = start("--load", "4", "--rate", "40", "--seconds", "2"), { code } = await child.ended;
+  assertEquals(code, 0, child.output.stderr);
+  const { serve, rate, requests, requestsPerSecond, latencyMs } = JSON.parse(child.output.stdout);
+  assertEquals([serve, rate, requestsPerSecond, latencyMs.count], ["passed", 40, Math.round(requests / 2), requests]);
+  assert(requests > 20 && requests <= 81, child.output.stdout);
 });
 
 test("serve: it answers while steps run, refuses what makes no sense, and ends when it is told", bounded, async () => {
@@ -40,11 +50,25 @@ test("serve: it answers while steps run, refuses what makes no sense, and ends w
   const after = await (await fetch(`${url}/metrics`)).json();
   assert(after.steps > before.steps, "steps go on without requests");
   assertEquals([after.requests, after.failures, after.maskedRanks], [8, 0, []]);
-  const refused = [await post(new Uint8Array(10)), await post(new Uint8Array(2 * SHAPE.hidden * 7)), await fetch(url)];
-  assertEquals(refused.map(({ status }) => status), [400, 400, 404]);
+  const tooLong = new Uint8Array(2 * SHAPE.hidden * 7), chunked = { method: "POST", duplex: "half" };
+  const stream = (...chunks: Uint8Array[]) => new Blob(chunks as Uint8Array<ArrayBuffer>[]).stream();
+  const refused = [
+    await post(new Uint8Array(10)),
+    await post(new Uint8Array(0)),
+    await post(tooLong),
+    await fetch(`${url}/generate`, { ...chunked, body: stream(tooLong) }),
+    await fetch(url),
+  ];
+  assertEquals(refused.map(({ status }) => status), [400, 400, 413, 413, 404]);
   for (const response of refused) await response.body?.cancel();
+  const whole = await fetch(`${url}/generate`, { ...chunked, body: stream(new Uint8Array(sent.buffer)) });
+  assertEquals(new Uint16Array(await whole.arrayBuffer()), sent);
+  const idle = connect(Number(new URL(url).port), "127.0.0.1"); // holds up nobody
+  idle.on("error", () => {});
+  await new Promise<void>((resolve) => idle.once("connect", () => resolve()));
   process.kill(child.process.pid!, "SIGTERM"); // by the process: Deno takes a child that it signals itself for killed
   assertEquals(await child.ended, { code: 0, signal: null }, child.output.stderr);
+  idle.destroy();
 });
 
 test("serve: flags that make no sense end it with 1", bounded, async () => {

@@ -42,7 +42,7 @@ export type ToRank =
 export type FromRank =
   | { readonly kind: "listening" }
   | { readonly kind: "open"; readonly backend: Backend }
-  | { readonly kind: "generated"; readonly id: number; readonly rows: Uint16Array }
+  | { readonly kind: "generated"; readonly id: number; readonly rows: Uint16Array<ArrayBuffer> }
   | { readonly kind: "metrics"; readonly id: number; readonly metrics: RankMetrics }
   | { readonly kind: "stopped" }
   | { readonly kind: "failed"; readonly message: string };

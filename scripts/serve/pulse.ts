@@ -1,16 +1,25 @@
-/** A worker that sends the time to every port that it is given, each millisecond, from a thread that does nothing else. */
+/**
+ * A worker that sends the time to every port that it is given, each millisecond, from a thread that does nothing else, until it
+ * is told to end: a word of shared memory, since it hears no messages meanwhile.
+ */
 import { sharedNow } from "./delay.ts";
 
-const self = globalThis as unknown as {
-  onmessage: (event: MessageEvent<MessagePort[]>) => void;
-  postMessage(message: unknown): void;
-};
-const asleep = new Int32Array(new SharedArrayBuffer(4));
+/** To the worker. */
+export interface Pulse {
+  readonly ports: readonly MessagePort[];
+  /** i32: not 0 once it shall end. */
+  readonly ends: Int32Array;
+}
 
-self.onmessage = ({ data: ports }) => {
-  for (;;) { // until it is terminated
-    Atomics.wait(asleep, 0, 0, 1);
+const self = globalThis as unknown as {
+  onmessage: (event: MessageEvent<Pulse>) => void;
+  postMessage(message: "listening" | "ended"): void;
+};
+
+self.onmessage = ({ data: { ports, ends } }) => {
+  while (Atomics.wait(ends, 0, 0, 1) === "timed-out") {
     for (const port of ports) port.postMessage(sharedNow());
   }
+  self.postMessage("ended");
 };
 self.postMessage("listening");
