@@ -18,6 +18,8 @@ import type { FromLoad, Load, LoadReport } from "./serve/load.ts";
 import type { FromRank, RankMetrics, ToRank } from "./serve/messages.ts";
 import type { Pulse } from "./serve/pulse.ts";
 
+/** Requests that are under way at once, at most: more are refused, so that what waits has bounds. */
+const MOST_REQUESTS = 256;
 /** How long the load runs before it counts. */
 const WARMUP_SECONDS = 1;
 /** How long requests under way may take when the server ends; and workers that were told to end. */
@@ -117,13 +119,17 @@ async function startWorker<T>(file: string): Promise<Worker> {
   return worker;
 }
 
+/** What a rank answers. */
+type Told = Uint16Array<ArrayBuffer> | RankMetrics;
+
 /** A rank's worker, as the server sees it. */
 class RankClient {
   readonly #worker: Worker;
-  readonly #asked = new Map<number, PromiseWithResolvers<Uint16Array<ArrayBuffer> | RankMetrics>>();
+  readonly #asked = new Map<number, PromiseWithResolvers<Told>>();
   readonly opened = Promise.withResolvers<void>();
   readonly stopped = Promise.withResolvers<void>();
   #nextId = 0;
+  #failure: Error | undefined;
 
   constructor(worker: Worker, failed: (error: Error) => void) {
     this.#worker = worker;
@@ -144,26 +150,31 @@ class RankClient {
   send(message: ToRank, transfer: Transferable[] = []): void {
     this.#worker.postMessage(message, transfer);
   }
-  generate(rows: Uint16Array<ArrayBuffer>): Promise<Uint16Array<ArrayBuffer>> {
-    return this.#ask((id) => this.send({ kind: "generate", id, rows }, [rows.buffer])) as Promise<
-      Uint16Array<ArrayBuffer>
-    >;
+  async generate(rows: Uint16Array<ArrayBuffer>): Promise<Uint16Array<ArrayBuffer>> {
+    const told = await this.#ask((id) => this.send({ kind: "generate", id, rows }, [rows.buffer]));
+    return told as Uint16Array<ArrayBuffer>;
   }
-  metrics(reset = false): Promise<RankMetrics> {
-    return this.#ask((id) => this.send({ kind: "metrics", id, reset })) as Promise<RankMetrics>;
+  async metrics(reset = false): Promise<RankMetrics> {
+    return await this.#ask((id) => this.send({ kind: "metrics", id, reset })) as RankMetrics;
   }
-
+  /** Some rank has failed, so that this one makes no more steps either: nothing is answered any more. */
+  fail(error: Error): void {
+    this.#failure = error;
+    for (const { reject } of this.#asked.values()) reject(error);
+    this.#asked.clear();
+  }
   terminate(): void {
     this.#worker.terminate();
   }
 
-  #ask(send: (id: number) => void): Promise<Uint16Array<ArrayBuffer> | RankMetrics> {
-    const id = this.#nextId++, answer = Promise.withResolvers<Uint16Array<ArrayBuffer> | RankMetrics>();
+  #ask(send: (id: number) => void): Promise<Told> {
+    if (this.#failure) return Promise.reject(this.#failure);
+    const id = this.#nextId++, answer = Promise.withResolvers<Told>();
     this.#asked.set(id, answer);
     send(id);
     return answer.promise;
   }
-  #settle(id: number, value: Uint16Array<ArrayBuffer> | RankMetrics): void {
+  #settle(id: number, value: Told): void {
     this.#asked.get(id)?.resolve(value);
     this.#asked.delete(id);
   }
@@ -205,12 +216,12 @@ class Service {
   /** Starts the ranks, then listens. */
   static async start(options: Options): Promise<Service> {
     const { ranks: size, backend, shape } = options, failed = Promise.withResolvers<never>();
-    failed.promise.catch(() => {});
     const [pulse, ...workers] = await Promise.all([
       startWorker("./serve/pulse.ts"),
       ...Array.from({ length: size }, () => startWorker("./serve/worker.ts")),
     ]);
     const ranks = workers.map((worker) => new RankClient(worker, failed.reject));
+    failed.promise.catch((error) => ranks.forEach((rank) => rank.fail(error)));
     const [port, secret] = [await freePort(), crypto.randomUUID()], limit = new SharedArrayBuffer(4);
     new Int32Array(limit)[0] = 2 ** 31 - 1;
     const channels = Array.from({ length: size + 1 }, () => new MessageChannel());
@@ -234,6 +245,7 @@ class Service {
   async #answer(request: Request): Promise<Response> {
     const say = (status: number, text: string) => new Response(text, { status });
     const { pathname } = new URL(request.url);
+    if (this.#answering >= MOST_REQUESTS) return say(503, `${MOST_REQUESTS} requests are under way\n`);
     this.#answering++;
     try {
       if (request.method === "POST" && pathname === "/generate") return new Response(await this.#generate(request));
@@ -254,13 +266,13 @@ class Service {
       throw new RangeError(`rows have ${rowBytes} bytes, ${body.length} are no whole number of them`);
     }
     const idlest = this.#ranks.reduce((a, b) => b.busy < a.busy ? b : a);
-    const rows = await Promise.race([this.failed, idlest.generate(new Uint16Array(body.buffer))]);
+    const rows = await idlest.generate(new Uint16Array(body.buffer));
     return new Uint8Array(rows.buffer, rows.byteOffset, rows.byteLength);
   }
 
   /** What there is to tell; with `reset` times begin anew. */
   async metrics(reset = false) {
-    const ranks = await Promise.race([this.failed, Promise.all(this.#ranks.map((rank) => rank.metrics(reset)))]);
+    const ranks = await Promise.all(this.#ranks.map((rank) => rank.metrics(reset)));
     const seconds = (performance.now() - this.#began) / 1000, steps = ranks[0]!.steps;
     const main = this.#delays.percentiles;
     const told = {
