@@ -1,5 +1,5 @@
 /** scripts/serve.ts as it is run: it asks itself and gets every row back, answers others, refuses nonsense, ends when told. */
-import { connect } from "node:net";
+import { connect, type Socket } from "node:net";
 import process from "node:process";
 import { test } from "node:test";
 import { assert, assertEquals, assertMatch } from "@std/assert";
@@ -69,6 +69,31 @@ test("serve: it answers while steps run, refuses what makes no sense, and ends w
   process.kill(child.process.pid!, "SIGTERM"); // by the process: Deno takes a child that it signals itself for killed
   assertEquals(await child.ended, { code: 0, signal: null }, child.output.stderr);
   idle.destroy();
+});
+
+test("serve: more requests than have room are refused, whether or not they come to an end", bounded, async () => {
+  const child = start();
+  await until(() => child.output.stderr.includes("\n"), "the server");
+  const url = /listening on (\S+)/.exec(child.output.stderr)![1]!, { port } = new URL(url);
+  const status = async () => {
+    const response = await fetch(`${url}/metrics`);
+    await response.body?.cancel();
+    return response.status;
+  };
+  const half = "POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 512\r\n\r\nsome";
+  const stalled: Socket[] = [];
+  while (stalled.length < 256) { // one after another: a burst may be more than the system keeps for the server
+    const socket = connect(Number(port), "127.0.0.1").on("error", () => {});
+    await new Promise<void>((resolve) => socket.once("connect", () => resolve()));
+    socket.write(half);
+    stalled.push(socket);
+  }
+  await until(async () => await status() === 503, "a refusal");
+  for (const socket of stalled.splice(1)) socket.destroy();
+  await until(async () => await status() === 200, "room");
+  process.kill(child.process.pid!, "SIGTERM"); // the one that is left is not waited for
+  assertEquals(await child.ended, { code: 0, signal: null }, child.output.stderr);
+  stalled[0]!.destroy();
 });
 
 test("serve: flags that make no sense end it with 1", bounded, async () => {

@@ -57,8 +57,8 @@ export async function rejection(
 }
 
 /** Waits until `condition` holds, 20 seconds at most. */
-export async function until(condition: () => boolean, what: string): Promise<void> {
-  for (let i = 0; !condition(); i++) {
+export async function until(condition: () => boolean | Promise<boolean>, what: string): Promise<void> {
+  for (let i = 0; !await condition(); i++) {
     if (i === 4000) throw new Error(`waited 20 s for: ${what}`);
     await new Promise((resolve) => setTimeout(resolve, 5));
   }
