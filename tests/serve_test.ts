@@ -1,8 +1,11 @@
 /** scripts/serve.ts as it is run: it asks itself and gets every row back, answers others, refuses nonsense, ends when told. */
-import { connect, type Socket } from "node:net";
+import { Buffer } from "node:buffer";
+import { createServer } from "node:http";
+import { type AddressInfo, connect, type Socket } from "node:net";
 import process from "node:process";
 import { test } from "node:test";
 import { assert, assertEquals, assertMatch } from "@std/assert";
+import type { FromLoad, Load, LoadReport } from "../scripts/serve/load.ts";
 import { exactRow, route } from "../scripts/serve/messages.ts";
 import { bounded, startChild, until } from "./support/group_worlds.ts";
 import { Random } from "./support/random.ts";
@@ -33,6 +36,32 @@ test("serve: requests come at the rate that is asked for, and count from their t
   const { serve, rate, requests, requestsPerSecond, latencyMs } = JSON.parse(child.output.stdout);
   assertEquals([serve, rate, requestsPerSecond, latencyMs.count], ["passed", 40, Math.round(requests / 2), requests]);
   assert(requests > 20 && requests <= 81, child.output.stdout);
+});
+
+test("serve: a request that had to wait for slow answers before it was slow itself", bounded, async () => {
+  const slow = createServer(async (request, response) => {
+    const body: Uint8Array[] = [];
+    for await (const chunk of request) body.push(chunk);
+    setTimeout(() => response.end(Buffer.concat(body)), 100);
+  });
+  await new Promise<void>((resolve) => slow.listen(0, "127.0.0.1", () => resolve()));
+  const worker = new Worker(new URL("../scripts/serve/load.ts", import.meta.url), { type: "module" });
+  const heard = () => new Promise<FromLoad>((resolve) => worker.onmessage = ({ data }) => resolve(data));
+  assertEquals(await heard(), "listening");
+  const url = `http://127.0.0.1:${(slow.address() as AddressInfo).port}`;
+  const load: Load = { url, clients: 1, rate: 100, warmupSeconds: 0, seconds: 1, hidden: 16, tokens: 1 };
+  worker.postMessage(load);
+  assertEquals(await heard(), "warm");
+  const { requests, wrong, errors, latencyMs } = await heard() as LoadReport;
+  worker.terminate();
+  slow.close();
+  assertEquals([wrong, errors], [0, 0]);
+  assert(requests >= 2 && requests <= 11, `${requests} answers of 100 ms in a second`);
+  // The last of n was due after 10 (n - 1) ms, and was answered after 100 n; timers may be early.
+  assert(
+    latencyMs.max >= 100 * requests - 10 * (requests - 1),
+    `${requests} answers, the last after ${latencyMs.max} ms`,
+  );
 });
 
 test("serve: it answers while steps run, refuses what makes no sense, and ends when it is told", bounded, async () => {
