@@ -59,7 +59,7 @@ test("serve: a request that had to wait for slow answers before it was slow itse
   assert(requests >= 2 && requests <= 11, `${requests} answers of 100 ms in a second`);
   // The last of n was due after 10 (n - 1) ms, and was answered after 100 n; timers may be early.
   assert(
-    latencyMs.max >= 100 * requests - 10 * (requests - 1),
+    latencyMs.max >= 98 * requests - 10 * (requests - 1), // timers may be early
     `${requests} answers, the last after ${latencyMs.max} ms`,
   );
 });
